@@ -1,0 +1,334 @@
+"""Stochastic depth per sample (DropPath), as a mask or by never computing what is dropped.
+
+Huang et al. 2016, "Deep Networks with Stochastic Depth" (https://arxiv.org/abs/1603.09382) drop a residual branch for a
+whole batch; Larsson et al. 2016, "FractalNet" (https://arxiv.org/abs/1605.07648) named drop-path; per-sample dropping
+is what timm made common. Differences from timm's `DropPath`:
+
+- `residual` takes the branch as a callable, so mode `skip` computes it for the kept samples only;
+- draws are made in float32 whatever the dtype of the activations, so 0.4 stays 0.4 in bfloat16;
+- the rate may change at any time without recompiling, and how often samples were dropped is counted.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Mode = Literal["mask", "skip", "batch"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+Branch = Callable[[Tensor], Tensor]
+
+BREAK_EVEN: dict[str, float] = {
+    "pooling": 0.2,
+    "identity": 0.2,
+    "random_mixing": 0.05,
+    "sep_conv": 0.05,
+    "attention": 0.05,
+    "mlp": 0.05,
+}
+"""Drop rate from which leaving samples out of a branch of that kind beats masking them, by benchmark.py drop-path."""
+
+
+def check_drop_prob(drop_prob: float | None, name: str = "drop_prob") -> float:
+    """Returns the probability as a float, `None` meaning 0.
+
+    Raises:
+        ValueError: It is not a number in [0, 1].
+    """
+    if drop_prob is None:
+        return 0.0
+    if isinstance(drop_prob, bool) or not isinstance(drop_prob, (int, float)) or not 0.0 <= drop_prob <= 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1], got {drop_prob!r}")
+    return float(drop_prob)
+
+
+def drop_path(x: Tensor, drop_prob: float | None = 0.0, training: bool = False, scale_by_keep: bool = True) -> Tensor:
+    """Zeroes each sample of a residual branch with probability `drop_prob`, independently.
+
+    Args:
+        x: Output of a residual branch, (B, ...).
+        drop_prob: Probability in [0, 1] that a sample is dropped; `None` means 0.
+        training: Identity when false.
+        scale_by_keep: Divide the kept samples by 1 - drop_prob, so that the expectation is x.
+
+    Returns:
+        A tensor like x; x itself when nothing can be dropped.
+
+    Raises:
+        ValueError: drop_prob is not in [0, 1].
+    """
+    drop_prob = check_drop_prob(drop_prob)
+    if drop_prob == 0.0 or not training:
+        return x
+    keep_prob = 1.0 - drop_prob
+    scale = (torch.rand(x.shape[0], device=x.device) < keep_prob).to(x.dtype)
+    if scale_by_keep and keep_prob > 0.0:
+        scale = scale / keep_prob
+    return x * _per_sample(scale, x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth of one residual branch.
+
+    `x + self.drop_path(branch)` works as everywhere; `self.drop_path.residual(x, branch)` computes the same and can
+    save the work of the dropped samples. Modes:
+
+    - `mask`: the branch runs on the whole batch, dropped samples are multiplied by 0.
+    - `skip`: the branch runs on the kept samples only. Their number is B * (1 - drop_prob), rounded up or down at
+      random so that its expectation is exact at every batch size, 1 included. Each sample is kept with probability
+      1 - drop_prob exactly; the samples of one batch are not independent, since their count varies less than a
+      binomial's. Below `break_even` the same draw is applied as a mask, because gathering would cost more than it saves.
+    - `batch`: one draw decides for the whole batch (Huang et al. 2016).
+
+    In `skip` and `batch` a branch with nothing to do runs on an empty slice, so every parameter still gets a (zero)
+    gradient, which plain DistributedDataParallel needs. Branches must not mix samples; a batch norm inside one sees
+    the kept samples only, which is warned about once, and fewer than two kept samples are masked there.
+
+    In training a draw is made at every rate, 0 included: the random stream does not depend on the rates. Counts are
+    drawn on the CPU and indices on x's device, both from torch's default generators, so nothing waits for the GPU.
+
+    Args:
+        drop_prob: Probability in [0, 1] that a sample's branch is dropped; `None` means 0.
+        scale_by_keep: Divide the kept samples by 1 - drop_prob, so that the expectation is the branch itself.
+        mode: `mask`, `skip` or `batch`.
+        kind: What the branch computes, a key of `BREAK_EVEN`, which gives its `break_even`: the rate from which
+            skipping pays in mode `skip`, compared with `drop_prob` when either is set. Other kinds always skip.
+
+    Raises:
+        ValueError: A probability outside [0, 1] or an unknown mode.
+    """
+
+    def __init__(
+        self,
+        drop_prob: float | None = 0.0,
+        scale_by_keep: bool = True,
+        mode: Mode = "mask",
+        *,
+        kind: str = "",
+    ) -> None:
+        super().__init__()
+        self.scale_by_keep = scale_by_keep
+        # The effective rate lives in a plain 0-dim CPU tensor: compiled code reads it as an input, so changing it
+        # recompiles nothing (a Python float would), and it is no buffer, so state_dict, casts, meta construction,
+        # EMA and export never see it.
+        self._rate = torch.zeros((), dtype=torch.float64, device="cpu")
+        # Sample counts for the report. Tensors for the same reason; `_kept` sits where the mask is drawn.
+        self._seen = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._kept = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._multiplier = 1.0
+        self._drop_prob = check_drop_prob(drop_prob)
+        self.kind = kind
+        self._break_even = BREAK_EVEN.get(kind, 0.0)
+        self._has_batch_norm: bool | None = None
+        self.mode = mode
+        self._refresh()
+
+    # ---- settings -------------------------------------------------------------------------------------------------
+
+    @property
+    def drop_prob(self) -> float:
+        """Nominal probability of dropping a sample, before the schedule's multiplier. May be set at any time."""
+        return self._drop_prob
+
+    @drop_prob.setter
+    def drop_prob(self, value: float | None) -> None:
+        self._drop_prob = check_drop_prob(value)
+        self._refresh()
+
+    @property
+    def multiplier(self) -> float:
+        """Factor in [0, 1] that a schedule over training time puts on `drop_prob`."""
+        return self._multiplier
+
+    @multiplier.setter
+    def multiplier(self, value: float) -> None:
+        self._multiplier = check_drop_prob(value, "multiplier")
+        self._refresh()
+
+    @property
+    def rate(self) -> float:
+        """Probability of dropping a sample in the next step: drop_prob * multiplier."""
+        return self._drop_prob * self._multiplier
+
+    @property
+    def mode(self) -> Mode:
+        """`mask`, `skip` or `batch`."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, value: Mode) -> None:
+        if value not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {value!r}")
+        self._mode: Mode = value
+        self._refresh()
+
+    @property
+    def break_even(self) -> float:
+        """Nominal rate from which mode `skip` gathers the kept samples instead of masking the same draw."""
+        return self._break_even
+
+    @break_even.setter
+    def break_even(self, value: float) -> None:
+        self._break_even = check_drop_prob(value, "break_even")
+        self._refresh()
+
+    @property
+    def skips(self) -> bool:
+        """Whether dropped samples are left out of the computation: resolved from settings, never from timing."""
+        return self._skips
+
+    def _refresh(self) -> None:
+        self._rate.fill_(self._drop_prob * self._multiplier)
+        # A Python bool, resolved here and not from the scheduled rate: compiled code holds one form of the branch.
+        mode = getattr(self, "_mode", "mask")
+        self._skips = mode == "batch" or (mode == "skip" and self._drop_prob >= self._break_even)
+
+    # ---- counting -------------------------------------------------------------------------------------------------
+
+    def reset_counts(self) -> None:
+        """Forgets the draws made so far."""
+        self._seen.zero_()
+        self._kept.zero_()
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples drawn for in training since `reset_counts`."""
+        return int(self._seen)
+
+    @property
+    def samples_dropped(self) -> int:
+        """Samples dropped in training since `reset_counts`. On an accelerator, reading it waits for the device."""
+        return int(self._seen) - int(self._kept)
+
+    def _count(self, batch: int, kept: Tensor) -> None:
+        """Adds one draw: `kept` is a count (0-dim, CPU) or a mask (B,) on the activations' device."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return  # inside vmap or torch.func.grad a captured tensor must not be written to
+        kept = kept.sum() if kept.ndim else kept
+        if self._kept.device != kept.device:
+            self._kept = self._kept.to(kept.device)
+        self._seen.add_(batch)
+        self._kept.add_(kept)
+
+    # ---- drawing --------------------------------------------------------------------------------------------------
+
+    def _draw_count(self, batch: int) -> Tensor:
+        """Number of kept samples, a 0-dim int64 tensor on the CPU, with expectation batch * keep_prob exactly."""
+        keep_prob = 1.0 - self._rate
+        chance = torch.rand((), dtype=torch.float64, device="cpu")
+        if self._mode == "batch":
+            return (chance < keep_prob).long() * batch
+        # min: in float64 batch + chance may round up to batch + 1
+        return torch.floor(batch * keep_prob + chance).long().clamp(max=batch)
+
+    def _draw_mask(self, x: Tensor) -> Tensor:
+        """Kept samples as a bool mask (B,) on x's device, by the mode's own law."""
+        batch = x.shape[0]
+        if self._mode == "mask":
+            kept = torch.rand(batch, device=x.device) < 1.0 - self._rate
+            self._count(batch, kept)
+            return kept
+        count = self._draw_count(batch)
+        self._count(batch, count)
+        # rank of each sample in a random order: the same kept set as `order[:count]` when gathering
+        return torch.rand(batch, device=x.device).argsort().argsort() < count
+
+    def _scale(self, dtype: torch.dtype) -> Tensor:
+        """Factor of the kept samples, a 0-dim CPU tensor: 1 / keep_prob, or 1 where nothing can be kept."""
+        if not self.scale_by_keep:
+            return torch.ones((), dtype=dtype, device="cpu")
+        keep_prob = 1.0 - self._rate
+        return torch.where(keep_prob > 0.0, 1.0 / keep_prob, 1.0).to(dtype)
+
+    # ---- use ------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drops samples of a branch output x, (B, ...), that is already computed. Identity in eval and at rate 0."""
+        if not self.training:
+            return x
+        kept = self._draw_mask(x)
+        if not torch.compiler.is_compiling() and self._drop_prob * self._multiplier == 0.0:
+            return x
+        return x * _per_sample(kept * self._scale(x.dtype), x)
+
+    def residual(self, x: Tensor, branch: Branch, shortcut: Tensor | None = None) -> Tensor:
+        """Returns shortcut + drop_path(branch(x)).
+
+        Args:
+            x: Input of the branch, (B, ...).
+            branch: Callable from (B', ...) to the shortcut's shape but for the batch; called once, with the kept
+                samples only where this module skips.
+            shortcut: What the branch is added to, (B, ...); default x.
+
+        Returns:
+            A tensor like the shortcut; the branch's result is cast to the shortcut's dtype.
+        """
+        if shortcut is None:
+            shortcut = x
+        if not self.training:
+            return shortcut + branch(x).to(shortcut.dtype)
+        if self._skips:
+            return self._residual_skipping(x, branch, shortcut)
+        kept = self._draw_mask(x)
+        if not torch.compiler.is_compiling() and self._drop_prob * self._multiplier == 0.0:
+            return shortcut + branch(x).to(shortcut.dtype)
+        return _add_masked(shortcut, branch(x), kept * self._scale(shortcut.dtype))
+
+    def _residual_skipping(self, x: Tensor, branch: Branch, shortcut: Tensor) -> Tensor:
+        batch = x.shape[0]
+        kept_count = self._draw_count(batch)
+        self._count(batch, kept_count)
+        # argsort and narrow, not randperm(b)[:n]: inductor crashes on the latter
+        order = torch.rand(batch, device=x.device).argsort()
+        scale = self._scale(shortcut.dtype)
+        count = int(kept_count.item())
+        if torch.compiler.is_compiling():
+            torch._check(count >= 0)
+            torch._check(count <= batch)
+        elif count == batch:  # nothing to leave out, nothing to gather
+            out = branch(x).to(shortcut.dtype)
+            return shortcut + out if self._drop_prob * self._multiplier == 0.0 else shortcut + out * scale
+        elif self._mixes_batch(branch) and count < 2:
+            return _add_masked(shortcut, branch(x), (order.argsort() < count) * scale)
+        kept = order.narrow(0, 0, count)
+        out = branch(x.index_select(0, kept)).to(shortcut.dtype)
+        return shortcut.index_add(0, kept, out * scale)
+
+    def _mixes_batch(self, branch: Branch) -> bool:
+        """Whether the branch holds a batch norm, looked up once: skipping changes the statistics it sees."""
+        if self._has_batch_norm is None:
+            owner = branch if isinstance(branch, nn.Module) else getattr(branch, "__self__", None)
+            modules = owner.modules() if isinstance(owner, nn.Module) else ()
+            self._has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
+            if self._has_batch_norm:
+                warnings.warn(
+                    f"mode {self._mode!r}: the batch norm inside this residual branch sees the kept samples only; "
+                    "with fewer than two kept samples the branch is masked instead of skipped",
+                    stacklevel=4,
+                )
+        return self._has_batch_norm
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # Follow .to(device), so that compiled code finds the count where the mask is drawn.
+        super()._apply(fn, recurse)
+        device = fn(torch.zeros((), device=self._kept.device)).device
+        if device.type != "meta" and device != self._kept.device:
+            self._kept = self._kept.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Settings that differ from timm's are always shown."""
+        return f"drop_prob={round(self._drop_prob, 4):.4g}, mode={self._mode}"
+
+
+def _per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ...) with x's number of dimensions and dtype."""
+    return values.to(x.dtype).view(-1, *(1,) * (x.ndim - 1)) if x.ndim > 1 else values.to(x.dtype)
+
+
+def _add_masked(shortcut: Tensor, out: Tensor, scale: Tensor) -> Tensor:
+    """shortcut + out * scale, with scale (B,), in one pass over memory."""
+    return torch.addcmul(shortcut, out.to(shortcut.dtype), _per_sample(scale, shortcut))

@@ -1,0 +1,69 @@
+"""Normalisation of channels-last activations, (B, ..., C), by name.
+
+`group_norm` is PoolFormer's GroupNorm with one group: statistics over all positions and channels of a sample, one weight
+and bias per channel. It is written as a layer norm over (..., C) without affine, which stays in NHWC where
+`nn.GroupNorm` would copy to NCHW. The `_no_bias` forms are those of MetaFormer Baselines (arXiv 2210.13452).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupNorm1(nn.Module):
+    """Group norm with one group over (B, ..., C).
+
+    Args:
+        dim: Channels C.
+        eps: Added to the variance; 1e-5 is PoolFormer's.
+        bias: Whether there is a bias.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, x.shape[1:], eps=self.eps)
+        weight = self.weight.to(x.dtype)
+        return x * weight if self.bias is None else torch.addcmul(self.bias.to(x.dtype), x, weight)
+
+    def extra_repr(self) -> str:
+        """As torch's norms print."""
+        return f"{self.weight.numel()}, eps={self.eps}, bias={self.bias is not None}"
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the last dimension of (B, ..., C); eps 1e-6 as in MetaFormer Baselines and timm."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, bias: bool = True) -> None:
+        super().__init__(dim, eps=eps, bias=bias)
+
+
+NORMS: tuple[str, ...] = ("group_norm", "group_norm_no_bias", "layer_norm", "layer_norm_no_bias", "none")
+
+
+def build_norm(name: str, dim: int, eps: float | None = None) -> nn.Module:
+    """Builds a norm over (B, ..., dim).
+
+    Args:
+        name: One of `NORMS`.
+        dim: Channels.
+        eps: Added to the variance; default 1e-5 for `group_norm`, 1e-6 for the others, as published.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if name == "none":
+        return nn.Identity()
+    if name == "group_norm":
+        return GroupNorm1(dim, eps or 1e-5)
+    if name == "group_norm_no_bias":
+        return GroupNorm1(dim, eps or 1e-6, bias=False)
+    if name == "layer_norm":
+        return LayerNorm(dim, eps or 1e-6)
+    if name == "layer_norm_no_bias":
+        return LayerNorm(dim, eps or 1e-6, bias=False)
+    raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {name!r}")

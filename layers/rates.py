@@ -1,0 +1,124 @@
+"""Drop-path rates over depth: a rate and a profile -> one rate per residual block.
+
+Linear rise from the first to the last block is timm's and PoolFormer's rule; equation 4 of Huang et al. 2016
+(https://arxiv.org/abs/1603.09382) starts one step higher. `rate_is` says what the given rate means, so that profiles can
+be compared at equal strength. Unlike timm's, a single block gets the full rate (timm: 0, so the rate is lost).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from layers.drop_path import check_drop_prob
+
+ProfileName = Literal["linear", "linear_from_first", "constant", "stagewise", "cosine"]
+Profile = ProfileName | Sequence[float]
+RateIs = Literal["max", "mean", "expected_macs"]
+PROFILES: tuple[str, ...] = get_args(ProfileName)
+RATE_IS: tuple[str, ...] = get_args(RateIs)
+
+
+def drop_path_rates(
+    rate: float | None,
+    depths: Sequence[int],
+    profile: Profile = "linear",
+    rate_is: RateIs = "max",
+    *,
+    block_macs: Sequence[float] | None = None,
+    total_macs: float | None = None,
+) -> list[float]:
+    """One drop-path rate per block, in order.
+
+    Args:
+        rate: In [0, 1]; what it measures is `rate_is`. With a list as profile it may be `None`.
+        depths: Blocks per stage.
+        profile: `linear` (rate * i / (L - 1)), `linear_from_first` (rate * l / L with l from 1, Huang et al. 2016,
+            equation 4), `constant`, `stagewise` (one rate per stage, rising linearly from 0), `cosine` (half a cosine
+            from 0 to rate), or an explicit list of L rates.
+        rate_is: `max` (the largest rate), `mean` (over blocks), or `expected_macs` (the share of the model's training
+            compute that is dropped in expectation).
+        block_macs: Compute of each block's branches, needed by `expected_macs`; any unit.
+        total_macs: Compute of the whole model in the same unit; default the sum of block_macs.
+
+    Returns:
+        L = sum(depths) floats in [0, 1].
+
+    Raises:
+        ValueError: A rate, depth, profile or length that cannot be met, with the reason.
+    """
+    depths = _check_depths(depths)
+    count = sum(depths)
+    if rate_is not in RATE_IS:
+        raise ValueError(f"rate_is must be one of {', '.join(RATE_IS)}, got {rate_is!r}")
+    weights, total = _weights(rate_is, count, block_macs, total_macs)
+
+    if not isinstance(profile, str):
+        rates = [check_drop_prob(r, f"drop-path rate {i} of the list") for i, r in enumerate(profile)]
+        if len(rates) != count:
+            raise ValueError(f"the list of drop-path rates has {len(rates)} entries, the model {count} blocks")
+        reached = _strength(rates, rate_is, weights, total)
+        if rate is not None and not math.isclose(check_drop_prob(rate, "rate"), reached, abs_tol=1e-6):
+            raise ValueError(
+                f"rate {rate} contradicts the list of rates, whose {rate_is} is {reached:.6g}; leave one of them out"
+            )
+        return rates
+
+    if not isinstance(rate, (int, float)):
+        raise ValueError(f"rate must be a number in [0, 1], got {rate!r}; a list of rates is given as the profile")
+    rate = check_drop_prob(rate, "rate")
+    shape = _shape(profile, depths)
+    reached_at_1 = _strength(shape, rate_is, weights, total)
+    if rate > reached_at_1 * (1 + 1e-12):
+        raise ValueError(
+            f"profile {profile!r} cannot reach {rate_is} {rate:g}: even with its largest rate at 1 "
+            f"it is {reached_at_1:.6g}"
+        )
+    peak = min(1.0, rate / reached_at_1) if rate else 0.0
+    return [peak * s for s in shape]
+
+
+def _check_depths(depths: Sequence[int]) -> list[int]:
+    if not depths or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in depths):
+        raise ValueError(f"depths must be a list of block counts of at least 1, got {depths!r}")
+    return list(depths)
+
+
+def _shape(profile: str, depths: list[int]) -> list[float]:
+    """Rates of a profile whose largest rate is 1; one block (or stage) alone is the last one and gets 1."""
+    count = sum(depths)
+    last = max(count - 1, 1)
+    position = [i / last for i in range(count)] if count > 1 else [1.0]
+    if profile == "linear":
+        return position
+    if profile == "linear_from_first":
+        return [(i + 1) / count for i in range(count)]
+    if profile == "constant":
+        return [1.0] * count
+    if profile == "stagewise":
+        stages = len(depths)
+        per_stage = [s / (stages - 1) for s in range(stages)] if stages > 1 else [1.0]
+        return [per_stage[s] for s, depth in enumerate(depths) for _ in range(depth)]
+    if profile == "cosine":
+        return [(1.0 - math.cos(math.pi * p)) / 2.0 for p in position]
+    raise ValueError(f"profile must be one of {', '.join(PROFILES)} or a list of rates, got {profile!r}")
+
+
+def _weights(
+    rate_is: str, count: int, block_macs: Sequence[float] | None, total_macs: float | None
+) -> tuple[list[float], float]:
+    if rate_is != "expected_macs":
+        return [1.0] * count, float(count)
+    if block_macs is None:
+        raise ValueError("rate_is 'expected_macs' needs the compute of each block (block_macs)")
+    if len(block_macs) != count or any(not m >= 0 for m in block_macs) or not sum(block_macs) > 0:
+        raise ValueError(f"block_macs must hold {count} numbers >= 0, not all 0, got {list(block_macs)!r}")
+    total = sum(block_macs) if total_macs is None else total_macs
+    if total < sum(block_macs) * (1 - 1e-9):
+        raise ValueError(f"total_macs {total:g} is less than the blocks' own {sum(block_macs):g}")
+    return list(block_macs), total
+
+
+def _strength(rates: Sequence[float], rate_is: str, weights: list[float], total: float) -> float:
+    if rate_is == "max":
+        return max(rates)
+    return sum(r * w for r, w in zip(rates, weights, strict=True)) / total

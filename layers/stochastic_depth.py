@@ -1,0 +1,320 @@
+"""Stochastic depth of a whole model: setting its rates, following a schedule, and reporting what really happened."""
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from layers.drop_path import Branch, DropPath, Mode, check_drop_prob
+from layers.rates import Profile, RateIs, drop_path_rates
+from layers.schedule import DropPathSchedule
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block: the module that holds its DropPath modules."""
+
+    name: str
+    drop_paths: dict[str, DropPath]
+
+
+@dataclass
+class StochasticDepth:
+    """The drop-path rates of a model and their schedule; what `set_drop_path` returns.
+
+    Attributes:
+        blocks: Residual blocks in order.
+        rates: Nominal rate of each block.
+        schedule: Multiplier of all rates over optimizer steps.
+    """
+
+    blocks: list[Block]
+    rates: list[float]
+    schedule: DropPathSchedule = field(default_factory=DropPathSchedule)
+
+    def set_step(self, step: int) -> float:
+        """Applies the schedule's multiplier of an optimizer step; returns the largest rate over blocks."""
+        multiplier = self.schedule(step)
+        for block in self.blocks:
+            for module in block.drop_paths.values():
+                module.multiplier = multiplier
+        return max(self.rates) * multiplier
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The modules of a model that hold DropPath modules, in order of registration.
+
+    Raises:
+        ValueError: There is none.
+    """
+    blocks: list[Block] = []
+    for name, module in unwrap(model).named_modules():
+        own = {key: child for key, child in module.named_children() if isinstance(child, DropPath)}
+        if own:
+            blocks.append(Block(name, own))
+    if not blocks:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no residual block with a DropPath")
+    return blocks
+
+
+def stage_depths(model: nn.Module, blocks: Sequence[Block]) -> list[int]:
+    """Blocks per stage: neighbours whose names differ in the last part only are one stage."""
+    depths: list[int] = []
+    previous = None
+    for block in blocks:
+        parent = block.name.rpartition(".")[0]
+        if parent == previous:
+            depths[-1] += 1
+        else:
+            depths.append(1)
+        previous = parent
+    return depths
+
+
+def set_drop_path(
+    model: nn.Module,
+    rate: float | None,
+    *,
+    profile: Profile = "linear",
+    rate_is: RateIs = "max",
+    mode: Mode | None = None,
+    schedule: DropPathSchedule | None = None,
+    break_even: float | Mapping[str, float] | None = None,
+    input_size: Sequence[int] | None = None,
+) -> StochasticDepth:
+    """Sets the drop-path rates of a live model; a second call replaces the first, and 0 turns stochastic depth off.
+
+    Args:
+        model: A model whose residual blocks hold `DropPath` modules, also inside DDP or torch.compile, built at any rate.
+        rate: In [0, 1]; what it measures is `rate_is`. `None` with a list as profile.
+        profile: How rates follow depth; see `drop_path_rates`.
+        rate_is: `max`, `mean` or `expected_macs`.
+        mode: `mask`, `skip` or `batch`; `None` leaves each module's own.
+        schedule: Multiplier over optimizer steps, applied by `StochasticDepth.set_step`; default constant.
+        break_even: Rate from which mode `skip` skips instead of masking, for every branch or by kind of branch; those
+            not named keep the constant of their kind (`layers.drop_path.BREAK_EVEN`).
+        input_size: (C, H, W) for counting compute, needed by `expected_macs` where the model does not tell its own.
+
+    Returns:
+        The blocks, their rates and the schedule, set to step 0.
+
+    Raises:
+        ValueError: A setting is wrong or cannot be reached, or the model has no block to set. Nothing is changed then.
+    """
+    blocks = find_blocks(model)
+    macs, total = None, None
+    if rate_is == "expected_macs":
+        counted = count_macs(model, input_size)
+        macs, total = [counted.block(b) for b in blocks], counted.total
+    rates = drop_path_rates(rate, stage_depths(model, blocks), profile, rate_is, block_macs=macs, total_macs=total)
+    thresholds = _break_even_by_kind(blocks, break_even)
+    for block, block_rate in zip(blocks, rates, strict=True):
+        for module in block.drop_paths.values():
+            if mode is not None:
+                module.mode = mode
+            module.break_even = thresholds.get(module.kind, module.break_even)
+            module.drop_prob = block_rate
+            module.multiplier = 1.0
+            module.reset_counts()
+    result = StochasticDepth(blocks, rates, schedule or DropPathSchedule())
+    result.set_step(0)
+    return result
+
+
+def break_even_of(blocks: Sequence[Block]) -> dict[str, float]:
+    """The break-even rate in force for each kind of branch in a model."""
+    return {m.kind: m.break_even for block in blocks for m in block.drop_paths.values()}
+
+
+def _break_even_by_kind(blocks: Sequence[Block], given: float | Mapping[str, float] | None) -> dict[str, float]:
+    kinds = sorted(break_even_of(blocks))
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(kinds, check_drop_prob(given, "break_even"))
+    unknown = [kind for kind in given if kind not in kinds]
+    if unknown:
+        raise ValueError(f"break_even: no branch of kind {unknown[0]!r}; this model has {', '.join(kinds)}")
+    return {kind: check_drop_prob(rate, f"break_even of {kind}") for kind, rate in given.items()}
+
+
+# ---- compute ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one sample's forward pass, counted by torch.utils.flop_counter."""
+
+    total: float
+    branches: dict[int, float]  # by id of the DropPath that adds the branch
+
+    def branch(self, module: DropPath) -> float:
+        """Of the branches that one DropPath adds."""
+        return self.branches.get(id(module), 0.0)
+
+    def block(self, block: Block) -> float:
+        """Of all branches of a block."""
+        return sum(self.branch(m) for m in block.drop_paths.values())
+
+
+def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Macs:
+    """Counts the compute of each residual branch, without computing: on the meta device.
+
+    Args:
+        model: A model whose blocks call `DropPath.residual`.
+        input_size: (C, H, W); default the model's `pretrained_cfg["input_size"]`.
+
+    Raises:
+        ValueError: No input size is known.
+    """
+    model = unwrap(model)
+    if input_size is None:
+        input_size = getattr(model, "pretrained_cfg", {}).get("input_size")
+    if input_size is None:
+        raise ValueError("counting compute needs input_size=(C, H, W), which this model does not tell")
+    meta = {k: v.to("meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
+    modules = [m for m in model.modules() if isinstance(m, DropPath)]
+    branches: dict[int, float] = {}
+    counter = FlopCounterMode(display=False)
+
+    def counting(module: DropPath) -> Callable[..., Tensor]:
+        def residual(x: Tensor, branch: Branch, shortcut: Tensor | None = None) -> Tensor:
+            before = counter.get_total_flops()
+            out = branch(x)
+            branches[id(module)] = branches.get(id(module), 0.0) + (counter.get_total_flops() - before) / 2
+            return (x if shortcut is None else shortcut) + out
+
+        return residual
+
+    training = model.training
+    model.eval()
+    try:
+        for module in modules:
+            module.residual = counting(module)  # an instance attribute hides the method while we count
+        with torch.no_grad(), counter:
+            functional_call(model, meta, (torch.empty(1, *input_size, device="meta"),))
+    finally:
+        for module in modules:
+            module.__dict__.pop("residual", None)
+        model.train(training)
+    return Macs(counter.get_total_flops() / 2, branches)
+
+
+# ---- report -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One line of the report."""
+
+    name: str
+    nominal_rate: float
+    mode: str
+    realised_rate: float | None  # None before the first training step
+    compute_share: float | None  # of the model's forward pass; None where it could not be counted
+    saved_share: float | None  # of the model's forward pass, saved in expectation at the nominal rate
+
+
+@dataclass(frozen=True)
+class DropPathReport:
+    """What stochastic depth does in a model; `str()` of it is a table.
+
+    Attributes:
+        blocks: One entry per residual block, in order.
+        expected_depth: Blocks that a sample passes in expectation.
+        compute_saved: Share of the forward pass not computed, in expectation at the nominal rates; `None` if unknown.
+        warnings: What looks wrong.
+        notes: What is worth knowing.
+    """
+
+    blocks: list[BlockReport]
+    expected_depth: float
+    compute_saved: float | None
+    warnings: list[str]
+    notes: list[str]
+
+    def to_csv(self) -> str:
+        """Columns block, name, nominal_rate, mode, realised_rate, compute_share, saved_share."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["block", "name", "nominal_rate", "mode", "realised_rate", "compute_share", "saved_share"])
+        for i, b in enumerate(self.blocks):
+            numbers = ["" if v is None else f"{v:.6g}" for v in (b.realised_rate, b.compute_share, b.saved_share)]
+            writer.writerow([i, b.name, f"{b.nominal_rate:.6g}", b.mode, *numbers])
+        return out.getvalue()
+
+    def __str__(self) -> str:
+        width = max(len("block"), *(len(b.name) for b in self.blocks))
+        lines = [f"{'block':<{width}}  nominal  realised  compute  mode"]
+        for b in self.blocks:
+            realised = "-" if b.realised_rate is None else f"{b.realised_rate:.4f}"
+            share = "-" if b.compute_share is None else f"{b.compute_share:.1%}"
+            lines.append(f"{b.name:<{width}}  {b.nominal_rate:>7.4f}  {realised:>8}  {share:>7}  {b.mode}")
+        saved = "not counted" if self.compute_saved is None else f"{self.compute_saved:.1%}"
+        lines.append(
+            f"expected depth {self.expected_depth:.2f} of {len(self.blocks)} blocks; training compute saved {saved}"
+        )
+        lines += [f"warning: {w}" for w in self.warnings] + [f"note: {n}" for n in self.notes]
+        return "\n".join(lines)
+
+
+def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = None) -> DropPathReport:
+    """Reports nominal and realised rates per block, and what looks wrong.
+
+    Args:
+        model: As for `set_drop_path`.
+        input_size: (C, H, W) for counting compute; where neither it nor the model tells, shares are left out.
+
+    Raises:
+        ValueError: The model has no block with a DropPath.
+    """
+    blocks = find_blocks(model)
+    try:
+        macs = count_macs(model, input_size)
+    except ValueError:
+        macs = None
+    rows, problems, notes = [], [], []
+    for block in blocks:
+        modules = list(block.drop_paths.values())
+        seen = sum(m.samples_seen for m in modules)
+        realised = sum(m.samples_dropped for m in modules) / seen if seen else None
+        share = saved = None
+        if macs is not None and macs.total:
+            share = macs.block(block) / macs.total
+            saved = sum(m.drop_prob * macs.branch(m) for m in modules if m.skips) / macs.total
+        nominal = max(m.drop_prob for m in modules)
+        rows.append(BlockReport(block.name, nominal, _describe_mode(modules), realised, share, saved))
+    if any(r.realised_rate is not None for r in rows):
+        for block in blocks:
+            unused = [k for k, m in block.drop_paths.items() if m.drop_prob > 0 and not m.samples_seen]
+            if unused:
+                problems.append(f"{block.name}: {', '.join(unused)} has a rate but was never applied")
+    rates = [r.nominal_rate for r in rows]
+    if any(b < a - 1e-9 for a, b in itertools.pairwise(rates)):
+        problems.append("rates fall with depth somewhere; usually they rise")
+    expected_depth = math.fsum(1.0 - r for r in rates)
+    saved_total = None if macs is None else math.fsum(r.saved_share or 0.0 for r in rows)
+    return DropPathReport(rows, expected_depth, saved_total, problems, notes)
+
+
+def _describe_mode(modules: Sequence[DropPath]) -> str:
+    """The mode of a block's branches; `skip/mask` where one of them masks below its break-even rate."""
+    kinds = ["skip" if m.mode == "skip" and m.skips else "mask" if m.mode == "skip" else m.mode for m in modules]
+    return kinds[0] if len(set(kinds)) == 1 else "/".join(kinds)

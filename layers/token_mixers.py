@@ -1,0 +1,128 @@
+"""Token mixers: what a MetaFormer block exchanges between positions. All map (B, H, W, C) to (B, H, W, C).
+
+PoolFormer (arXiv 2111.11418) and MetaFormer Baselines (arXiv 2210.13452). No dimension beside the batch is inferred
+with -1, so that a batch without samples passes. `kind` is the key of layers.drop_path.BREAK_EVEN.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.mlp import StarReLU
+
+
+class Pooling(nn.Module):
+    """Average pooling minus the input, as in PoolFormer; padding is not counted.
+
+    Args:
+        pool_size: Odd window size in positions.
+    """
+
+    kind = "pooling"
+
+    def __init__(self, pool_size: int = 3) -> None:
+        super().__init__()
+        self.pool_size = pool_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels_last in memory
+        y = F.avg_pool2d(y, self.pool_size, stride=1, padding=self.pool_size // 2, count_include_pad=False)
+        return y.permute(0, 2, 3, 1) - x  # (B, H, W, C)
+
+    def extra_repr(self) -> str:
+        """The window size."""
+        return f"pool_size={self.pool_size}"
+
+
+class Identity(nn.Module):
+    """Mixes nothing: the token mixer of IdentityFormer."""
+
+    kind = "identity"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class RandomMixing(nn.Module):
+    """Mixes all positions by a frozen random matrix with rows that sum to 1: the token mixer of RandFormer.
+
+    Args:
+        num_tokens: H * W of its input, which is thereby fixed.
+    """
+
+    kind = "random_mixing"
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        matrix = torch.softmax(torch.rand(num_tokens, num_tokens), dim=-1)
+        # A parameter, as in the original's checkpoints, but never trained.
+        self.random_matrix = nn.Parameter(matrix, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        if height * width != self.random_matrix.shape[0]:
+            raise ValueError(
+                f"random mixing was built for {self.random_matrix.shape[0]} positions, got {height} x {width}; "
+                "build the model with image_size set to the size used"
+            )
+        x = x.reshape(batch, height * width, dim)  # (B, N, C)
+        x = torch.matmul(self.random_matrix.to(x.dtype), x)
+        return x.reshape(batch, height, width, dim)
+
+
+class SepConv(nn.Module):
+    """Inverted separable convolution of MobileNetV2 with StarReLU: the token mixer of ConvFormer.
+
+    Args:
+        dim: Channels C.
+        expansion_ratio: Hidden channels per channel.
+        kernel_size: Odd size of the depthwise kernel.
+    """
+
+    kind = "sep_conv"
+
+    def __init__(self, dim: int, expansion_ratio: float = 2.0, kernel_size: int = 7) -> None:
+        super().__init__()
+        hidden = int(expansion_ratio * dim)
+        self.pwconv1 = nn.Linear(dim, hidden, bias=False)
+        self.act1 = StarReLU()
+        self.dwconv = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False)
+        self.pwconv2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act1(self.pwconv1(x)).permute(0, 3, 1, 2)  # (B, 2C, H, W), channels_last in memory
+        return self.pwconv2(self.dwconv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions: the token mixer of CAFormer's last stages and of ViT.
+
+    Args:
+        dim: Channels C.
+        head_dim: Channels per head; must divide dim.
+        qkv_bias: Whether query, key and value have a bias.
+        proj_bias: Whether the output projection has a bias.
+
+    Raises:
+        ValueError: head_dim does not divide dim.
+    """
+
+    kind = "attention"
+
+    def __init__(self, dim: int, head_dim: int = 32, qkv_bias: bool = False, proj_bias: bool = False) -> None:
+        super().__init__()
+        if dim % head_dim:
+            raise ValueError(f"attention: head_dim {head_dim} does not divide {dim} channels")
+        self.num_heads = dim // head_dim
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        batch, dim = shape[0], shape[-1]
+        tokens = shape[1:-1].numel()
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim).reshape(shape))

@@ -1,0 +1,6 @@
+"""The zoo: `create_model`, `list_models`, `is_model`, `register_model`."""
+
+from models.factory import create_model
+from models.registry import is_model, list_models, register_model
+
+__all__ = ["create_model", "is_model", "list_models", "register_model"]

@@ -1,0 +1,202 @@
+"""Schema of configs/models/*.yaml: one MetaFormer as data, strictly checked."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from models.strict_yaml import load_yaml, validate
+
+TokenMixer = Literal["pooling", "identity", "random_mixing", "sep_conv", "attention"]
+Norm = Literal["group_norm", "group_norm_no_bias", "layer_norm", "layer_norm_no_bias", "none"]
+Act = Literal["gelu", "relu", "silu", "squared_relu", "star_relu"]
+Size = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+T = TypeVar("T")
+
+
+class Section(BaseModel):
+    """A mapping in which every key must be known and have the right type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class PatchConfig(Section):
+    """Strided convolution of the stem, or between stages."""
+
+    kernel_size: Size = Field(description="Kernel size in positions.")
+    stride: Size = Field(description="Stride in positions.")
+    padding: Annotated[int, Field(ge=0)] = Field(description="Zero padding in positions.")
+    norm: Norm = Field("none", description="Norm after the stem's convolution, or before a downsampling one.")
+
+
+class HeadConfig(Section):
+    """Classifier over the last stage."""
+
+    order: Literal["norm_pool", "pool_norm"] = Field(
+        "pool_norm", description="Normalise then average over positions (PoolFormer), or the reverse."
+    )
+    norm: Norm = Field("layer_norm", description="Norm of the head.")
+    norm_eps: float | None = Field(None, gt=0, description="Epsilon of that norm; null: the norm's published one.")
+    kind: Literal["linear", "mlp"] = Field("linear", description="Linear layer, or ConvFormer's MLP head.")
+    mlp_norm_eps: float = Field(1e-5, gt=0, description="Epsilon of the norm inside the MLP head (timm's port: 1e-6).")
+
+
+class FineTuned(Section):
+    """A published fine-tuning at another resolution."""
+
+    top1: float = Field(description="ImageNet-1k top-1 in percent.")
+    macs: float = Field(description="Multiply-accumulates in billions at that resolution.")
+    drop_path_rate: Rate = Field(description="Drop-path rate of the fine-tuning.")
+
+
+class Published(Section):
+    """Facts that the model's authors published."""
+
+    params: float = Field(description="Parameters in millions.")
+    macs: float = Field(description="Multiply-accumulates in billions at the model's image size.")
+    top1: float | None = Field(None, description="ImageNet-1k top-1 in percent, trained from scratch.")
+    drop_path_rate: Rate | None = Field(None, description="Maximum drop-path rate of the training, linear over depth.")
+    frozen_params: float | None = Field(None, description="Never-trained parameters in millions, counted apart.")
+    finetune_384: FineTuned | None = Field(None, description="Fine-tuning at 384 x 384.")
+    source: str = Field(description="Where these figures stand.")
+
+
+class MetaFormerConfig(Section):
+    """One model: everything that its weights and its forward depend on, and what is published about it.
+
+    Keys given per stage are either one value for all stages or a list with one per stage.
+    """
+
+    name: str = Field("", description="Set from the file's name.")
+    depths: list[Size] = Field(min_length=1, description="Blocks per stage.")
+    dims: list[Size] = Field(min_length=1, description="Channels per stage.")
+    token_mixer: TokenMixer | list[TokenMixer] = Field(description="Token mixer, per stage.")
+    norm: Norm | list[Norm] = Field("layer_norm_no_bias", description="Norm of both branches, per stage.")
+    act: Act = Field("star_relu", description="Activation of the MLP.")
+    mlp_ratio: float = Field(4.0, gt=0, description="Hidden channels of the MLP per channel.")
+    mlp_bias: bool = Field(False, description="Whether the MLP's linear layers have a bias.")
+    layer_scale: float | list[float | None] | None = Field(None, description="Initial LayerScale, per stage.")
+    res_scale: float | list[float | None] | None = Field(None, description="Initial ResScale, per stage.")
+    pool_size: Size = Field(3, description="Window of pooling, odd.")
+    conv_kernel_size: Size = Field(7, description="Depthwise kernel of sep_conv, odd.")
+    conv_expansion: float = Field(2.0, gt=0, description="Hidden channels of sep_conv per channel.")
+    head_dim: Size = Field(32, description="Channels per attention head.")
+    stem: PatchConfig
+    downsample: PatchConfig
+    head: HeadConfig = HeadConfig()
+    drop_rate: Rate = Field(0.0, description="Dropout before the classifier.")
+
+    in_chans: Size = Field(3, description="Channels of the input images.")
+    num_classes: Annotated[int, Field(ge=0)] = Field(1000, description="Classes; 0: no classifier.")
+    image_size: Size | list[Size] = Field(224, description="Pixels: one side of a square, or [height, width].")
+    crop_pct: float = Field(1.0, gt=0, le=1, description="Share of the resized image kept by the centre crop.")
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    mean: list[float] = Field([0.485, 0.456, 0.406], description="Mean of each input channel, images in [0, 1].")
+    std: list[float] = Field([0.229, 0.224, 0.225], description="Standard deviation of each input channel.")
+    pretrained: list[str] = Field([], description="Tags of published weights, the default first.")
+    published: Published | None = None
+
+    @field_validator("pool_size", "conv_kernel_size")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"must be odd, so that the output keeps its size, got {value}")
+        return value
+
+    @field_validator("image_size")
+    @classmethod
+    def _height_width(cls, value: int | list[int]) -> int | list[int]:
+        if isinstance(value, list) and len(value) != 2:
+            raise ValueError(f"must be one number or [height, width], got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "MetaFormerConfig":
+        stages = len(self.depths)
+        if len(self.dims) != stages:
+            raise ValueError(f"depths has {stages} stages and dims {len(self.dims)}; they must be of one length")
+        for key in ("token_mixer", "norm", "layer_scale", "res_scale"):
+            value = getattr(self, key)
+            if isinstance(value, list) and len(value) != stages:
+                raise ValueError(f"{key} has {len(value)} entries, depths has {stages} stages")
+        for stage, (mixer, dim) in enumerate(zip(self.per_stage(self.token_mixer), self.dims, strict=True)):
+            if mixer == "attention" and dim % self.head_dim:
+                raise ValueError(f"dims[{stage}] = {dim} is not divisible by head_dim {self.head_dim}")
+        if any(s <= 0 for s in self.std):
+            raise ValueError(f"std must be positive, got {self.std}")
+        if min(self.feature_size(stages - 1)) < 1:
+            raise ValueError(f"image_size {self.image_size} is too small for {stages} stages of this stem")
+        return self
+
+    # ---- derived --------------------------------------------------------------------------------------------------
+
+    def per_stage(self, value: T | list[T]) -> list[T]:
+        """A value for all stages, or one per stage, as a list with one per stage."""
+        return value if isinstance(value, list) else [value] * len(self.depths)
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Image size in pixels."""
+        if isinstance(self.image_size, list):
+            return self.image_size[0], self.image_size[1]
+        return self.image_size, self.image_size
+
+    def feature_size(self, stage: int) -> tuple[int, int]:
+        """Positions (H, W) inside a stage at the model's image size. Stages of equal width keep the size."""
+        height, width = (_conv_size(n, self.stem) for n in self.height_width)
+        for i in range(1, stage + 1):
+            if self.dims[i] != self.dims[i - 1]:
+                height, width = (_conv_size(n, self.downsample) for n in (height, width))
+        return height, width
+
+    def channel_stats(self) -> tuple[list[float], list[float]]:
+        """Mean and std per input channel; where they are given for another number of channels, their averages."""
+        if len(self.mean) == len(self.std) == self.in_chans:
+            return list(self.mean), list(self.std)
+        return [math.fsum(self.mean) / len(self.mean)] * self.in_chans, [
+            math.fsum(self.std) / len(self.std)
+        ] * self.in_chans
+
+
+def _conv_size(positions: int, patch: PatchConfig) -> int:
+    return (positions + 2 * patch.padding - patch.kernel_size) // patch.stride + 1
+
+
+def load_model_config(path: Path, overrides: Mapping[str, Any] | None = None) -> MetaFormerConfig:
+    """Reads one model's YAML.
+
+    Args:
+        path: The file; its stem is the model's name.
+        overrides: Keys replaced before checking; a mapping is merged into the section it overrides.
+
+    Raises:
+        ConfigError: Unreadable or wrong, naming file, line, key, and the nearest known key.
+    """
+    document = load_yaml(path)
+    given = document.data.pop("name", path.stem)
+    document.data["name"] = path.stem if given == path.stem else given
+    if overrides:
+        _merge(document.data, overrides)
+    return validate(MetaFormerConfig, document)
+
+
+def override_config(config: MetaFormerConfig, overrides: Mapping[str, Any], source: str) -> MetaFormerConfig:
+    """The config with some keys replaced, checked as a whole.
+
+    Raises:
+        ConfigError: An unknown key or a wrong value.
+    """
+    data = config.model_dump()
+    _merge(data, overrides)
+    return validate(MetaFormerConfig, data, source=source)
+
+
+def _merge(data: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and isinstance(data.get(key), dict):
+            _merge(data[key], value)
+        else:
+            data[key] = value

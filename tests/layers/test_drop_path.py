@@ -1,0 +1,314 @@
+"""drop_path and DropPath: exact values, rates, gradients, and skip equal to mask for the same kept set."""
+
+import copy
+import json
+import math
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layers.drop_path import BREAK_EVEN, MODES, DropPath, drop_path
+
+EXAMPLE = Path(__file__).parents[1] / "data" / "drop_path_example.json"
+
+
+class Recorder(nn.Module):
+    """A linear branch that notes the inputs it was called with."""
+
+    def __init__(self, dim: int = 3) -> None:
+        super().__init__()
+        self.fc = nn.Linear(dim, dim)
+        self.calls: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(x.detach().clone())
+        return self.fc(x)
+
+
+# ---- the function ---------------------------------------------------------------------------------------------------
+
+
+def test_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = json.loads(EXAMPLE.read_text())
+    x, mask = torch.tensor(example["x"]), torch.tensor(example["mask"])
+    # draws below keep_prob = 0.8 are kept
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.where(mask > 0, 0.5, 0.9))
+    out = drop_path(x, example["drop_prob"], training=True)
+    torch.testing.assert_close(out, torch.tensor(example["output"]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("drop_prob", [0.0, None, 0.3])
+def test_identity_in_eval_and_at_zero(drop_prob: float | None) -> None:
+    x = torch.randn(4, 3)
+    assert drop_path(x, drop_prob, training=False) is x
+    if not drop_prob:
+        assert drop_path(x, drop_prob, training=True) is x
+
+
+def test_all_zeros_at_one() -> None:
+    x = torch.randn(8, 3, 2, 2)
+    assert torch.equal(drop_path(x, 1.0, training=True), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_each_sample_is_zero_or_scaled(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(500, 2, 3, dtype=dtype)
+    out = drop_path(x, 0.25, training=True)
+    assert out.dtype == dtype
+    kept = out[:, 0, 0] != 0
+    assert 0 < kept.sum() < 500
+    expected = kept[:, None, None].to(dtype) * torch.tensor(1 / 0.75, dtype=dtype)
+    assert torch.equal(out, expected.expand_as(out))
+    unscaled = drop_path(x, 0.25, training=True, scale_by_keep=False)
+    assert set(unscaled.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.1", True])
+def test_refuses_what_is_no_probability(value: float) -> None:
+    with pytest.raises(ValueError, match=r"drop_prob must be a number in \[0, 1\], got"):
+        drop_path(torch.ones(2), value, training=True)
+    with pytest.raises(ValueError, match=r"drop_prob must be a number in \[0, 1\], got"):
+        DropPath(value)
+    module = DropPath(0.1)
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        module.drop_prob = value
+    assert module.drop_prob == 0.1
+
+
+def test_refuses_an_unknown_mode() -> None:
+    with pytest.raises(ValueError, match="mode must be one of mask, skip, batch, got 'skp'"):
+        DropPath(0.1, mode="skp")  # type: ignore[arg-type]
+
+
+# ---- the module -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_eval_is_identity_and_rate_one_drops_all(mode: str) -> None:
+    module, branch = DropPath(1.0, mode=mode), Recorder()  # type: ignore[arg-type]
+    x = torch.randn(5, 3)
+    assert torch.equal(module.residual(x, branch), x)
+    assert torch.equal(module(x), torch.zeros_like(x))
+    module.eval()
+    torch.testing.assert_close(module.residual(x, branch), x + branch.fc(x))
+    assert module(x) is x
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kept_by", ["residual", "forward"])
+def test_rate_zero_is_exact(mode: str, kept_by: str) -> None:
+    module, branch = DropPath(0.0, mode=mode), Recorder()  # type: ignore[arg-type]
+    x = torch.randn(5, 3)
+    out = module.residual(x, branch) if kept_by == "residual" else x + module(branch.fc(x))
+    assert torch.equal(out, x + branch.fc(x))
+
+
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+@pytest.mark.parametrize("batch", [1, 2, 7, 16])
+def test_skip_equals_mask_for_the_same_kept_set(batch: int, scale_by_keep: bool) -> None:
+    torch.manual_seed(batch)
+    module, branch = DropPath(0.4, scale_by_keep, mode="skip"), Recorder()
+    for _ in range(10):
+        x = torch.randn(batch, 4, 3, requires_grad=True)
+        shortcut = torch.randn(batch, 4, 3, requires_grad=True)
+        branch.calls.clear()
+        out = module.residual(x, branch, shortcut)
+        kept = (out != shortcut).flatten(1).any(dim=1)
+        gradients = torch.autograd.grad(out.square().sum(), [x, shortcut, *branch.parameters()])
+
+        assert len(branch.calls) == 1, "the branch is called once"
+        seen = branch.calls[0]
+        assert len(seen) == kept.sum(), "and with as many samples as were kept"
+        assert {tuple(s.flatten().tolist()) for s in seen} == {tuple(s.flatten().tolist()) for s in x[kept].detach()}
+
+        scale = kept.float() / (0.6 if scale_by_keep else 1.0)
+        masked = shortcut + branch.fc(x) * scale[:, None, None]
+        torch.testing.assert_close(out, masked, atol=1e-6, rtol=1e-6)
+        expected = torch.autograd.grad(masked.square().sum(), [x, shortcut, *branch.parameters()])
+        for a, b in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-6)
+
+
+def test_skip_below_break_even_masks_the_same_draw() -> None:
+    x = torch.randn(16, 3)
+    branch = Recorder()
+    skipping, masking = DropPath(0.3, mode="skip"), DropPath(0.3, mode="skip")
+    masking.break_even = 0.31
+    assert skipping.skips and not masking.skips
+    for seed in range(5):
+        outputs = []
+        for module in (skipping, masking):
+            torch.manual_seed(seed)
+            outputs.append(module.residual(x, branch))
+            after = torch.rand(3)  # the random stream goes on alike
+            outputs.append(after)
+        torch.testing.assert_close(outputs[0], outputs[2])
+        assert torch.equal(outputs[1], outputs[3])
+    assert len(branch.calls[-1]) == 16
+
+
+def test_forward_in_skip_mode_has_the_fixed_count() -> None:
+    torch.manual_seed(0)
+    module = DropPath(0.25, mode="skip")
+    counts = {int((module(torch.ones(8, 2))[:, 0] > 0).sum()) for _ in range(50)}
+    assert counts == {6}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("drop_prob", [0.05, 0.1, 0.2, 0.4])
+@pytest.mark.parametrize("batch", [1, 2, 4, 8])
+@pytest.mark.parametrize("mode", MODES)
+def test_realised_rate_is_exact(mode: str, batch: int, drop_prob: float, dtype: torch.dtype) -> None:
+    """Over 20,000 samples the rate is within 3.5 sigma, with the mode's own sigma, as seen in the output."""
+    torch.manual_seed(1234)
+    module = DropPath(drop_prob, mode=mode)  # type: ignore[arg-type]
+    x = torch.zeros(batch, 1, dtype=dtype)
+    draws = 20_000 // batch
+    dropped = sum(int((module.residual(x, torch.ones_like) == 0).sum()) for _ in range(draws))
+    kept_mean = batch * (1 - drop_prob)
+    variance = {
+        "mask": batch * drop_prob * (1 - drop_prob),
+        "skip": (kept_mean - math.floor(kept_mean)) * (math.ceil(kept_mean) - kept_mean),
+        "batch": batch**2 * drop_prob * (1 - drop_prob),
+    }[mode]
+    sigma = math.sqrt(draws * variance)
+    assert abs(dropped - draws * batch * drop_prob) <= 3.5 * sigma + 1e-6
+    assert module.samples_seen == draws * batch
+    assert module.samples_dropped == dropped
+
+
+def test_each_sample_has_the_same_chance() -> None:
+    torch.manual_seed(0)
+    module = DropPath(0.3, mode="skip")
+    draws = 8_000
+    dropped = sum((module.residual(torch.zeros(5, 1), torch.ones_like)[:, 0] == 0).long() for _ in range(draws))
+    sigma = math.sqrt(draws * 0.3 * 0.7)
+    assert ((dropped - draws * 0.3).abs() < 4 * sigma).all()
+
+
+def test_batch_mode_drops_all_or_nothing() -> None:
+    torch.manual_seed(0)
+    module = DropPath(0.5, mode="batch")
+    counts = {int((module.residual(torch.zeros(6, 1), torch.ones_like) == 0).sum()) for _ in range(40)}
+    assert counts == {0, 6}
+
+
+@pytest.mark.parametrize("mode", ["skip", "batch"])
+def test_nothing_kept_gives_every_parameter_a_zero_gradient(mode: str) -> None:
+    module, branch = DropPath(1.0, mode=mode), Recorder()  # type: ignore[arg-type]
+    x = torch.randn(1, 3, requires_grad=True)
+    module.residual(x, branch).sum().backward()
+    assert len(branch.calls[0]) == 0
+    assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
+    for parameter in branch.parameters():
+        assert parameter.grad is not None and torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+def test_one_module_may_serve_two_branches() -> None:
+    torch.manual_seed(0)
+    module, branch = DropPath(0.5, mode="skip"), Recorder()
+    x = module.residual(torch.zeros(4, 3), branch)
+    assert module.residual(x, branch).shape == (4, 3)
+    assert module.samples_seen == 8
+
+
+# ---- settings and state ---------------------------------------------------------------------------------------------
+
+
+def test_holds_no_state() -> None:
+    module = DropPath(0.3, mode="skip")
+    assert not module.state_dict() and not list(module.parameters()) and not list(module.buffers())
+
+
+def test_rate_and_mode_may_change_at_any_time() -> None:
+    torch.manual_seed(0)
+    module = DropPath(0.0)
+    x = torch.zeros(64, 1)
+    assert (module.residual(x, torch.ones_like) == 1).all()
+    module.drop_prob = 1.0
+    assert (module.residual(x, torch.ones_like) == 0).all()
+    module.drop_prob, module.multiplier = 0.5, 0.5
+    assert module.rate == 0.25
+    module.mode = "skip"
+    assert int((module.residual(x, torch.ones_like) == 0).sum()) == 16
+
+
+def test_draws_at_every_rate_so_that_streams_agree() -> None:
+    states = []
+    for rate in (0.0, 0.3):
+        torch.manual_seed(0)
+        DropPath(rate, mode="mask").residual(torch.zeros(4, 1), torch.ones_like)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_uses_torchs_default_generators() -> None:
+    module = DropPath(0.5, mode="skip")
+    outputs = []
+    for _ in range(2):
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            outputs.append(torch.stack([module.residual(torch.zeros(9, 1), torch.ones_like) for _ in range(5)]))
+    assert torch.equal(*outputs)
+
+
+def test_result_is_cast_to_the_shortcuts_dtype() -> None:
+    torch.manual_seed(0)
+    branch = Recorder()
+    for mode in MODES:
+        module = DropPath(0.5, mode=mode)  # type: ignore[arg-type]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert branch.fc(torch.zeros(1, 3)).dtype == torch.bfloat16
+            assert module.residual(torch.zeros(8, 3), branch).dtype == torch.float32
+
+
+def test_copies_keep_their_settings_and_are_independent() -> None:
+    module = DropPath(0.3, mode="skip", kind="pooling")
+    module.multiplier = 0.5
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert (other.drop_prob, other.rate, other.mode, other.kind) == (0.3, 0.15, "skip", "pooling")
+        other.drop_prob = 0.9
+        assert module.rate == 0.15 and float(module._rate) == pytest.approx(0.15)
+
+
+def test_built_on_the_meta_device_the_rate_is_real() -> None:
+    with torch.device("meta"):
+        module = DropPath(0.3, mode="skip")
+    assert float(module._rate) == pytest.approx(0.3)
+    module.to_empty(device="cpu")
+    module.half()
+    assert float(module._rate) == pytest.approx(0.3) and module._rate.dtype == torch.float64
+
+
+def test_break_even_comes_from_the_kind() -> None:
+    for kind, rate in BREAK_EVEN.items():
+        assert DropPath(kind=kind).break_even == rate
+    assert DropPath(0.01, mode="skip").skips, "a branch of unknown kind always skips"
+
+
+def test_batch_norm_in_a_branch_is_warned_about_once_and_masked_where_too_few_remain() -> None:
+    branch = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    module = DropPath(0.9, mode="skip")
+    with pytest.warns(UserWarning, match="batch norm inside this residual branch"):
+        out = module.residual(torch.randn(4, 3), branch)
+    assert torch.isfinite(out).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):  # 0 or 1 of 4 samples kept: a batch norm of one sample would raise
+            module.residual(torch.randn(4, 3), branch)
+    assert all(torch.isfinite(b.float()).all() for b in branch.buffers())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("mode", MODES)
+def test_on_cuda_counts_and_values_agree(mode: str) -> None:
+    torch.manual_seed(0)
+    module = DropPath(0.25, mode=mode).cuda()  # type: ignore[arg-type]
+    x = torch.zeros(8, 2, device="cuda")
+    dropped = sum(int((module.residual(x, torch.ones_like)[:, 0] == 0).sum()) for _ in range(50))
+    assert module.samples_dropped == dropped

@@ -1,0 +1,151 @@
+"""Trains one model from one YAML: `python train.py --config FILE [key=value ...]`, the same under torchrun."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from models.strict_yaml import ConfigError
+from training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from training.config import TrainConfig, dump_config, load_config
+from training.distributed import World, close_world, init_world
+from training.loop import NonFiniteError, build, describe, dry_run, train
+from training.run_folder import RunFolder, latest_run, new_run_path
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of train.py."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the config")
+    parser.add_argument("--config", type=Path, help="a YAML of configs/train; default: the handwritten digits")
+    parser.add_argument("--output", type=Path, help="the run folder; default: runs/NAME-TIME")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on: from --output or the newest run, or from a path")
+    parser.add_argument("--print-config", action="store_true", help="print the whole config and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build all, run one batch, print the plan, write nothing"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0 done or saved, 1 failed while running, 2 a mistake in what was given."""
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    world = None
+    try:
+        folder = find_folder(args)
+        config = find_config(args, folder)
+        if args.print_config:
+            print(dump_config(config), end="")
+            return 0
+        world = init_world(config.runtime.device)
+        if not world.is_main:
+            logging.disable(logging.INFO)
+        return run(args, config, folder, world)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (NonFiniteError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if world is not None:
+            close_world(world)
+
+
+def find_folder(args: argparse.Namespace) -> Path | None:
+    """The folder of the run to write or to go on with; None for a new one still to be named."""
+    if args.resume in (None, "auto"):
+        if args.resume is None or args.output is not None:
+            return args.output
+        name = args.config.stem if args.config else "digits"
+        found = latest_run(name)
+        if found is None:
+            print(f"--resume auto: no run runs/{name}-* yet; starting one")
+        return found
+    path = Path(args.resume)
+    run_path = path.parent.parent if path.parent.name == "checkpoints" else path
+    if not RunFolder(run_path).holds_run():
+        raise ConfigError(f"--resume {args.resume}: not a run folder, nor a checkpoint in one")
+    if args.output is not None and args.output.resolve() != run_path.resolve():
+        raise ConfigError(f"--resume {args.resume} and --output {args.output} name two folders; leave --output out")
+    return run_path
+
+
+def find_config(args: argparse.Namespace, folder: Path | None) -> TrainConfig:
+    """The config given; where a run is resumed without one, the run's own."""
+    own = folder is not None and args.resume and args.config is None and RunFolder(folder).holds_run()
+    return load_config(RunFolder(folder).config if folder is not None and own else args.config, args.overrides)
+
+
+def run(args: argparse.Namespace, config: TrainConfig, path: Path | None, world: World) -> int:
+    """Builds and trains."""
+    checkpoint = None
+    if args.resume and path is not None:
+        if args.resume != "auto" and Path(args.resume).parent.name == "checkpoints":
+            checkpoint = load_checkpoint(Path(args.resume), rank=world.rank, world_size=world.size)
+        else:
+            checkpoint = latest_checkpoint(
+                RunFolder(path).checkpoints, rank=world.rank, world_size=world.size, warn=_warn
+            )
+    setup = build(config, world, load_checkpoint=checkpoint is None)
+    if args.dry_run:
+        plan = describe(setup)
+        result = dry_run(setup)
+        if world.is_main:
+            print(f"{plan}\n{result}")
+        return 0
+    name = args.config.stem if args.config else "digits"
+    folder = RunFolder(path or new_run_path(name))
+    check_same_run(folder, setup.config, resuming=bool(args.resume))
+    problem = None
+    if world.is_main:
+        try:
+            folder.make(fresh=not args.resume)
+        except ConfigError as error:
+            problem = error
+    if world.any(problem is not None):
+        raise problem or ConfigError("rank 0 cannot write the run folder")
+    if world.is_main:
+        print(describe(setup))
+        start = "" if checkpoint is None else f", going on from step {checkpoint.step}"
+        print(f"run       {folder.path}{start}")
+    summary = train(setup, folder, checkpoint)
+    if world.is_main and "stopped_by" not in summary:
+        print(
+            f"final top-1 {summary['final_top1']:.2f}, best {summary['best_top1']:.2f}, {summary['seconds']:.1f} s; "
+            f"report: {folder.path / 'report.html'}"
+        )
+    return 0
+
+
+def check_same_run(folder: RunFolder, config: TrainConfig, *, resuming: bool) -> None:
+    """Refuses to go on with a run under settings that would make it another run.
+
+    Raises:
+        ConfigError: Naming the first key that differs.
+    """
+    if not resuming or not folder.holds_run():
+        return
+    old, new = load_config(folder.config).model_dump(), config.model_dump()
+    for section in ("seed", "model", "drop_path", "data", "augment", "optim", "ema", "runtime"):
+        before, after = old[section], new[section]
+        if section == "data":
+            free = {"workers", "root", "eval_batch_size"}  # change nothing that is learned
+            before, after = ({k: v for k, v in d.items() if k not in free} for d in (before, after))
+        if before != after:
+            keys = [k for k in after if before.get(k) != after[k]] if isinstance(after, dict) else []
+            key = f"{section}.{keys[0]}" if keys else section
+            values = (before[keys[0]], after[keys[0]]) if keys else (before, after)
+            raise ConfigError(
+                f"--resume: {key} is {values[1]!r}, but the run in {folder.path} has {values[0]!r}; "
+                "leave it as it was, or start a new run from its weights (model.checkpoint)"
+            )
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The training run: config, data, optimizer, loop, checkpoints, report."""

@@ -1,0 +1,365 @@
+"""The schema of a training run: configs/train/*.yaml and overrides such as `optim.epochs=3` -> TrainConfig.
+
+One self-contained file per run. Types are strict (an integer may stand for a number, nothing else is converted), NaN
+and infinity are refused, and an unknown key, or one without effect where it stands, is an error with its line.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsage]
+
+from configs import CONFIGS
+from layers.rates import ProfileName, RateIs
+from layers.schedule import Kind
+from models.strict_yaml import (
+    ConfigError,
+    FieldError,
+    dump_yaml,
+    known_keys,
+    load_yaml,
+    nearest,
+    parse_value,
+    unknown_key,
+    validate,
+)
+
+DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+# The keys of drop_path.schedule that have an effect, by its kind.
+_SCHEDULE_KEYS: dict[Kind, tuple[str, ...]] = {
+    "constant": (),
+    "ramp": ("cutoff_epochs", "start", "end"),
+    "cosine": ("cutoff_epochs", "start", "end"),
+    "early": ("cutoff_epochs", "shape"),
+    "late": ("cutoff_epochs",),
+    "piecewise": ("points",),
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """What to train. Any further key overrides the model's own configuration, for example `depths: [1, 1, 1, 1]`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(min_length=1, description="A registered model (see list_models) or the path of a model's YAML.")
+    num_classes: int | None = Field(default=None, ge=1, description="Classes of the head. Default: those of the data.")
+    pretrained: bool = Field(default=False, description="Start from published weights, downloaded through timm.")
+    checkpoint: str | None = Field(
+        default=None, description="Start from these weights: a run's best folder or a weights file."
+    )
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The further keys; `create_model` checks them against the model's configuration."""
+        return dict(self.model_extra or {})
+
+
+class ScheduleSection(_Section):
+    """How the drop-path rates change over training: a multiplier of every rate, moved at each optimizer step."""
+
+    kind: Kind = Field(
+        default="constant",
+        description="constant: 1 throughout. ramp, cosine: from start to end. early: from 1 to 0 at the cutoff. "
+        "late: 0, then 1 from the cutoff. piecewise: linear between points.",
+    )
+    cutoff_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Epochs; needed by early and late. ramp and cosine: where end is reached, default the end.",
+    )
+    shape: Literal["linear", "constant"] | None = Field(
+        default=None, description="early only: fall linearly to the cutoff, or stay at 1 until it. Default linear."
+    )
+    start: Fraction | None = Field(
+        default=None, description="ramp and cosine: multiplier at the first step, default 0."
+    )
+    end: Fraction | None = Field(default=None, description="ramp and cosine: multiplier that is reached, default 1.")
+    points: list[Pair] | None = Field(
+        default=None, min_length=1, description="piecewise only: [epoch, multiplier] pairs, epochs rising from 0."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScheduleSection":
+        allowed = _SCHEDULE_KEYS[self.kind]
+        for key in type(self).model_fields:
+            if key not in ("kind", *allowed) and getattr(self, key) is not None:
+                which = f"its keys are {', '.join(allowed)}" if allowed else "it takes no further key"
+                raise FieldError(key, f"has no effect with kind {self.kind!r}; {which}")
+        if self.kind in ("early", "late") and self.cutoff_epochs is None:
+            raise FieldError("kind", f"{self.kind!r} needs cutoff_epochs: epochs, greater than 0")
+        if self.kind == "piecewise":
+            self._check_points()
+        # Defaults of the kind are filled in, so that the saved configuration says what ran.
+        if self.kind == "early" and self.shape is None:
+            self.shape = "linear"
+        if self.kind in ("ramp", "cosine"):
+            self.start = 0.0 if self.start is None else self.start
+            self.end = 1.0 if self.end is None else self.end
+        return self
+
+    def _check_points(self) -> None:
+        if self.points is None:
+            raise FieldError("kind", "'piecewise' needs points: [epoch, multiplier] pairs such as [[0, 0], [9, 1]]")
+        epochs = [epoch for epoch, _ in self.points]
+        if epochs[0] != 0 or any(b <= a for a, b in pairwise(epochs)):
+            raise FieldError("points", f"epochs must rise strictly from 0, got {epochs}")
+        if not all(0 <= multiplier <= 1 for _, multiplier in self.points):
+            raise FieldError("points", f"multipliers must be in [0, 1], got {[m for _, m in self.points]}")
+
+
+class DropPathSection(_Section):
+    """Stochastic depth: how often which block is dropped."""
+
+    rate: Fraction | None = Field(
+        default=None, description="In [0, 1]; see rate_is. Default: the rate in the model's YAML."
+    )
+    profile: ProfileName | list[Fraction] = Field(
+        default="linear",
+        description="How the rate is spread over depth, or one rate in [0, 1] per block, first to last.",
+    )
+    rate_is: RateIs = Field(
+        default="max",
+        description="What rate measures: the largest rate, the mean over blocks, or the share of compute dropped.",
+    )
+    mode: Literal["mask", "skip", "batch"] = Field(
+        default="mask",
+        description="mask: compute, then zero. skip: do not compute dropped samples. batch: one draw per batch.",
+    )
+    break_even: Fraction | None = Field(
+        default=None,
+        description="Rate from which skipping pays; below it, skip masks. Default: measured, per token mixer.",
+    )
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+
+
+class DataSection(_Section):
+    """What to train on."""
+
+    dataset: Literal["digits", "folder"] = Field(
+        description="digits: scikit-learn's, no download. folder: images in root/train/CLASS and root/val/CLASS."
+    )
+    root: str | None = Field(default=None, description="The folder of dataset 'folder'.")
+    image_size: int | None = Field(default=None, ge=1, description="Pixels, height and width. Default: the model's.")
+    batch_size: int = Field(default=128, ge=1, description="Samples per process and forward pass.")
+    eval_batch_size: int | None = Field(
+        default=None, ge=1, description="Samples per process in validation. Default: batch_size."
+    )
+    workers: int = Field(
+        default=4, ge=0, description="Loader processes per training process; results do not depend on it."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataSection":
+        if self.dataset == "folder" and not self.root:
+            key = "root" if "root" in self.model_fields_set else "dataset"
+            raise FieldError(key, "dataset 'folder' needs a root, for example data.root=/path/to/imagenet")
+        if self.dataset == "digits" and self.root is not None:
+            raise FieldError("root", "has no effect with dataset 'digits'; leave it out or set it to null")
+        return self
+
+
+class AugmentSection(_Section):
+    """What happens to training images and labels."""
+
+    auto_augment: str | None = Field(default=None, description="A timm policy, for example rand-m9-mstd0.5-inc1.")
+    random_erasing: Fraction = Field(default=0.0, description="Probability per image.")
+    mixup: float = Field(default=0.0, ge=0, description="Alpha of the beta distribution; 0: off.")
+    cutmix: float = Field(default=0.0, ge=0, description="Alpha of the beta distribution; 0: off.")
+    mixup_off_epoch: int = Field(default=0, ge=0, description="Epoch from which mixup and cutmix are off; 0: never.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Share of the label spread over all classes.")
+    crop_scale: Pair | None = Field(
+        default=None, description="[smallest, largest] area of a random resized crop, in (0, 1]. Default: resize only."
+    )
+    crop_ratio: Pair = Field(default=[3 / 4, 4 / 3], description="[smallest, largest] width over height of that crop.")
+    hflip: Fraction = Field(default=0.5, description="Probability of a horizontal flip.")
+    color_jitter: float = Field(
+        default=0.0, ge=0, description="Strength of brightness, contrast and saturation jitter."
+    )
+    rotate: float = Field(default=0.0, ge=0, description="Largest rotation, degrees either way.")
+    translate: float = Field(
+        default=0.0, ge=0, lt=1, description="Largest shift, as a fraction of the image, either way."
+    )
+    zoom: float = Field(default=0.0, ge=0, lt=1, description="Largest change of scale, as a fraction, either way.")
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _check_policy(cls, policy: str | None) -> str | None:
+        if policy is None:
+            return None
+        by_prefix = {"rand": rand_augment_transform, "augm": augment_and_mix_transform}
+        try:
+            by_prefix.get(policy[:4], auto_augment_transform)(policy, {})
+        except (AssertionError, ValueError, IndexError, KeyError):
+            known = "rand-m9-mstd0.5-inc1, augmix-m5-w4, v0, original, 3a"
+            raise ValueError(f"expected a policy of timm such as {known}, got {policy!r}") from None
+        return policy
+
+    @model_validator(mode="after")
+    def _check_crop(self) -> "AugmentSection":
+        if self.crop_scale and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise FieldError("crop_scale", f"expected 0 < smallest <= largest <= 1, got {self.crop_scale}")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise FieldError("crop_ratio", f"expected 0 < smallest <= largest, got {self.crop_ratio}")
+        return self
+
+
+class OptimSection(_Section):
+    """Optimizer and learning rate; any optimizer of timm."""
+
+    name: str = Field(default="adamw", description="A name of timm.optim.list_optimizers().")
+    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate, for the batch as it is: nothing is scaled.")
+    weight_decay: float = Field(default=0.05, ge=0, description="Not applied to biases, norms and scales.")
+    epochs: int = Field(default=300, ge=1, description="Passes over the training data.")
+    warmup_epochs: float = Field(default=5.0, ge=0, description="Epochs of linear warm-up, part of epochs.")
+    warmup_lr: float = Field(default=1e-6, ge=0, description="Learning rate at the first step of the warm-up.")
+    min_lr: float = Field(default=1e-6, ge=0, description="Learning rate at the end of the cosine.")
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="After the warm-up.")
+    clip_grad: float | None = Field(
+        default=None, gt=0, description="Largest norm of all gradients together. Default: no limit."
+    )
+    accumulate: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
+    layer_decay: float | None = Field(
+        default=None, gt=0, le=1, description="Factor on lr per layer, from the head down."
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Of optimizers that have one.")
+    betas: Pair | None = Field(
+        default=None, description="Of the Adam family, each in [0, 1). Default: the optimizer's."
+    )
+    eps: float | None = Field(default=None, gt=0, description="Of the Adam family. Default: the optimizer's.")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        known = [str(n) for n in list_optimizers()]
+        if name not in known:
+            raise ValueError(
+                f"unknown optimizer {name!r}{nearest(name, known)} (timm.optim.list_optimizers() has them all)"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimSection":
+        if self.betas and not all(0 <= b < 1 for b in self.betas):
+            raise FieldError("betas", f"each must be in [0, 1), got {self.betas}")
+        if self.warmup_epochs > self.epochs:
+            raise FieldError(
+                "warmup_epochs", f"must be at most optim.epochs ({self.epochs}), got {self.warmup_epochs:g}"
+            )
+        return self
+
+
+class EmaSection(_Section):
+    """A moving average of the weights, evaluated and saved in place of the raw ones."""
+
+    enabled: bool = Field(default=False, description="Keep it.")
+    decay: float = Field(default=0.9999, gt=0, lt=1, description="Weight of the old average at each optimizer step.")
+    warmup: bool = Field(
+        default=False, description="Let decay rise to its value, so that short runs forget their start."
+    )
+
+
+class RuntimeSection(_Section):
+    """Where and how to compute; what is learned does not depend on it, but for rounding."""
+
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps. auto: the best there is.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Of autocast. auto: bfloat16 where the device is fast at it, else float32."
+    )
+    channels_last: Literal["auto"] | bool = Field(default="auto", description="Memory format. auto: on CUDA.")
+    compile: bool = Field(default=False, description="torch.compile the model.")
+    deterministic: bool = Field(default=False, description="Deterministic algorithms only; slower on CUDA.")
+    tf32: bool = Field(default=True, description="TF32 matrix products for float32 on CUDA.")
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        known = ["auto", "cpu", "cuda", "cuda:0", "mps"]
+        if device not in known and not re.fullmatch(r"cuda:(0|[1-9]\d{0,3})", device):
+            raise ValueError(f"expected auto, cpu, cuda, cuda:N or mps, got {device!r}{nearest(device, known)}")
+        return device
+
+
+class CheckpointSection(_Section):
+    """When the state of the run is saved; it is also saved on SIGTERM and SIGUSR1."""
+
+    every_epochs: int | None = Field(default=1, ge=1, description="Epochs between checkpoints; null: not by epochs.")
+    every_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps between checkpoints; null: not by steps."
+    )
+    keep: int = Field(default=2, ge=1, description="Checkpoints kept; older ones are deleted.")
+
+
+class TrainConfig(_Section):
+    """One training run."""
+
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Of weights, order, augmentation and drop path.")
+    model: ModelSection
+    drop_path: DropPathSection = Field(default_factory=DropPathSection)
+    data: DataSection
+    augment: AugmentSection = Field(default_factory=AugmentSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    ema: EmaSection = Field(default_factory=EmaSection)
+    runtime: RuntimeSection = Field(default_factory=RuntimeSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+
+    @model_validator(mode="after")
+    def _check_schedule_fits(self) -> "TrainConfig":
+        schedule, epochs = self.drop_path.schedule, self.optim.epochs
+        ends = {"cutoff_epochs": schedule.cutoff_epochs, "points": schedule.points and schedule.points[-1][0]}
+        for key, end in ends.items():
+            if end is not None and end > epochs:
+                raise FieldError(f"drop_path.schedule.{key}", f"ends at epoch {end:g}, beyond optim.epochs ({epochs})")
+        return self
+
+
+def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Defaults, then the file, then the overrides in their order; the last word on a key wins.
+
+    Args:
+        path: A YAML file; None for the embedded default, `configs/train/digits.yaml`.
+        overrides: KEY=VALUE, a dotted key and a value in YAML, as in `optim.lr=1e-3` or `model.depths=[1, 1, 1, 1]`.
+            A section given as a whole, `drop_path.schedule={kind: early, cutoff_epochs: 3}`, replaces the file's.
+
+    Raises:
+        ConfigError: Naming file and line, or the override, with key, value and what is allowed.
+    """
+    document = load_yaml(DEFAULT_CONFIG if path is None else path)
+    known = known_keys(TrainConfig)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        key, place = key.strip(), f"on the command line: {override}"
+        if not separator or not key:
+            raise ConfigError(f"{place}: expected KEY=VALUE, for example optim.epochs=3")
+        # model.* may be any key of the model's configuration, which create_model knows.
+        if key not in known and not re.fullmatch(r"model(\.\w+)+", key):
+            raise ConfigError(f"{place}: {unknown_key(key, known)}")
+        try:
+            value = parse_value(text)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+        document.set(tuple(key.split(".")), value, place=place)
+    return validate(TrainConfig, document)
+
+
+def dump_config(config: TrainConfig) -> str:
+    """YAML with every key, defaults included, that `load_config` reads back to an equal config."""
+    return dump_yaml(config.model_dump())
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a training config, for editors that complete and check YAML."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TrainConfig.model_json_schema()}

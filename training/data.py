@@ -1,0 +1,843 @@
+"""Data sets, augmentation, sampling and mixing: every draw is a pure function of (seed, epoch, sample index).
+
+Two data sets: `digits` (scikit-learn's 1,797 handwritten digits, no download) and `folder` (ROOT/train/CLASS/*.jpg and
+ROOT/val/CLASS/*.jpg). A training sample is addressed by (epoch, index) and a batch is (images, targets, indices).
+Because the draws belong to the sample and not to the process that makes it, the number of workers changes nothing, a
+run resumed in mid-epoch sees the images the uninterrupted one would have seen, and the training loop's own random
+stream is left alone.
+
+Libraries draw from global generators (timm's policies from Python's and NumPy's, torchvision's from torch's), so all
+three are seeded before each sample and put back after each batch. Digits need none of them for crop, rotation, shift,
+zoom and flip: those draws come from a counter-based hash and one affine map transforms the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from models.strict_yaml import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from training.config import AugmentSection, DataSection
+
+# The split is part of the task and not of a run: results at different seeds are compared on the same 360 digits.
+DIGITS_SPLIT_SEED = 20240229
+DIGITS_VAL_FRACTION = 0.2
+DIGITS_MAX_VALUE = 16.0
+
+VAL_FOLDERS = ("val", "validation", "test")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Up to here every image is decoded before training (seconds); above, only header and end of file are looked at.
+FULL_CHECK_LIMIT = 2000
+
+Sample = tuple[Tensor, int, int]
+"""Image (C, H, W), target, index."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a model expects of its input.
+
+    Attributes:
+        input_size: (C, H, W); C is 1 or 3.
+        mean: Per channel, of images in [0, 1].
+        std: Per channel, of images in [0, 1].
+        interpolation: A name of `torchvision.transforms.InterpolationMode`. Digits are always resized bilinearly.
+        crop_pct: Share of the resized image's side that the validation crop keeps, in (0, 1]. Digits are not cropped.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """The two halves of a data set and its classes, in the order of the targets."""
+
+    train: TrainDataset
+    val: ValDataset
+    num_classes: int
+    class_names: list[str]
+
+
+def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, *, seed: int) -> DataBundle:
+    """Builds the training and validation data sets.
+
+    Digits come with the augmentation that `augment` says, flips included: a config for digits sets `hflip: 0`.
+
+    Args:
+        data: Which data, and where.
+        augment: How training images are changed; validation images never are.
+        spec: The model's input.
+        seed: The run's seed. The digits' split does not depend on it.
+
+    Raises:
+        ConfigError: For a missing, empty or inconsistent folder, an unknown policy, or a spec that cannot be met.
+    """
+    _check_spec(spec)
+    if augment.crop_scale is None and not np.allclose(augment.crop_ratio, (3 / 4, 4 / 3)):
+        warnings.warn("augment.crop_ratio has no effect without augment.crop_scale", stacklevel=2)
+    if data.dataset == "digits":
+        return _digits_bundle(augment, spec, seed)
+    if data.dataset == "folder":
+        return _folder_bundle(data, augment, spec, seed)
+    raise ConfigError(f"data.dataset: {data.dataset!r} is not one of 'digits', 'folder'")
+
+
+def _check_spec(spec: ImageSpec) -> None:
+    channels = spec.input_size[0]
+    if channels not in (1, 3):
+        raise ConfigError(f"the model takes {channels} input channels; images here have 1 (grey) or 3 (RGB)")
+    if len(spec.mean) != channels or len(spec.std) != channels:
+        raise ConfigError(f"mean {spec.mean} and std {spec.std} need one value for each of {channels} input channels")
+    modes = [mode.value for mode in v2.InterpolationMode]
+    if spec.interpolation not in modes:
+        raise ConfigError(f"interpolation {spec.interpolation!r} is not one of {', '.join(modes)}")
+    if not 0 < spec.crop_pct <= 1:
+        raise ConfigError(f"crop_pct {spec.crop_pct} is not in (0, 1]")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random draws that depend on nothing but their address
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What a stream is for, so that two purposes with the same numbers never share one.
+_ORDER, _SAMPLE, _MIX, _ERASE = range(1, 5)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _hash(*words: int | Sequence[int] | np.ndarray) -> np.ndarray:
+    """64 well-mixed bits of a tuple of integers; sequences broadcast. Each word is absorbed by one SplitMix64 step."""
+    state = np.zeros(1, dtype=np.uint64)
+    for word in words:
+        if isinstance(word, int):
+            word = [word & 0xFFFFFFFFFFFFFFFF]
+        # Arrays, never scalars: unsigned arrays wrap silently, as the algorithm wants, NumPy's scalars warn.
+        state = state + np.asarray(word, dtype=np.uint64) + _GOLDEN
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def _uniform(streams: np.ndarray, draws: int) -> np.ndarray:
+    """`draws` numbers in [0, 1) for each of B streams, (B, draws)."""
+    bits = _hash(streams[:, None], np.arange(draws))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _seed_global_generators(stream: int) -> None:
+    """Seeds Python's, NumPy's and torch's CPU generator; call it inside `_global_generators_kept`."""
+    random.seed(stream)
+    np.random.seed([stream & 0xFFFFFFFF, stream >> 32])
+    torch.default_generator.manual_seed(stream)  # torch.manual_seed would seed the GPUs as well
+
+
+@contextmanager
+def _global_generators_kept() -> Iterator[None]:
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.default_generator.set_state(cpu)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ImageSource(Protocol):
+    """Images by index, with or without augmentation; both return float32 (B, C, H, W), normalised."""
+
+    paths: list[str]
+
+    def plain(self, indices: Sequence[int]) -> Tensor: ...
+
+    def augmented(self, indices: Sequence[int], streams: np.ndarray) -> Tensor: ...
+
+
+class TrainDataset(Dataset[Sample]):
+    """Augmented samples, addressed by (epoch, index): the same address always gives the same image."""
+
+    def __init__(self, source: ImageSource, targets: Sequence[int], *, seed: int) -> None:
+        self.source = source
+        self.targets = list(targets)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, position: tuple[int, int]) -> Sample:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Sample]:
+        """A whole batch at once, so that the global generators are saved and put back once per batch."""
+        epochs, indices = zip(*positions, strict=True)
+        streams = _hash(self.seed, _SAMPLE, epochs, indices)
+        with _global_generators_kept():
+            images = self.source.augmented(indices, streams)
+        return [(image, self.targets[i], i) for image, i in zip(images.unbind(), indices, strict=True)]
+
+
+class ValDataset(Dataset[Sample]):
+    """Samples without augmentation, addressed by index."""
+
+    def __init__(self, source: ImageSource, targets: Sequence[int]) -> None:
+        self.source = source
+        self.targets = list(targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        images = self.source.plain(indices)
+        return [(image, self.targets[i], i) for image, i in zip(images.unbind(), indices, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Digits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def digits_split() -> tuple[np.ndarray, np.ndarray]:
+    """Indices into scikit-learn's `load_digits()`: 1,437 for training and 360 for validation, stratified, ascending."""
+    # Imported here, as it takes a second which only digits need.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    labels = np.asarray(load_digits(return_X_y=True)[1])
+    train, val = train_test_split(
+        np.arange(len(labels)), test_size=DIGITS_VAL_FRACTION, stratify=labels, random_state=DIGITS_SPLIT_SEED
+    )
+    return np.sort(train), np.sort(val)
+
+
+def _digits_bundle(augment: AugmentSection, spec: ImageSpec, seed: int) -> DataBundle:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
+    train, val = digits_split()
+    images = torch.from_numpy(pixels / DIGITS_MAX_VALUE).float().reshape(-1, 1, 8, 8)  # (N, 1, 8, 8) in [0, 1]
+    return DataBundle(
+        train=TrainDataset(_Digits(images[train], augment, spec), labels[train].tolist(), seed=seed),
+        val=ValDataset(_Digits(images[val], augment, spec), labels[val].tolist()),
+        num_classes=10,
+        class_names=[str(digit) for digit in range(10)],
+    )
+
+
+class _Digits:
+    """Digits in memory, resized and transformed a batch at a time.
+
+    Only 8 x 8 pixels are kept: resizing a batch costs far less than transforming it, and no large tensor lives in each
+    worker. Policies and colour jitter work on PIL images, one by one (a grey-scale digit stays one if the model takes 1
+    channel), before crop, rotation, shift, zoom and flip, which are one affine map with bilinear sampling and black
+    outside.
+    """
+
+    def __init__(self, images: Tensor, augment: AugmentSection, spec: ImageSpec) -> None:
+        self.paths: list[str] = []
+        self.images = images
+        self.augment = augment
+        self.size = spec.input_size
+        self.mean = torch.tensor(spec.mean).reshape(-1, 1, 1)  # (C, 1, 1)
+        self.std = torch.tensor(spec.std).reshape(-1, 1, 1)  # (C, 1, 1)
+        self.recolour = (
+            v2.Compose([v2.ToPILImage(), *steps, *_to_tensor()]) if (steps := _recolour(augment, spec)) else None
+        )
+        self.erase = _erase(augment)
+        self.moves = bool(augment.crop_scale or augment.rotate or augment.translate or augment.zoom or augment.hflip)
+
+    def plain(self, indices: Sequence[int]) -> Tensor:
+        return self._normalise(self._resized(indices))
+
+    def augmented(self, indices: Sequence[int], streams: np.ndarray) -> Tensor:
+        images = self._resized(indices)
+        if self.recolour is not None:
+            images = images.expand(-1, self.size[0], -1, -1)  # (B, C, H, W)
+            images = torch.stack([_seeded(self.recolour, *pair) for pair in zip(images, streams.tolist(), strict=True)])
+        if self.moves:
+            images = _affine(images, self.augment, streams)
+        images = self._normalise(images)
+        if self.erase is not None:
+            for image, stream in zip(images, _hash(_ERASE, streams).tolist(), strict=True):
+                _seeded(self.erase, image, stream)  # in place
+        return images
+
+    def _resized(self, indices: Sequence[int]) -> Tensor:
+        images = self.images[torch.as_tensor(indices)]  # (B, 1, 8, 8)
+        return F.interpolate(images, self.size[1:], mode="bilinear", antialias=True)  # (B, 1, H, W)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return images.sub(self.mean).div_(self.std)  # grey images take the channels of mean: (B, C, H, W)
+
+
+def _affine(images: Tensor, augment: AugmentSection, streams: np.ndarray) -> Tensor:
+    """Crops, rotates, shifts, zooms and flips each image of (B, C, H, W) by its own draws, in one bilinear sampling.
+
+    Elementwise arithmetic throughout: a batched matrix product may round differently at another batch size.
+    """
+    height, width = images.shape[-2:]
+    angle, shift_x, shift_y, zoom, flip, area, ratio, crop_x, crop_y = _uniform(streams, 9).T
+    angle = np.radians((2 * angle - 1) * augment.rotate)
+    zoom = 1 + (2 * zoom - 1) * augment.zoom
+    # Half sides of the crop window as shares of the image; 1 without a crop. A window that would stick out is cut at
+    # the border (torchvision draws again instead).
+    half_x = half_y = np.ones_like(area)
+    if augment.crop_scale is not None:
+        low, high = augment.crop_scale
+        area = low + (high - low) * area
+        low, high = (math.log(limit) for limit in augment.crop_ratio)
+        ratio = np.exp(low + (high - low) * ratio)
+        half_x, half_y = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
+    # The middle of what is sampled, in [-1, 1] units of the image: the crop's middle less the shift.
+    middle_x = (1 - half_x) * (2 * crop_x - 1) - 2 * augment.translate * (2 * shift_x - 1)
+    middle_y = (1 - half_y) * (2 * crop_y - 1) - 2 * augment.translate * (2 * shift_y - 1)
+    half_x = np.where(flip < augment.hflip, -half_x, half_x)
+    # From output to input: window, then rotation and zoom. Units are half sides, so a rotation needs the aspect.
+    cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
+    aspect = height / width
+
+    def column(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.float32)).reshape(-1, 1, 1)  # (B, 1, 1)
+
+    x = (torch.arange(width) * 2 + 1) / width - 1  # (W,), pixel centres
+    y = ((torch.arange(height) * 2 + 1) / height - 1).reshape(-1, 1)  # (H, 1)
+    grid_x = (
+        column(cos * half_x) * x + column(-sin * aspect * half_y) * y + column(cos * middle_x - sin * aspect * middle_y)
+    )
+    grid_y = (
+        column(sin / aspect * half_x) * x + column(cos * half_y) * y + column(sin / aspect * middle_x + cos * middle_y)
+    )
+    grid = torch.stack([grid_x, grid_y], dim=-1)  # (B, H, W, 2)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, seed: int) -> DataBundle:
+    if data.root is None:
+        raise ConfigError("data.root: is needed by data.dataset 'folder'")
+    root = Path(data.root).expanduser()
+    train_root, val_root = _train_and_val_folders(root)
+    train, val = _scan(train_root), _scan(val_root)
+    if train.keys() != val.keys():
+        parts = [
+            f"only in {folder.name}: {_some(names)}"
+            for folder, names in ((train_root, train.keys() - val.keys()), (val_root, val.keys() - train.keys()))
+            if names
+        ]
+        raise ConfigError(f"data.root: the classes in '{train_root}' and '{val_root}' differ\n{'; '.join(parts)}")
+    names = sorted(train)
+    if len(names) < 2:
+        raise ConfigError(f"data.root: '{train_root}' has one class folder, '{names[0]}'; at least two are needed")
+
+    def flat(classes: dict[str, list[str]]) -> tuple[list[str], list[int]]:
+        return (
+            [path for name in names for path in classes[name]],
+            [target for target, name in enumerate(names) for _ in classes[name]],
+        )
+
+    train_paths, train_targets = flat(train)
+    val_paths, val_targets = flat(val)
+    return DataBundle(
+        train=TrainDataset(_Folder(train_paths, augment, spec), train_targets, seed=seed),
+        val=ValDataset(_Folder(val_paths, augment, spec), val_targets),
+        num_classes=len(names),
+        class_names=names,
+    )
+
+
+def _train_and_val_folders(root: Path) -> tuple[Path, Path]:
+    layout = "expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg"
+    if not root.exists():
+        parent = root.parent
+        siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+        raise ConfigError(f"data.root: '{root}' does not exist{nearest(root.name, siblings)}\n{layout}")
+    if not root.is_dir():
+        raise ConfigError(f"data.root: '{root}' is a file, not a folder\n{layout}")
+    found = _subfolders(root)
+    if "train" not in found:
+        what = f"folders there: {_some(found)}" if found else "it has no folders"
+        raise ConfigError(f"data.root: '{root}' has no folder 'train' ({what})\n{layout}")
+    val = next((name for name in VAL_FOLDERS if name in found), None)
+    if val is None:
+        raise ConfigError(
+            f"data.root: '{root}' has no folder for validation (folders there: {_some(found)})\n"
+            f"allowed names: {', '.join(VAL_FOLDERS)}"
+        )
+    return root / "train", root / val
+
+
+def _subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones such as .ipynb_checkpoints."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise ConfigError(f"data.root: '{folder}' cannot be listed: {error.strerror}") from error
+
+
+def _scan(folder: Path) -> dict[str, list[str]]:
+    """Paths of each class's images, sorted, from all levels below the class folder (as torchvision's ImageFolder)."""
+    classes = {
+        name: sorted(
+            os.path.join(place, file)
+            for place, _, files in os.walk(folder / name, followlinks=True)
+            for file in files
+            if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith(".")
+        )
+        for name in _subfolders(folder)
+    }
+    if not classes:
+        raise ConfigError(f"data.root: '{folder}' has no class folders; expected {folder.name}/CLASS/*.jpg")
+    empty = [name for name, paths in classes.items() if not paths]
+    if empty:
+        more = f" (and {len(empty) - 1} more such folders)" if len(empty) > 1 else ""
+        raise ConfigError(
+            f"data.root: class folder '{folder / empty[0]}' has no images{more}\n"
+            f"images end in {', '.join(IMAGE_EXTENSIONS)}"
+        )
+    return classes
+
+
+def _some(names: Sequence[str] | set[str]) -> str:
+    """Up to five names, and how many more there are."""
+    ordered = sorted(names)
+    return ", ".join(f"'{name}'" for name in ordered[:5]) + (
+        f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
+    )
+
+
+class _Folder:
+    """Images on disk, decoded and transformed one by one."""
+
+    def __init__(self, paths: list[str], augment: AugmentSection, spec: ImageSpec) -> None:
+        self.paths = paths
+        self.mode = "RGB" if spec.input_size[0] == 3 else "L"
+        self.train_transform = _train_transform(augment, spec)
+        self.val_transform = _val_transform(spec)
+
+    def plain(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self.val_transform(self._load(i)) for i in indices])
+
+    def augmented(self, indices: Sequence[int], streams: np.ndarray) -> Tensor:
+        pairs = zip(indices, streams.tolist(), strict=True)
+        return torch.stack([_seeded(self.train_transform, self._load(i), stream) for i, stream in pairs])
+
+    def _load(self, index: int) -> Image.Image:
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert(self.mode)
+        except Exception as error:  # Pillow raises half a dozen types for a damaged file
+            raise RuntimeError(f"cannot read image '{path}': {error or type(error).__name__}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _seeded(transform: Any, image: Any, stream: int) -> Any:
+    _seed_global_generators(stream)
+    return transform(image)
+
+
+def _train_transform(augment: AugmentSection, spec: ImageSpec) -> v2.Compose:
+    """Crop or resize, flip, policy, colour jitter, affine, to tensor, normalise, erase.
+
+    A policy and colour jitter given together are both applied (timm drops the jitter then).
+    """
+    channels, *size = spec.input_size
+    interpolation = v2.InterpolationMode(spec.interpolation)
+    steps: list[Any] = []
+    if augment.crop_scale is not None:
+        (smallest, largest), (narrowest, widest) = augment.crop_scale, augment.crop_ratio
+        scale, ratio = (smallest, largest), (narrowest, widest)
+        steps.append(v2.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=interpolation))
+    else:
+        steps.append(v2.Resize(size, interpolation=interpolation))
+    if augment.hflip:
+        steps.append(v2.RandomHorizontalFlip(augment.hflip))
+    steps += _recolour(augment, spec)
+    if augment.rotate or augment.translate or augment.zoom:
+        steps.append(
+            v2.RandomAffine(
+                (-augment.rotate, augment.rotate),
+                translate=(augment.translate, augment.translate),
+                scale=(1 - augment.zoom, 1 + augment.zoom),
+                interpolation=v2.InterpolationMode.BILINEAR,
+                fill=list(_mean_colour(spec)[:channels]),
+            )
+        )
+    steps += [*_to_tensor(), v2.Normalize(list(spec.mean), list(spec.std))]
+    if (erase := _erase(augment)) is not None:
+        steps.append(erase)
+    return v2.Compose(steps)
+
+
+def _val_transform(spec: ImageSpec) -> v2.Compose:
+    size = spec.input_size[1:]
+    return v2.Compose(
+        [
+            _ResizeToCover(size, spec),
+            v2.CenterCrop(list(size)),
+            *_to_tensor(),
+            v2.Normalize(list(spec.mean), list(spec.std)),
+        ]
+    )
+
+
+class _ResizeToCover:
+    """Resizes so that a centre crop of `size` keeps crop_pct of the side that fits more tightly; the aspect is kept.
+
+    Sides are rounded down, as timm does, whose published accuracies are reproduced that way.
+    """
+
+    def __init__(self, size: tuple[int, int], spec: ImageSpec) -> None:
+        self.height, self.width = (math.floor(side / spec.crop_pct) for side in size)
+        self.interpolation = v2.InterpolationMode(spec.interpolation)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        if self.height * width >= self.width * height:
+            size = [self.height, self.height * width // height]
+        else:
+            size = [self.width * height // width, self.width]
+        return v2.Resize(size, interpolation=self.interpolation)(image)
+
+
+def _to_tensor() -> list[Any]:
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+
+
+def _recolour(augment: AugmentSection, spec: ImageSpec) -> list[Any]:
+    """The steps between PIL images: a policy, then brightness, contrast and saturation (no hue, as in timm)."""
+    steps: list[Any] = []
+    if augment.auto_augment:
+        steps.append(_Policy(augment.auto_augment, spec))
+    if augment.color_jitter:
+        strength = augment.color_jitter
+        steps.append(v2.ColorJitter(brightness=strength, contrast=strength, saturation=strength))
+    return steps
+
+
+def _erase(augment: AugmentSection) -> RandomErasing | None:
+    """Random erasing of a normalised image, filled with noise per pixel as timm's training script does."""
+    if not augment.random_erasing:
+        return None
+    return RandomErasing(augment.random_erasing, mode="pixel", device="cpu")
+
+
+def _mean_colour(spec: ImageSpec) -> tuple[int, ...]:
+    """The colour that normalises to about 0, for RGB images, in 0..255."""
+    mean = spec.mean if len(spec.mean) == 3 else spec.mean * 3
+    return tuple(min(255, round(255 * value)) for value in mean)
+
+
+_NUMBER = r"\d+(?:\.\d+)?"
+_COUNT = r"[1-9]\d*"
+# timm passes over a section that it does not understand ('rand-magnitude9') or fails on it with an assertion, so
+# policies are checked here first: name -> its sections, each as key and pattern of the value.
+_POLICIES: dict[str, dict[str, str]] = {
+    "rand": {
+        "m": r"\d+",
+        "n": _COUNT,
+        "p": _NUMBER,
+        "mstd": _NUMBER,
+        "mmax": _COUNT,
+        "inc": "[01]",
+        "t": "weights|3a|3aw",
+    },
+    "augmix": {"m": r"\d+", "w": _COUNT, "d": _COUNT, "a": _NUMBER, "b": "[01]", "mstd": _NUMBER},
+    **{name: {"mstd": _NUMBER} for name in ("original", "originalr", "v0", "v0r", "3a")},
+}
+_POLICIES_HELP = (
+    "allowed: rand[-mN][-nN][-pF][-mstdF][-mmaxN][-inc0|1][-tweights|-t3a|-t3aw] as in rand-m9-mstd0.5,\n"
+    "augmix[-mN][-wN][-dN][-aF][-b0|1][-mstdF], original|originalr|v0|v0r|3a[-mstdF]; N is whole, F any number"
+)
+
+
+class _Policy:
+    """A timm policy for RGB and grey images alike: timm's operations fill with a colour, so they run in RGB."""
+
+    def __init__(self, text: str, spec: ImageSpec) -> None:
+        name, *sections = text.split("-")
+        problem = self._problem(name, sections)
+        if problem:
+            raise ConfigError(f"augment.auto_augment: '{text}': {problem}\n{_POLICIES_HELP}")
+        builder = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}.get(
+            name, auto_augment_transform
+        )
+        hints: dict[str, Any] = {
+            "translate_const": int(min(spec.input_size[1:]) * 0.45),
+            "img_mean": _mean_colour(spec),
+        }
+        if name == "augmix":
+            hints["translate_pct"] = 0.3  # as timm.data.create_transform
+        self.text = text
+        self.transform = builder(text, hints)
+
+    @staticmethod
+    def _problem(name: str, sections: list[str]) -> str | None:
+        if name not in _POLICIES:
+            return f"unknown policy '{name}'{nearest(name, _POLICIES)}"
+        seen = set()
+        for section in sections:
+            keys = [key for key, value in _POLICIES[name].items() if re.fullmatch(f"{key}(?:{value})", section)]
+            if not keys:
+                return f"'{section}' is not a setting of {name}"
+            if keys[0] in seen:
+                return f"'{keys[0]}' is given twice"
+            if keys[0] == "p" and float(section[1:]) > 1:
+                return f"probability '{section}' is above 1"
+            seen.add(keys[0])
+        return None
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.transform(image.convert("RGB")).convert(image.mode)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.text!r})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding damaged images before training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_images(bundle: DataBundle) -> None:
+    """Looks for images that cannot be read, so that training does not stop on one hours later.
+
+    Up to 2,000 images are decoded in full. Above that only the header is parsed and the end of the file looked at,
+    which finds empty files, files that are no images, and truncated ones; a JPEG or PNG without its end marker in
+    place, and any other format, is decoded, so that only the decoder calls a file damaged. Damage amid intact data may
+    then be found in training only, where the error names the file. Under several processes one of them is enough.
+
+    Raises:
+        ConfigError: Naming the first unreadable image (training images first) and how many there are.
+    """
+    paths = bundle.train.source.paths + bundle.val.source.paths
+    if not paths:
+        return
+    full = len(paths) <= FULL_CHECK_LIMIT
+    with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
+        checked = pool.map(_damage if full else _obvious_damage, paths)
+        bar = tqdm(checked, total=len(paths), desc="checking images", unit="", leave=False, disable=full)
+        damaged = [(path, reason) for path, reason in zip(paths, bar, strict=True) if reason]
+    if damaged:
+        path, reason = damaged[0]
+        count = f"{len(damaged):,} of {len(paths):,} images" if len(damaged) > 1 else f"1 of {len(paths):,} images"
+        raise ConfigError(f"data.root: {count} cannot be read; the first is '{path}'\n{reason}")
+
+
+def _damage(path: str) -> str | None:
+    """Why a file cannot be decoded, or None."""
+    try:
+        if os.path.getsize(path) == 0:
+            return "the file is empty"
+        with Image.open(path) as image:
+            image.load()
+    except Exception as error:  # Pillow raises half a dozen types for a damaged file
+        return str(error) or type(error).__name__
+    return None
+
+
+def _obvious_damage(path: str) -> str | None:
+    """As `_damage`, without decoding JPEG and PNG files that have a valid header and their end marker at the end."""
+    try:
+        with open(path, "rb") as file:
+            with Image.open(file) as image:  # reads the header only
+                marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image.format or "")
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 64))
+            if marker and file.read().rstrip(b"\0").endswith(marker):  # some writers pad with zeros
+                return None
+    except Exception:
+        pass  # what is wrong is for the decoder to say
+    return _damage(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling and loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index): a permutation that is a pure function of (seed, epoch), dealt out to the ranks.
+
+    Every rank gets the same number of whole batches and what is left over is dropped, so that no rank waits for
+    another. Give it to a DataLoader as `batch_sampler`. It lives in the main process: setting its position before
+    `iter(loader)` works with persistent workers too. It does not go to the next epoch by itself, since workers run
+    ahead of the loop, which alone knows where it is.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start_batch = 0
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.length // (self.batch_size * self.world_size)
+
+    def set_position(self, epoch: int, batch: int = 0) -> None:
+        """What the next `iter()` starts with: `batch` is the number of batches of that epoch already done."""
+        if epoch < 0 or not 0 <= batch <= self.batches_per_epoch:
+            raise ValueError(f"position ({epoch}, {batch}) is outside an epoch of {self.batches_per_epoch} batches")
+        self.epoch = epoch
+        self.start_batch = batch
+
+    def __len__(self) -> int:
+        """Batches that `iter()` will give: fewer than `batches_per_epoch` when it starts in mid-epoch."""
+        return self.batches_per_epoch - self.start_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        # No generator function: the position is read now and not when the first batch is asked for.
+        generator = torch.Generator().manual_seed(int(_hash(self.seed, _ORDER, self.epoch)[0]))
+        order = torch.randperm(self.length, generator=generator)
+        whole = order[: self.batches_per_epoch * self.world_size * self.batch_size]
+        mine = whole.reshape(self.batches_per_epoch, self.world_size, self.batch_size)[self.start_batch :, self.rank]
+        epoch = self.epoch
+        return ([(epoch, index) for index in batch.tolist()] for batch in mine)
+
+
+def build_train_loader(
+    bundle: DataBundle, data: DataSection, *, seed: int, rank: int = 0, world_size: int = 1, device: torch.device
+) -> DataLoader:
+    """A loader whose `batch_sampler` is an EpochSampler; batches are (images, targets, indices).
+
+    Raises:
+        ConfigError: If the training set does not fill one batch on every process.
+    """
+    sampler = EpochSampler(len(bundle.train), data.batch_size, seed=seed, rank=rank, world_size=world_size)
+    if sampler.batches_per_epoch == 0:
+        processes = f" x {world_size} processes = {data.batch_size * world_size}" if world_size > 1 else ""
+        most = len(bundle.train) // world_size
+        advice = f"at most {most} here" if most else f"use at most {len(bundle.train)} processes"
+        raise ConfigError(
+            f"data.batch_size: {data.batch_size}{processes} is more than the {len(bundle.train)} training images; "
+            f"{advice}"
+        )
+    return DataLoader(bundle.train, batch_sampler=sampler, **_loader_options(data.workers, device))
+
+
+def build_val_loader(
+    bundle: DataBundle, data: DataSection, *, rank: int = 0, world_size: int = 1, device: torch.device
+) -> DataLoader:
+    """A loader of samples rank, rank + world_size, ... in order; the last batch may be short, a rank may have none."""
+    shard = range(rank, len(bundle.val), world_size)
+    batch_size = data.eval_batch_size or data.batch_size
+    workers = min(data.workers, math.ceil(len(shard) / batch_size))  # a worker without a batch is of no use
+    return DataLoader(bundle.val, sampler=shard, batch_size=batch_size, **_loader_options(workers, device))
+
+
+def _loader_options(workers: int, device: torch.device) -> dict[str, Any]:
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": device.type == "cuda",
+        # Each iter() draws a base seed for the workers. From torch's global generator, that would move the training
+        # loop's random stream, and once more after a resume in mid-epoch. Nothing depends on this seed.
+        "generator": torch.Generator().manual_seed(0),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixup and cutmix
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BatchMixer:
+    """Mixup and cutmix by timm, seeded by (seed, rank, step): a pure function of its arguments.
+
+    If both are on, each batch takes one of them at random. Without either (`enabled` is False) images and integer
+    targets pass through unchanged, and label smoothing is the loss's business; otherwise targets are soft and smoothed
+    here, also after `mixup_off_epoch` (0-based: epochs from that one on are not mixed; 0 means never off), so that the
+    loss does not change in mid-run.
+
+    timm mixes sample i with sample B - 1 - i and wants an even batch: of an odd one, the last sample stays as it is.
+    """
+
+    def __init__(self, augment: AugmentSection, num_classes: int, *, seed: int, rank: int = 0) -> None:
+        self.enabled = augment.mixup > 0 or augment.cutmix > 0
+        self.off_epoch = augment.mixup_off_epoch
+        self.seed = seed
+        self.rank = rank
+        self.num_classes = num_classes
+        self.smoothing = augment.label_smoothing
+        if self.off_epoch and not self.enabled:
+            warnings.warn("augment.mixup_off_epoch has no effect without augment.mixup or augment.cutmix", stacklevel=2)
+        self._mixup = Mixup(
+            mixup_alpha=augment.mixup,
+            cutmix_alpha=augment.cutmix,
+            label_smoothing=self.smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(self, images: Tensor, targets: Tensor, step: int, *, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        """Mixes a batch; `images` may be changed in place.
+
+        Args:
+            images: (B, C, H, W).
+            targets: (B,), int64.
+            step: Counts batches from the start of training, so that no two have the same draws.
+            epoch: 0-based, compared with `mixup_off_epoch`.
+
+        Returns:
+            Images (B, C, H, W), and targets (B, num_classes) in float32, or as given if the mixer is disabled.
+        """
+        if not self.enabled:
+            return images, targets
+        even = len(images) // 2 * 2
+        if even == 0 or (self.off_epoch and epoch >= self.off_epoch):
+            return images, self._unmixed(targets)
+        stream = int(_hash(self.seed, _MIX, self.rank, step)[0])
+        with _global_generators_kept():
+            _seed_global_generators(stream)
+            mixed, soft = self._mixup(images[:even], targets[:even])
+        if even < len(images):
+            mixed, soft = torch.cat([mixed, images[even:]]), torch.cat([soft, self._unmixed(targets[even:])])
+        return mixed, soft
+
+    def _unmixed(self, targets: Tensor) -> Tensor:
+        return mixup_target(targets, self.num_classes, smoothing=self.smoothing)

@@ -1,0 +1,713 @@
+"""The training run: build everything from the config, train, evaluate, save, stop and resume.
+
+A run is a sequence of optimizer steps. Everything that changes with time is a pure function of the step (learning rate,
+drop-path rates, sample order, augmentation, mixing) or part of the checkpoint (weights, average, optimizer, scaler,
+random states, running sums); so a run that was killed and resumed ends with the weights of one that was not.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from layers.schedule import DropPathSchedule
+from layers.stochastic_depth import StochasticDepth, break_even_of, count_macs, drop_path_report, set_drop_path
+from models.factory import count_parameters, create_model
+from models.metaformer import MetaFormer
+from models.registry import model_config
+from models.strict_yaml import ConfigError
+from models.weights import save_text, save_weights, weights_sha256
+from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
+from training.config import DropPathSection, TrainConfig, dump_config
+from training.data import (
+    BatchMixer,
+    DataBundle,
+    EpochSampler,
+    ImageSpec,
+    build_datasets,
+    build_train_loader,
+    build_val_loader,
+    check_images,
+)
+from training.distributed import World
+from training.optim import build_ema, build_loss, build_optimizer, build_scheduler
+from training.report import write_report
+from training.run_folder import RunFolder, describe_environment
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite; raised on all ranks before the optimizer step."""
+
+
+@dataclass
+class Progress:
+    """Where a run is. Saved in every checkpoint.
+
+    Attributes:
+        epoch: Epochs done.
+        step: Optimizer steps done.
+        batch: Batches done in the current epoch, on each rank.
+        best_top1: Best validation top-1 so far, in percent.
+        loss_sum: Sum of this rank's losses over the samples of the current epoch.
+        samples: This rank's samples in the current epoch.
+        seconds: Training and validation time so far.
+        epoch_seconds: Training time in the current epoch.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    batch: int = 0
+    best_top1: float = -1.0
+    loss_sum: float = 0.0
+    samples: int = 0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+
+
+@dataclass
+class Setup:
+    """Everything a run is made of, built from its config."""
+
+    config: TrainConfig
+    world: World
+    model: MetaFormer
+    depth: StochasticDepth
+    data: DataBundle
+    train_loader: DataLoader
+    val_loader: DataLoader
+    mixer: BatchMixer
+    precision: torch.dtype
+    channels_last: bool
+    steps_per_epoch: int
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+
+    @property
+    def sampler(self) -> EpochSampler:
+        """The training loader's sampler, which knows the position in the epoch."""
+        assert isinstance(self.train_loader.batch_sampler, EpochSampler)
+        return self.train_loader.batch_sampler
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.optim.epochs * self.steps_per_epoch
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose accuracy counts: the average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision where the config asks for it; does nothing in float32."""
+        device = self.world.device.type
+        return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """A batch of images on the device, without waiting for it, in the layout the model runs in."""
+        images = images.to(self.world.device, non_blocking=True)
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+
+def build(config: TrainConfig, world: World, *, load_checkpoint: bool = True) -> Setup:
+    """Builds model, data and optimizer of a run. Nothing is written.
+
+    Args:
+        config: The run; values that depend on model or data are filled in (`num_classes`, `image_size`, rates).
+        world: The processes it runs on.
+        load_checkpoint: Load `model.checkpoint` or published weights; false where a resumed run replaces them anyway.
+
+    Raises:
+        ConfigError: Whatever the user gave that cannot work.
+    """
+    section = config.model
+    base = model_config(
+        section.name.partition(".")[0] if not section.name.endswith((".yaml", ".yml")) else section.name
+    )
+    in_chans = section.overrides.get("in_chans", base.in_chans)
+    size = config.data.image_size or section.overrides.get("image_size", base.image_size)
+
+    seed_everything(config.seed)  # the same weights on every rank
+    overrides = {**section.overrides, "image_size": size, "in_chans": in_chans}
+    described = create_model(section.name, num_classes=section.num_classes, **overrides).config
+    mean, std = described.channel_stats()
+    spec = ImageSpec((in_chans, *described.height_width), tuple(mean), tuple(std), described.interpolation,
+                     described.crop_pct)  # fmt: skip
+    data = build_datasets(config.data, config.augment, spec, seed=config.seed)
+    if section.num_classes is not None and section.num_classes < data.num_classes:
+        raise ConfigError(
+            f"model.num_classes: {section.num_classes} is fewer than the data's {data.num_classes} classes"
+        )
+    num_classes = section.num_classes or data.num_classes
+
+    seed_everything(config.seed)
+    model = create_model(
+        section.name,
+        pretrained=section.pretrained and load_checkpoint,
+        checkpoint=section.checkpoint if load_checkpoint else None,
+        num_classes=num_classes,
+        **overrides,
+    )
+    train_loader = build_train_loader(
+        data, config.data, seed=config.seed, rank=world.rank, world_size=world.size, device=world.device
+    )
+    val_loader = build_val_loader(data, config.data, rank=world.rank, world_size=world.size, device=world.device)
+    if world.is_main:
+        check_images(data)
+    assert isinstance(train_loader.batch_sampler, EpochSampler)
+    steps_per_epoch = math.ceil(train_loader.batch_sampler.batches_per_epoch / config.optim.accumulate)
+    depth = _set_drop_path(model, config, steps_per_epoch)
+
+    config = _resolved(config, model, depth, num_classes)
+    precision = _precision(config, world.device)
+    channels_last = (
+        world.device.type == "cuda" if config.runtime.channels_last == "auto" else config.runtime.channels_last
+    )
+    _set_backends(config, world.device)
+    model.to(world.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    optimizer = build_optimizer(model, config.optim, world.device)
+    return Setup(
+        config=config,
+        world=world,
+        model=model,
+        depth=depth,
+        data=data,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        mixer=BatchMixer(config.augment, num_classes, seed=config.seed, rank=world.rank),
+        precision=precision,
+        channels_last=channels_last,
+        steps_per_epoch=steps_per_epoch,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optim, steps_per_epoch),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
+        ema=build_ema(model, config.ema),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators."""
+    import random
+
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _set_drop_path(model: MetaFormer, config: TrainConfig, steps_per_epoch: int) -> StochasticDepth:
+    section = config.drop_path
+    rate = section.rate
+    if rate is None and isinstance(section.profile, str):
+        published = model.config.published
+        rate = (published.drop_path_rate if published else None) or 0.0
+    try:
+        return set_drop_path(
+            model,
+            rate,
+            profile=section.profile,
+            rate_is=section.rate_is,
+            mode=section.mode,
+            schedule=build_schedule(section, steps_per_epoch, config.optim.epochs),
+            break_even=section.break_even,
+        )
+    except ValueError as error:
+        raise ConfigError(f"drop_path: {error}") from None
+
+
+def build_schedule(section: DropPathSection, steps_per_epoch: int, epochs: int) -> DropPathSchedule:
+    """The config's schedule, given in epochs, in optimizer steps."""
+    schedule = section.schedule
+    cutoff_epochs = schedule.cutoff_epochs
+    if schedule.kind in ("ramp", "cosine") and cutoff_epochs is None:
+        cutoff_epochs = epochs
+    return DropPathSchedule(
+        kind=schedule.kind,
+        cutoff=None if cutoff_epochs is None else max(1, round(cutoff_epochs * steps_per_epoch)),
+        shape=schedule.shape or "linear",
+        start=0.0 if schedule.start is None else schedule.start,
+        end=1.0 if schedule.end is None else schedule.end,
+        points=[(round(epoch * steps_per_epoch), m) for epoch, m in schedule.points or []],
+    )
+
+
+def _resolved(config: TrainConfig, model: MetaFormer, depth: StochasticDepth, num_classes: int) -> TrainConfig:
+    """The config with what was left open filled in, so that it says all about the run."""
+    keys = model.config.model_dump(exclude={"name", "published", "pretrained", "num_classes"})
+    named = {k: getattr(config.model, k) for k in ("name", "pretrained", "checkpoint")}
+    section = type(config.model)(**named, num_classes=num_classes, **keys)
+    drop_path = config.drop_path.model_copy(
+        update={
+            "rate": config.drop_path.rate if isinstance(config.drop_path.profile, list) else _rate_of(config, depth),
+            "break_even": break_even_of(depth.blocks),
+        }
+    )
+    size = model.config.image_size
+    data = config.data.model_copy(update={"image_size": size}) if isinstance(size, int) else config.data
+    return config.model_copy(update={"model": section, "drop_path": drop_path, "data": data})
+
+
+def _rate_of(config: TrainConfig, depth: StochasticDepth) -> float:
+    return max(depth.rates) if config.drop_path.rate is None else config.drop_path.rate
+
+
+def _precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype of autocast."""
+    wanted = config.runtime.precision
+    if wanted == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if wanted == "float16" and device.type == "cpu":
+        raise ConfigError("runtime.precision: float16 needs a GPU; on a CPU use float32 or bfloat16")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+
+
+def _set_backends(config: TrainConfig, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = config.runtime.tf32
+        torch.backends.cudnn.allow_tf32 = config.runtime.tf32
+        # choosing algorithms by timing would choose others after a resume
+        torch.backends.cudnn.benchmark = False
+    if config.runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if config.runtime.compile:
+        # lets compiled code hold the number of kept samples as a number, in one graph
+        torch._dynamo.config.capture_scalar_outputs = True
+
+
+# ---- one step and one evaluation ------------------------------------------------------------------------------------
+
+
+def train_step(setup: Setup, trained: nn.Module, batches: list[Any], progress: Progress, loss_fn: nn.Module) -> float:
+    """One optimizer step over `accumulate` batches; returns this rank's mean loss.
+
+    Raises:
+        NonFiniteError: On every rank, before the optimizer step.
+    """
+    config, world = setup.config, setup.world
+    setup.scheduler.step_update(progress.step)
+    setup.depth.set_step(progress.step)
+    setup.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=world.device)
+    suspects: list[int] = []
+    for i, (images, targets, indices) in enumerate(batches):
+        images, targets = setup.to_device(images), targets.to(world.device, non_blocking=True)
+        micro_step = progress.epoch * setup.sampler.batches_per_epoch + progress.batch + i
+        images, targets = setup.mixer(images, targets, micro_step, epoch=progress.epoch)
+        last = i == len(batches) - 1
+        # gradients are exchanged between ranks once, with the last batch of the step
+        waiting = isinstance(trained, DistributedDataParallel) and not last
+        with trained.no_sync() if waiting else contextlib.nullcontext():  # type: ignore[operator]
+            with setup.autocast():
+                logits = trained(images)
+            loss = loss_fn(logits.float(), targets) / len(batches)
+            setup.scaler.scale(loss).backward()
+        total += loss.detach()
+        if not math.isfinite(loss.item()):
+            rows = ~torch.isfinite(logits.detach()).all(dim=1).cpu()
+            suspects += indices[rows].tolist() or indices.tolist()
+    setup.scaler.unscale_(setup.optimizer)
+    parameters = [p for p in setup.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad or math.inf)
+    finite = math.isfinite(total.item())
+    if finite and not setup.scaler.is_enabled() and not math.isfinite(norm.item()):
+        # float16 overflows now and then, and the scaler skips that step; elsewhere it is a fault
+        finite, suspects = False, [i for _, _, indices in batches for i in indices.tolist()]
+    _stop_if_not_finite(world, progress.step, finite, suspects)
+    setup.scaler.step(setup.optimizer)
+    setup.scaler.update()
+    if setup.ema is not None:
+        setup.ema.update(setup.model, step=progress.step)
+    return total.item()
+
+
+def _stop_if_not_finite(world: World, step: int, finite: bool, suspects: list[int]) -> None:
+    bad = torch.zeros(world.size)
+    bad[world.rank] = float(not finite)
+    ranks = world.sum(bad).nonzero().flatten().tolist() if world.size > 1 else ([] if finite else [0])
+    if not ranks:
+        return
+    where = "" if finite else f"\nrank {world.rank}: in training samples {_some(suspects)}"
+    raise NonFiniteError(
+        f"step {step}: loss or gradient is not finite on rank {', '.join(map(str, ranks))}; stopped before the optimizer "
+        f"step{where}\nlower optim.lr, set optim.clip_grad, or use runtime.precision=float32; the last checkpoint is good"
+    )
+
+
+def _some(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:16]))
+    return shown + (f" and {len(indices) - 16} more" if len(indices) > 16 else "")
+
+
+@torch.no_grad()
+def evaluate(setup: Setup) -> dict[str, float]:
+    """Validation loss and top-1 and top-5 in percent, over all ranks."""
+    model = setup.evaluated
+    training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for images, targets, _ in setup.val_loader:
+        images, targets = setup.to_device(images), targets.to(setup.world.device, non_blocking=True)
+        with setup.autocast():
+            logits = model(images)
+        logits = logits.float()
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # (B, 5)
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        sums += torch.stack([loss, top[:, 0].sum(), top.any(dim=1).sum(), torch.tensor(len(targets))]).double().cpu()
+    model.train(training)
+    loss, top1, top5, count = setup.world.sum(sums).tolist()
+    return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
+
+
+# ---- saving and resuming --------------------------------------------------------------------------------------------
+
+
+def save(setup: Setup, folder: RunFolder, progress: Progress) -> Path:
+    """Writes a checkpoint of the whole state; every rank calls it."""
+    own = asdict(progress)
+    shared = {
+        "model": setup.model.state_dict(),
+        "ema": None if setup.ema is None else setup.ema.module.state_dict(),
+        "optimizer": setup.optimizer.state_dict(),
+        "scaler": setup.scaler.state_dict(),
+    }
+    return save_checkpoint(
+        folder.checkpoints,
+        progress.step,
+        shared=shared,
+        rank_state={"progress": own, "random": random_states()},
+        keep=setup.config.checkpoint.keep,
+        rank=setup.world.rank,
+        world_size=setup.world.size,
+        barrier=setup.world.barrier,
+    )
+
+
+def restore(setup: Setup, checkpoint: Checkpoint) -> Progress:
+    """Puts a checkpoint's state into a freshly built run; random states are put back when training starts.
+
+    Raises:
+        ConfigError: It belongs to a run with another model or optimizer.
+    """
+    shared = checkpoint.shared
+    try:
+        setup.model.load_state_dict(shared["model"])
+        if setup.ema is not None:
+            setup.ema.module.load_state_dict(shared["ema"])
+        setup.optimizer.load_state_dict(shared["optimizer"])
+        setup.scaler.load_state_dict(shared["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{checkpoint.path}: does not fit this run's config: {reason}") from None
+    return Progress(**checkpoint.rank_state["progress"])
+
+
+class StopSignals:
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C, so that the loop finishes its step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and self.received is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+
+def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
+    """Trains to the end, or until a signal.
+
+    Args:
+        setup: Built from the config.
+        folder: Made and checked.
+        checkpoint: Where to go on, or `None` from the start.
+
+    Returns:
+        The content of summary.json; with the key `stopped_by` when a signal ended the run early.
+
+    Raises:
+        NonFiniteError: See `train_step`.
+    """
+    config, world, model = setup.config, setup.world, setup.model
+    seed_everything(config.seed + 1_000_003 * (world.rank + 1))  # ranks drop different samples
+    signals = StopSignals()
+    progress = Progress() if checkpoint is None else restore(setup, checkpoint)
+    if world.is_main:
+        _start_files(setup, folder, progress)
+    if config.runtime.compile:
+        model.compile()
+    trained: nn.Module = model
+    if world.size > 1:
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        trained = DistributedDataParallel(model, device_ids=ids)
+    loss_fn = build_loss(config.augment, mixed=setup.mixer.enabled)
+    bar = _ProgressBar(setup, progress)
+    board = _tensorboard(folder, world, progress.step)
+    metrics: dict[str, float] = {}
+    pending = None if checkpoint is None else checkpoint.rank_state["random"]
+
+    while progress.epoch < config.optim.epochs:
+        model.train()
+        setup.sampler.set_position(progress.epoch, progress.batch)
+        batches = iter(setup.train_loader)
+        if pending is not None:  # nothing may draw between here and the first step
+            set_random_states(pending)
+            pending = None
+        clock = time.perf_counter()
+        for group in _groups(batches, config.optim.accumulate):
+            loss = train_step(setup, trained, group, progress, loss_fn)
+            count = sum(len(targets) for _, targets, _ in group)
+            now = time.perf_counter()
+            progress.epoch_seconds += now - clock
+            progress.seconds += now - clock
+            clock = now
+            progress.loss_sum += loss * count
+            progress.samples += count
+            progress.batch += len(group)
+            progress.step += 1
+            bar.step(progress, loss)
+            if world.any(signals.received is not None):
+                path = save(setup, folder, progress)
+                bar.close()
+                if world.is_main:
+                    summary = _write_results(setup, folder, progress, metrics)
+                    print(
+                        f"{signals.received or 'a signal'}: saved {path} at step {progress.step}; go on with --resume auto"
+                    )
+                    return summary | {"stopped_by": signals.received}
+                return {"stopped_by": signals.received}
+            every = config.checkpoint.every_steps
+            if every and progress.step % every == 0 and progress.batch < setup.sampler.batches_per_epoch:
+                save(setup, folder, progress)
+                clock = time.perf_counter()
+
+        metrics = _end_epoch(setup, folder, progress)
+        bar.epoch(metrics)
+        board.write(metrics, progress.step)
+        every = config.checkpoint.every_epochs
+        if (every and progress.epoch % every == 0) or progress.epoch == config.optim.epochs:
+            save(setup, folder, progress)
+    bar.close()
+    board.close()
+    return _write_results(setup, folder, progress, metrics) if world.is_main else {}
+
+
+def _groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` batches; the last of an epoch may be shorter."""
+    while group := list(islice(batches, size)):
+        yield group
+
+
+def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress) -> dict[str, float]:
+    """Evaluates, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch."""
+    world = setup.world
+    clock = time.perf_counter()
+    loss_sum, samples = world.sum(torch.tensor([progress.loss_sum, progress.samples], dtype=torch.float64)).tolist()
+    metrics = evaluate(setup)
+    progress.seconds += time.perf_counter() - clock
+    row: dict[str, float] = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "train_loss": loss_sum / samples,
+        **metrics,
+        "lr": max(group["lr"] for group in setup.optimizer.param_groups),
+        "drop_path_rate": max(block.rate for block in _rates(setup)),
+        "images_per_second": samples / progress.epoch_seconds,
+        "seconds": progress.seconds,
+    }
+    better = metrics["val_top1"] > progress.best_top1
+    progress.best_top1 = max(progress.best_top1, metrics["val_top1"])
+    progress.epoch += 1
+    progress.batch, progress.samples, progress.loss_sum, progress.epoch_seconds = 0, 0, 0.0, 0.0
+    if world.is_main:
+        folder.append_metrics(row)
+        save_text(folder.drop_path, drop_path_report(setup.model).to_csv())
+        if better:
+            save_weights(folder.best, setup.evaluated.state_dict(), {"model": setup.model.config.model_dump()})
+    return row
+
+
+def _rates(setup: Setup) -> list[Any]:
+    return [module for block in setup.depth.blocks for module in block.drop_paths.values()]
+
+
+def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
+    if progress.step == 0:
+        folder.metrics.unlink(missing_ok=True)
+    folder.cut_metrics(progress.step)
+    save_text(folder.config, dump_config(setup.config))
+    folder.write_json(folder.environment, describe_environment(setup.world))
+
+
+def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics: dict[str, float]) -> dict[str, Any]:
+    """summary.json and report.html."""
+    device = setup.world.device
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else _peak_rss_mb()
+    summary = {
+        "best_top1": progress.best_top1 if progress.best_top1 >= 0 else None,
+        "final_top1": metrics.get("val_top1"),
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "images_per_second": metrics.get("images_per_second"),
+        "peak_memory_mb": round(peak, 1),
+        "weights_sha256": weights_sha256(setup.model.state_dict()),
+        "ema_sha256": None if setup.ema is None else weights_sha256(setup.ema.module.state_dict()),
+    }
+    folder.write_json(folder.summary, summary)
+    write_report(folder.path)
+    return summary
+
+
+def _peak_rss_mb() -> float:
+    """Largest resident memory of this process so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+# ---- what a person sees ---------------------------------------------------------------------------------------------
+
+
+class _ProgressBar:
+    """A bar over all steps of the run on the main process, and a line per epoch."""
+
+    def __init__(self, setup: Setup, progress: Progress) -> None:
+        self.setup = setup
+        self.epochs = setup.config.optim.epochs
+        self.top1 = ""
+        self.started = (time.perf_counter(), progress.samples)
+        self.images = 0
+        self.bar = tqdm(
+            total=setup.total_steps,
+            initial=progress.step,
+            disable=not setup.world.is_main,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 30.0,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
+        )
+
+    def step(self, progress: Progress, loss: float) -> None:
+        self.bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}", refresh=False)
+        rate = progress.samples * self.setup.world.size / max(progress.epoch_seconds, 1e-9)
+        lr = max(group["lr"] for group in self.setup.optimizer.param_groups)
+        drop = max(block.rate for block in _rates(self.setup))
+        top1 = f" top-1 {self.top1}" if self.top1 else ""
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}{top1} {rate:.0f} images/s lr {lr:.2e} drop path {drop:.3f}", refresh=False
+        )
+        self.bar.update()
+
+    def epoch(self, row: dict[str, float]) -> None:
+        self.top1 = f"{row['val_top1']:.2f}"
+        if self.setup.world.is_main:
+            line = (
+                f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
+                f"  top-1 {row['val_top1']:6.2f}  top-5 {row['val_top5']:6.2f}  {row['images_per_second']:.0f} images/s"
+                f"  lr {row['lr']:.2e}  drop path {row['drop_path_rate']:.3f}  {row['seconds']:.1f} s"
+            )
+            self.bar.write(line)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class _Board:
+    """TensorBoard scalars, or nothing where tensorboard is not installed."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def write(self, row: dict[str, float], step: int) -> None:
+        if self.writer is not None:
+            for key, value in row.items():
+                if key not in ("epoch", "step"):
+                    self.writer.add_scalar(key, value, step)
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _tensorboard(folder: RunFolder, world: World, step: int) -> _Board:
+    if not world.is_main:
+        return _Board(None)
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    return _Board(SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None))
+
+
+def describe(setup: Setup) -> str:
+    """The plan of a run in a few lines: model, data, schedule, device, and what stochastic depth will do."""
+    config, world = setup.config, setup.world
+    trainable, frozen = count_parameters(setup.model)
+    macs = count_macs(setup.model).total
+    report = drop_path_report(setup.model)
+    frozen_text = f" + {frozen / 1e6:.2f} M frozen" if frozen else ""
+    batch = config.data.batch_size * world.size * config.optim.accumulate
+    section = config.drop_path
+    height, width = setup.model.config.height_width
+    profile = section.profile if isinstance(section.profile, str) else "as listed"
+    lines = [
+        f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs / 1e9:.3g} GMACs at "
+        f"{setup.model.config.in_chans} x {height} x {width}",
+        f"data      {config.data.dataset}: {len(setup.data.train)} training and {len(setup.data.val)} validation images, "
+        f"{setup.data.num_classes} classes",
+        f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
+        f"lr {config.optim.lr:g}, {config.optim.schedule}",
+        f"device    {world.device} x {world.size}, {str(setup.precision).removeprefix('torch.')}"
+        f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}",
+        f"drop path up to {max(setup.depth.rates):.3g}, {profile}, mode {section.mode}, schedule {section.schedule.kind}: "
+        f"expected depth {report.expected_depth:.2f} of {len(report.blocks)} blocks, "
+        f"{report.compute_saved or 0.0:.1%} of training compute saved",
+    ]
+    return "\n".join(lines + [f"warning: {w}" for w in report.warnings])
+
+
+def dry_run(setup: Setup) -> str:
+    """Runs one training step and one validation batch; nothing is kept. Returns what to print."""
+    setup.sampler.set_position(0, 0)
+    setup.model.train()
+    group = next(_groups(iter(setup.train_loader), setup.config.optim.accumulate))
+    start = time.perf_counter()
+    loss = train_step(setup, setup.model, group, Progress(), build_loss(setup.config.augment, setup.mixer.enabled))
+    seconds = time.perf_counter() - start
+    setup.val_loader = list(islice(setup.val_loader, 1))  # type: ignore[assignment]
+    evaluate(setup)
+    return (
+        f"{drop_path_report(setup.model)}\none step: loss {loss:.4f}, {seconds:.2f} s, all finite; nothing was written"
+    )

@@ -1,0 +1,70 @@
+"""Optimizer, learning rate, loss and weight average: timm's and torch's, built from a training config."""
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from models.strict_yaml import ConfigError
+from training.config import AugmentSection, EmaSection, OptimSection
+
+
+def build_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
+    """timm's optimizer of that name; no weight decay on biases, norms and scales; fused where CUDA offers it.
+
+    Raises:
+        ConfigError: The optimizer does not take one of the settings given.
+    """
+    options: dict[str, Any] = {}
+    if optim.betas is not None:
+        options["betas"] = tuple(optim.betas)
+    if optim.eps is not None:
+        options["eps"] = optim.eps
+    if device.type == "cuda" and optim.name in ("adam", "adamw", "sgd"):
+        options["fused"] = True
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=optim.name,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            layer_decay=optim.layer_decay,
+            **options,
+        )
+    except TypeError as error:
+        raise ConfigError(f"optim: {optim.name} does not take a setting given: {error}") from None
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimSection, steps_per_epoch: int) -> Scheduler:
+    """Learning rate as a pure function of the optimizer step, set by `step_update(step)`."""
+    total = optim.epochs * steps_per_epoch
+    warmup = round(optim.warmup_epochs * steps_per_epoch)
+    common: dict[str, Any] = {
+        "warmup_t": warmup,
+        "warmup_lr_init": min(optim.warmup_lr, optim.lr),
+        "warmup_prefix": True,
+        "t_in_epochs": False,
+    }
+    if optim.schedule == "constant" or warmup >= total:
+        return StepLRScheduler(optimizer, decay_t=total + 1, decay_rate=1.0, **common)
+    return CosineLRScheduler(optimizer, t_initial=total - warmup, lr_min=min(optim.min_lr, optim.lr), **common)
+
+
+def build_loss(augment: AugmentSection, mixed: bool) -> nn.Module:
+    """Cross entropy of logits (B, K) and targets, (B,) classes or (B, K) shares.
+
+    Args:
+        augment: Says the label smoothing.
+        mixed: Targets come from the mixer, which has smoothed them already.
+    """
+    return nn.CrossEntropyLoss(label_smoothing=0.0 if mixed else augment.label_smoothing)
+
+
+def build_ema(model: nn.Module, ema: EmaSection) -> ModelEmaV3 | None:
+    """timm's moving average of the weights, or `None` where it is off."""
+    return ModelEmaV3(model, decay=ema.decay, use_warmup=ema.warmup) if ema.enabled else None

@@ -1,0 +1,918 @@
+"""A run as one self-contained HTML page, runs side by side, and the README's pictures of stochastic depth.
+
+    python -m training.report RUN                                  writes RUN/report.html again
+    python -m training.report --compare RUN1 RUN2 --output FILE    overlays runs
+    python -m training.report --pictures DIR                       drop_path_rates.svg and drop_path_batch.svg
+
+A page is made from files alone (config.yaml, environment.json, metrics.csv, summary.json, drop_path.csv), so it can be
+made again anywhere, and from what a killed run left behind. Accuracies are percentages; `seconds` counts from the run's start.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import jinja2
+import matplotlib
+import torch
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from layers.drop_path import DropPath
+from layers.rates import ProfileName, drop_path_rates
+from models.strict_yaml import ConfigError, load_yaml, nearest
+from training.run_folder import METRICS, RunFolder
+
+NAN = math.nan
+UNKNOWN = "\u2013"  # an en dash where a value is not there
+
+# ---- reading a run folder --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """One row of drop_path.csv. Rates are NaN where the file holds none yet."""
+
+    block: str
+    name: str
+    nominal: float
+    mode: str
+    realised: float
+
+    @property
+    def skipped(self) -> float:
+        """Share of the branches' samples that was never computed; a mask computes them and multiplies by 0."""
+        branches = self.mode.split("/")  # `skip/mask`: one of the block's branches masks
+        return self.realised * sum(m in ("skip", "batch") for m in branches) / len(branches)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds. Missing files are empty here; what could not be read is named in `notes`."""
+
+    path: Path
+    config_text: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    summary: dict[str, Any]
+    metrics: dict[str, list[float]]
+    blocks: list[Block]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def finished(self) -> bool:
+        """Whether summary.json tells of the whole run: a stopped or resumed one has an earlier summary."""
+        return _number(self.summary.get("epochs")) >= _number(self.setting("optim", "epochs"))
+
+    @property
+    def epochs(self) -> int:
+        return len(self.metrics["epoch"])
+
+    @property
+    def seconds(self) -> float:
+        return self._last("seconds", "seconds")
+
+    @property
+    def images_per_second(self) -> float:
+        return self._last("images_per_second", "images_per_second")
+
+    @property
+    def final_top1(self) -> float:
+        return self._last("final_top1", "val_top1")
+
+    @property
+    def steps(self) -> float:
+        return self._last("steps", "step")
+
+    @property
+    def best_top1(self) -> float:
+        return max(_known([*self.metrics["val_top1"], _number(self.summary.get("best_top1"))]), default=NAN)
+
+    @property
+    def best_epoch(self) -> float:
+        """The first epoch with the best top-1 of metrics.csv, NaN before the first evaluation."""
+        top1 = self.metrics["val_top1"]
+        known = _known(top1)
+        return self.metrics["epoch"][top1.index(max(known))] if known else NAN
+
+    def setting(self, *keys: str) -> Any:
+        """A value of config.yaml, or None."""
+        value: Any = self.config
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def _last(self, key: str, column: str) -> float:
+        """The summary's value of a finished run, or metrics.csv's last."""
+        value = _number(self.summary.get(key)) if self.finished else NAN
+        return self.metrics[column][-1] if math.isnan(value) and self.epochs else value
+
+
+def read_run(path: Path) -> Run:
+    """Reads a run folder as far as it was written.
+
+    Raises:
+        ConfigError: There is no such folder, or it holds no readable config.yaml.
+    """
+    if not path.is_dir():
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise ConfigError(f"run {str(path)!r}: no such folder{nearest(path.name, siblings)}")
+    files = RunFolder(path)
+    if not files.config.is_file():
+        raise ConfigError(f"run {str(path)!r}: not a run folder, it holds no config.yaml")
+    config = load_yaml(files.config).data
+    notes: list[str] = []
+    rows = _read_csv(files.metrics, notes)
+    # A run that was killed and resumed may have written an epoch twice: the later row holds.
+    by_epoch = {row["epoch"]: row for row in (_metrics_row(r) for r in rows) if not math.isnan(row["epoch"])}
+    return Run(
+        path=path,
+        config_text=files.config.read_text(encoding="utf-8"),
+        config=config,
+        environment=_read_json(files.environment, notes),
+        summary=_read_json(files.summary, notes),
+        metrics={column: [row[column] for row in by_epoch.values()] for column in METRICS},
+        blocks=[_block(row) for row in _read_csv(files.drop_path, notes)],
+        notes=notes,
+    )
+
+
+def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
+        data = None
+    if not isinstance(data, dict):
+        notes.append(f"{path.name} is damaged and was left out.")
+        return {}
+    return data
+
+
+def _read_csv(path: Path, notes: list[str]) -> list[dict[str, str]]:
+    """The complete rows of a CSV file; a row cut off in mid-write is left out and noted."""
+    if not path.exists():
+        return []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        notes.append(f"{path.name} cannot be read and was left out.")
+        return []
+    whole = text[: text.rfind("\n") + 1]  # a last line without its newline may have lost digits
+    header, *rows = list(csv.reader(io.StringIO(whole.replace("\0", "")))) or [[]]
+    complete = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+    if len(complete) < len(rows) or whole != text:
+        notes.append(f"{path.name} holds an incomplete row, which was left out.")
+    return complete
+
+
+def _metrics_row(row: dict[str, str]) -> dict[str, float]:
+    return {column: _number(row.get(column)) for column in METRICS}
+
+
+def _block(row: dict[str, str]) -> Block:
+    return Block(
+        block=row.get("block", ""),
+        name=row.get("name", ""),
+        nominal=_number(row.get("nominal_rate")),
+        mode=row.get("mode", ""),
+        realised=_number(row.get("realised_rate")),
+    )
+
+
+def _number(value: Any) -> float:
+    """A finite number, or NaN for anything else: infinities would stretch an axis without end."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return NAN
+    return number if math.isfinite(number) else NAN
+
+
+def _known(values: Iterable[float]) -> list[float]:
+    return [v for v in values if not math.isnan(v)]
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def _percent(value: float, digits: int = 2) -> str:
+    """A percentage, 0 to 100; a dash where it is unknown."""
+    return UNKNOWN if math.isnan(value) else f"{value:.{digits}f}\u00a0%"
+
+
+def _share(value: float) -> str:
+    """A share, 0 to 1, as a percentage."""
+    return _percent(100 * value, 1)
+
+
+def _rate(value: float) -> str:
+    return UNKNOWN if math.isnan(value) else f"{value:.3f}"
+
+
+def _count(value: float) -> str:
+    return UNKNOWN if math.isnan(value) else f"{value:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return UNKNOWN
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _memory(megabytes: float) -> str:
+    if math.isnan(megabytes):
+        return UNKNOWN
+    return f"{megabytes:,.0f} MB" if megabytes < 10_000 else f"{megabytes / 1024:,.1f} GB"
+
+
+def _words(value: Any) -> str:
+    """A value of a JSON or YAML file on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return ", ".join(_words(item) for item in value)
+    return UNKNOWN if value is None else str(value)
+
+
+def _epochs(run: Run) -> str:
+    """Epochs done, and out of how many where the run has not finished."""
+    planned = run.setting("optim", "epochs")
+    return str(run.epochs) if run.finished or planned is None else f"{run.epochs} of {_words(planned)}"
+
+
+def _verdict(run: Run) -> str:
+    if not run.epochs:
+        return "No epoch has been finished yet."
+    state, which = ("Finished", "final") if run.finished else ("Not finished,", "latest")
+    epochs = _epochs(run) + (" epoch" if _epochs(run) == "1" else " epochs")
+    best = f"best {_percent(run.best_top1)}"
+    best += "" if math.isnan(run.best_epoch) else f" at epoch {run.best_epoch:.0f}"
+    return f"{state} {epochs} in {_duration(run.seconds)}: {which} top-1 {_percent(run.final_top1)}, {best}."
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    top5 = run.metrics["val_top5"]
+    return [
+        ("Final top-1" if run.finished else "Latest top-1", _percent(run.final_top1)),
+        ("Best top-1", _percent(run.best_top1)),
+        ("Final top-5" if run.finished else "Latest top-5", _percent(top5[-1] if top5 else NAN)),
+        ("Epochs", _epochs(run)),
+        ("Training time", _duration(run.seconds)),
+        ("Images/s", _count(run.images_per_second)),
+        ("Peak memory", _memory(_number(run.summary.get("peak_memory_mb")))),
+        ("Steps", _count(run.steps)),
+    ]
+
+
+_ORIGIN = {
+    "Machine": ("device", "processes", "threads", "cpu_count", "platform"),
+    "Versions": ("python", "torch", "torchvision", "timm", "numpy", "cuda"),
+}
+
+
+def _origin(run: Run) -> list[tuple[str, str]]:
+    """How the run was made: command, machine and versions, then whatever else environment.json says."""
+    rest = {key: value for key, value in run.environment.items() if value is not None}
+    rows = [("Command", _words(rest.pop("command", None)))]
+    for title, keys in _ORIGIN.items():
+        group = {key.replace("_", " "): rest.pop(key) for key in keys if key in rest}
+        rows += [(title, _words(group))] if group else []
+    rows += [(key.replace("_", " ").capitalize(), _words(value)) for key, value in rest.items()]
+    if "weights_sha256" in run.summary:
+        rows.append(("Weights sha256", _words(run.summary["weights_sha256"])))
+    return rows
+
+
+def _drop_path_settings(run: Run) -> str:
+    section = run.setting("drop_path")
+    if not isinstance(section, dict):
+        return UNKNOWN
+    words = []
+    for key, value in section.items():
+        if key == "rate" and value is None:
+            words.append("rate of the model")
+        elif key == "schedule" and isinstance(value, dict):
+            rest = _words({k: v for k, v in value.items() if k != "kind"})
+            words.append(f"schedule {value.get('kind')}" + (f" ({rest})" if rest else ""))
+        elif isinstance(value, list):
+            words.append(f"{key} of {len(value)} rates")
+        elif value is not None:
+            words.append(f"{key} {value}")
+    return ", ".join(words)
+
+
+def _drop_path_verdict(blocks: Sequence[Block]) -> str:
+    """What the chart of rates shows, and what was saved, in one line."""
+    drawn = [b for b in blocks if not math.isnan(b.realised)]
+    if not drawn:
+        return "No sample has been drawn for yet."
+    dropped = statistics.fmean(b.realised for b in drawn)
+    skipped = statistics.fmean(b.skipped for b in drawn)
+    shows = (
+        "Each training sample bypasses a block's branches with the block's own rate: pale bars are the rates asked "
+        "for, coloured bars the shares really dropped, lower where a schedule scales the rates down."
+    )
+    if skipped == 0.0 < dropped:
+        saved = f" {_share(dropped)} of all branch computations were dropped by a mask, none of them skipped."
+    elif not math.isclose(skipped, dropped):
+        saved = f" {_share(skipped)} of all branch computations were skipped; {_share(dropped)} were dropped in all."
+    else:
+        saved = f" {_share(skipped)} of all branch computations were skipped, never computed."
+    return shows + saved
+
+
+# ---- charts of a page ------------------------------------------------------------------------------------------------
+
+# Stand-ins that become CSS variables in the page, so that one drawing follows light and dark.
+INK, SOFT, LINE, PALE = "#010101", "#020202", "#030303", "#050505"
+SERIES = tuple(f"#0404{i:02x}" for i in range(8))
+_VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", PALE: "--pale"} | {
+    c: f"--s{i}" for i, c in enumerate(SERIES)
+}
+DASHES = ("-", "--", ":", "-.")
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+def _style(run: int) -> dict[str, Any]:
+    """Colour and dash of the n-th run: 32 that differ."""
+    return {"color": SERIES[run % len(SERIES)], "linestyle": DASHES[run // len(SERIES) % len(DASHES)]}
+
+
+def _chart(caption: str, draw: Callable[[Axes], None], *, xlabel: str = "epoch") -> tuple[str, Markup]:
+    """Draws one small chart and returns its caption and inline SVG that takes its colours from the page."""
+    rc: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": caption,
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+    }
+    with matplotlib.rc_context(rc):
+        figure = Figure(figsize=(4.6, 2.8))
+        figure.patch.set_alpha(0)
+        axes = figure.add_axes((0.125, 0.175, 0.86, 0.705))
+        axes.patch.set_alpha(0)
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.spines["bottom"].set(visible=True, color=SOFT)
+        axes.tick_params(color=SOFT, labelcolor=SOFT, length=3)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel(xlabel, color=SOFT)
+        draw(axes)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata=_NO_METADATA)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to groups, and several charts share a page
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return caption, Markup(svg)  # drawn above, and matplotlib escapes its labels
+
+
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    # Few points need markers: a single epoch would otherwise draw nothing.
+    axes.plot(x, y, marker="o" if len(_known(y)) <= 12 else None, markersize=3.5, linewidth=1.6, **style)
+
+
+def _legend(axes: Axes, **options: Any) -> None:
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, labelcolor=INK, borderaxespad=0.2, **options
+    )
+
+
+def _focus(axes: Axes, epochs: Sequence[Sequence[float]], series: Sequence[Sequence[float]]) -> None:
+    """Starts the axis below the last three quarters of the epochs: the first rise would flatten all the rest.
+
+    The last value of every line stays in view, however short its run.
+    """
+    quarter = max((e for run in epochs for e in run), default=0.0) / 4
+    shown = [v for x, y in zip(epochs, series, strict=True) for e, v in zip(x, y, strict=True) if e > quarter]
+    shown = _known([*shown, *(v for y in series for v in _known(y)[-1:])])
+    if shown:
+        margin = 0.06 * max(max(shown) - min(shown), 0.5)
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+
+
+def _run_charts(run: Run) -> list[tuple[str, Markup]]:
+    metrics = run.metrics
+    epochs = metrics["epoch"]
+
+    def loss(axes: Axes) -> None:
+        _line(axes, epochs, metrics["train_loss"], label="training", color=SERIES[1])
+        _line(axes, epochs, metrics["val_loss"], label="validation", color=SERIES[0])
+        _legend(axes)
+
+    def accuracy(axes: Axes) -> None:
+        _line(axes, epochs, metrics["val_top1"], label="top-1", color=SERIES[0])
+        _line(axes, epochs, metrics["val_top5"], label="top-5", color=SERIES[2])
+        _focus(axes, [epochs, epochs], [metrics["val_top1"], metrics["val_top5"]])
+        _legend(axes)
+
+    def learning_rate(axes: Axes) -> None:
+        _line(axes, epochs, metrics["lr"], color=SERIES[0])
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+        axes.yaxis.get_offset_text().set_color(SOFT)
+
+    def drop_path_rate(axes: Axes) -> None:
+        _line(axes, epochs, metrics["drop_path_rate"], color=SERIES[0])
+        axes.set_ylim(0, max([0.1, *(1.1 * r for r in _known(metrics["drop_path_rate"]))]))
+
+    return [
+        _chart("Loss", loss),
+        _chart("Validation accuracy in % (the axis may leave out the first rise)", accuracy),
+        _chart("Learning rate", learning_rate),
+        _chart("Drop-path rate: the largest over blocks, after the schedule", drop_path_rate),
+    ]
+
+
+def _rates_chart(blocks: Sequence[Block]) -> tuple[str, Markup]:
+    def draw(axes: Axes) -> None:
+        x = range(len(blocks))
+        axes.bar(x, [b.nominal for b in blocks], width=0.86, color=PALE, label="nominal")
+        axes.bar(x, [b.realised for b in blocks], width=0.44, color=SERIES[0], label="realised")
+        axes.set_xlim(-0.7, len(blocks) - 0.3)
+        axes.xaxis.set_major_formatter(lambda i, _: blocks[int(i)].block if 0 <= i < len(blocks) else "")
+        axes.set_ylim(0, max([0.1, *(1.1 * r for b in blocks for r in _known((b.nominal, b.realised)))]))
+        _legend(axes)
+
+    return _chart("Drop-path rate of each block", draw, xlabel="block, first to last")
+
+
+def _compare_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+    def overlay(column: str) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            for i, run in enumerate(runs):
+                _line(axes, run.metrics["epoch"], run.metrics[column], **_style(i))
+            if column == "val_top1":
+                _focus(axes, [run.metrics["epoch"] for run in runs], [run.metrics[column] for run in runs])
+
+        return draw
+
+    return [
+        _chart("Validation top-1 in % (the axis may leave out the first rise)", overlay("val_top1")),
+        _chart("Validation loss", overlay("val_loss")),
+    ]
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; --paper: #fff; --card: #f5f6f8; --ink: #1b1f24; --soft: #59626e; --line: #dbe0e6;
+  --pale: #bcc6d2;
+  --s0: #2563eb; --s1: #d9480f; --s2: #0f8a5f; --s3: #a21caf;
+  --s4: #0e7490; --s5: #a16207; --s6: #64748b; --s7: #be123c }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14171b; --card: #1d2126; --ink: #e7eaee; --soft: #a2acb8; --line: #363d46;
+    --pale: #4d5763;
+    --s0: #6ea8fe; --s1: #ff9f5a; --s2: #4ade9b; --s3: #e58bf5;
+    --s4: #5fd3e8; --s5: #f5c04a; --s6: #a9b4c2; --s7: #ff8095 }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 76rem; padding: 1.25rem clamp(0.9rem, 3vw, 2.5rem) 3rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere }
+h2 { margin: 2.2rem 0 0.7rem; font-size: 1.15rem }
+p { margin: 0.4rem 0 0.8rem; max-width: 48rem }
+.soft, figcaption { color: var(--soft) }
+.verdict { font-size: 1.1rem; margin: 0.6rem 0 1.1rem }
+.note { border-left: 3px solid var(--s1); padding-left: 0.7rem }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: 0.6rem; margin: 0 }
+.facts div { background: var(--card); border-radius: 8px; padding: 0.55rem 0.8rem }
+.facts dt { color: var(--soft); font-size: 0.84rem }
+.facts dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums }
+.origin { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: 0.25rem 1.2rem; margin: 0 }
+.origin dt { color: var(--soft) }
+.origin dd { margin: 0; overflow-wrap: anywhere }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.4rem 2rem;
+  align-items: start }
+figure { margin: 0; min-width: 0 }
+figure svg { display: block; width: 100%; height: auto; max-width: 46rem }
+figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif !important }
+figcaption { font-size: 0.92rem; margin-bottom: 0.3rem }
+.scroll { overflow-x: auto }
+.run { white-space: nowrap }
+.settings { min-width: 18rem }
+table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: 0.26rem 0.9rem 0.26rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top }
+th { color: var(--soft); font-weight: 500; white-space: nowrap }
+.number { text-align: right; white-space: nowrap }
+details { background: var(--card); border-radius: 8px; padding: 0.6rem 0.9rem; margin-top: 0.8rem }
+summary { cursor: pointer; font-weight: 600 }
+pre { margin: 0.6rem 0 0; overflow-x: auto; font: 0.86rem/1.45 ui-monospace, Menlo, Consolas, monospace }
+@media (max-width: 40rem) { .origin { grid-template-columns: 1fr } .origin dd { margin-bottom: 0.5rem } }
+code { font: 0.9em ui-monospace, Menlo, Consolas, monospace }
+.key { width: 2rem; height: 0.8rem; margin-right: 0.5rem; vertical-align: middle }
+</style>
+</head>
+<body>
+{% block body %}{% endblock %}
+</body>
+</html>
+"""
+
+_CHARTS = """{% macro chart(caption, svg) -%}
+<figure role="img" aria-label="{{ caption }}"><figcaption>{{ caption }}</figcaption>{{ svg }}</figure>
+{%- endmacro %}
+{% macro charts(figures) -%}
+<div class="charts">{% for caption, svg in figures %}{{ chart(caption, svg) }}{% endfor %}</div>
+{%- endmacro %}"""
+
+_RUN = """{% extends "page" %}{% from "charts" import chart, charts %}{% block body %}
+<h1>{{ run.name }}</h1>
+<div class="soft">{{ subtitle }}</div>
+<p class="verdict">{{ verdict }}</p>
+{% for note in run.notes %}<p class="note">{{ note }}</p>
+{% endfor %}
+<dl class="facts">
+{% for name, value in facts %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
+{% endfor %}
+</dl>
+<h2>Made with</h2>
+<dl class="origin">
+{% for name, value in origin %}
+<dt>{{ name }}</dt><dd>{% if name == "Command" %}<code>{{ value }}</code>{% else %}{{ value }}{% endif %}</dd>
+{% endfor %}
+</dl>
+<h2>Curves</h2>
+{% if curves %}{{ charts(curves) }}{% else %}<p class="soft">metrics.csv holds no epoch yet.</p>{% endif %}
+<h2>Stochastic depth</h2>
+<p class="soft">Settings: {{ settings }}.</p>
+{% if rates %}
+<div class="charts">
+{{ chart(*rates) }}
+<div><p>{{ depth_verdict }}</p>
+<details><summary>Table of {{ run.blocks | length }} blocks</summary><div class="scroll"><table>
+<thead><tr><th class="number">Block</th><th>Name</th><th>Mode</th><th class="number">Nominal</th>
+<th class="number">Realised</th><th class="number">Computed</th></tr></thead>
+<tbody>
+{% for block in run.blocks %}
+<tr><td class="number">{{ block.block }}</td><td>{{ block.name }}</td><td>{{ block.mode }}</td>
+<td class="number">{{ block.nominal | rate }}</td><td class="number">{{ block.realised | rate }}</td>
+<td class="number">{{ (1 - block.skipped) | share }}</td></tr>
+{% endfor %}
+</tbody></table></div></details></div>
+</div>
+{% else %}<p class="soft">drop_path.csv holds no block yet.</p>{% endif %}
+<h2>Configuration</h2>
+<details><summary>config.yaml, resolved</summary><pre>{{ run.config_text }}</pre></details>
+{% endblock %}"""
+
+_COMPARE = """{% extends "page" %}{% from "charts" import charts %}{% block body %}
+<h1>{{ title }}</h1>
+{% for run in runs %}{% for note in run.notes %}<p class="note">{{ run.name }}: {{ note }}</p>
+{% endfor %}{% endfor %}
+<div class="scroll"><table>
+<thead><tr><th>Run</th><th class="number">Best top-1</th><th class="number">Final top-1</th>
+<th class="number">Epochs</th>
+<th class="number">Time</th><th class="number">Images/s</th><th>Drop path</th></tr></thead>
+<tbody>
+{% for run in runs %}
+<tr><td class="run"><svg class="key" viewBox="0 0 32 12" aria-hidden="true"><line x1="0" y1="6" x2="32" y2="6" \
+stroke="var(--s{{ loop.index0 % 8 }})" stroke-width="3" stroke-dasharray="{{ dashes[loop.index0 // 8 % 4] }}"/></svg>\
+{{ labels[loop.index0] }}{% if not run.finished %} <span class="soft">(not finished)</span>{% endif %}</td>
+<td class="number">{{ run.best_top1 | percent }}</td><td class="number">{{ run.final_top1 | percent }}</td>
+<td class="number">{{ run.epochs }}</td><td class="number">{{ run.seconds | duration }}</td>
+<td class="number">{{ run.images_per_second | count }}</td><td class="settings">{{ run | settings }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+<h2>Curves</h2>
+{{ charts(curves) }}
+{% endblock %}"""
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.DictLoader({"page": _PAGE, "charts": _CHARTS, "run": _RUN, "compare": _COMPARE}),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+)
+_TEMPLATES.filters |= {
+    "rate": _rate,
+    "share": _share,
+    "percent": _percent,
+    "duration": _duration,
+    "count": _count,
+    "settings": _drop_path_settings,
+}
+
+
+def write_report(run: Path) -> Path:
+    """Writes run/report.html from the files of the run folder and returns its path.
+
+    Files that are missing or were cut off cost their part of the page and a note, never the page.
+
+    Raises:
+        ConfigError: `run` is not a run folder, or cannot be written to.
+    """
+    data = read_run(run)
+    model, dataset = data.setting("model", "name"), data.setting("data", "dataset")
+    html = _TEMPLATES.get_template("run").render(
+        title=f"{data.name}: {_percent(data.final_top1)} top-1",
+        run=data,
+        subtitle=f"{_words(model)} on {_words(dataset)}",
+        verdict=_verdict(data),
+        facts=_facts(data),
+        origin=_origin(data),
+        curves=_run_charts(data) if data.epochs else [],
+        settings=_drop_path_settings(data),
+        depth_verdict=_drop_path_verdict(data.blocks),
+        rates=_rates_chart(data.blocks) if data.blocks else (),
+    )
+    return _write(run / "report.html", html)
+
+
+def write_comparison(runs: Sequence[Path], output: Path) -> Path:
+    """Writes one page that overlays the validation curves of several runs and returns its path.
+
+    Raises:
+        ConfigError: One of `runs` is not a run folder, or `output` cannot be written.
+    """
+    data = [read_run(run) for run in runs]
+    names = [run.name for run in data]
+    html = _TEMPLATES.get_template("compare").render(
+        title=f"{len(data)} runs compared" if len(data) != 1 else names[0],
+        runs=data,
+        # folders of one name are told apart by their paths
+        labels=[str(run.path) if names.count(run.name) > 1 else run.name for run in data],
+        dashes=("none", "7 3", "2 3", "8 3 2 3"),
+        curves=_compare_charts(data),
+    )
+    return _write(output, html)
+
+
+def _write(path: Path, text: str) -> Path:
+    """Writes beside the final place and renames, so that a reader never meets half a page."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {str(path)!r}: {error.strerror}") from None
+    return path
+
+
+# ---- the README's pictures -------------------------------------------------------------------------------------------
+
+_S24_DEPTHS = (4, 4, 12, 4)  # PoolFormer-S24
+_RATES_RATE = 0.3
+_BATCH_RATE = 0.4
+_BATCH_SIZE = 16
+_SEED = 0
+
+_BLUE, _PALE, _ORANGE, _BLACK, _GREY, _BAND = "#2f6db5", "#9cc0e7", "#d9661f", "#1b1f24", "#6b7480", "#e9edf2"
+_STAGE_GAP = 0.8  # in blocks
+
+
+def write_pictures(folder: Path) -> list[Path]:
+    """Writes drop_path_rates.svg and drop_path_batch.svg, the same bytes each time, and returns their paths.
+
+    Raises:
+        ConfigError: The folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
+    pictures = {"drop_path_rates.svg": draw_rates, "drop_path_batch.svg": draw_batch}
+    return [_write(folder / name, _picture(name, draw)) for name, draw in pictures.items()]
+
+
+def _picture(name: str, draw: Callable[[], Figure]) -> str:
+    # Text as paths: a README is read on machines with other fonts. The salt and the missing date fix the bytes.
+    rc: dict[Any, Any] = {
+        "svg.fonttype": "path",
+        "svg.hashsalt": name,
+        "font.family": "DejaVu Sans",
+        "image.composite_image": False,
+    }
+    with matplotlib.rc_context(rc):
+        text = io.StringIO()
+        draw().savefig(text, format="svg", metadata=_NO_METADATA, facecolor="white")
+    return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.MULTILINE)
+
+
+def _block_positions(depths: Sequence[int]) -> list[list[float]]:
+    """Horizontal position of every block, by stage, with a gap between stages."""
+    positions: list[list[float]] = []
+    start = 0.0
+    for depth in depths:
+        positions.append([start + i for i in range(depth)])
+        start += depth + _STAGE_GAP
+    return positions
+
+
+def draw_rates() -> Figure:
+    """The rate per block for every named profile, one panel each, stages set apart."""
+    formulas = {
+        "linear": "0 in the first block, rising evenly (timm)",
+        "linear_from_first": "starts one step higher (Huang et al.)",
+        "constant": "every block alike",
+        "stagewise": "one rate per stage, rising evenly",
+        "cosine": "flat at both ends, steep in the middle",
+    }
+    figure = Figure(figsize=(10, 5.7), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12, wspace=0.04, hspace=0.04))
+    *panels, words = figure.subplots(2, 3).flat
+    stages = _block_positions(_S24_DEPTHS)
+    shades = [(_PALE, _BLUE)[s % 2] for s, stage in enumerate(stages) for _ in stage]
+    for axes, profile in zip(panels, get_args(ProfileName), strict=True):
+        rates = drop_path_rates(_RATES_RATE, _S24_DEPTHS, profile)
+        axes.bar([x for stage in stages for x in stage], rates, width=0.86, color=shades)
+        for number, stage in enumerate(stages, start=1):
+            # the line under the bars keeps blocks of rate 0 visible
+            axes.plot([stage[0] - 0.43, stage[-1] + 0.43], [0, 0], color=_GREY, linewidth=1.2, clip_on=False)
+            axes.text(
+                statistics.fmean(stage), -0.012, f"stage {number}", ha="center", va="top", fontsize=8, color=_GREY
+            )
+        axes.set_title(profile, loc="left", fontsize=12, fontweight="bold", color=_BLACK, pad=22)
+        axes.text(0, 1.04, formulas[profile], transform=axes.transAxes, fontsize=9, color=_GREY)
+        mean = statistics.fmean(rates)
+        axes.plot([-0.8, stages[-1][-1] + 0.8], [mean, mean], color=_ORANGE, linewidth=1.2, linestyle="--")
+        axes.text(-0.6, mean + 0.006, f"mean {mean:.3f}", fontsize=9, color=_ORANGE)
+        axes.set(ylim=(0, 1.15 * _RATES_RATE), xlim=(-0.8, stages[-1][-1] + 0.8), xticks=[])
+        axes.set_yticks([0, 0.1, 0.2, 0.3])
+        axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=_GREY)
+        axes.grid(axis="y", color="#e3e7ec", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+    words.axis("off")
+    depths = ", ".join(map(str, _S24_DEPTHS))
+    lines = (
+        "Drop-path rate per block",
+        f"One bar is one block of PoolFormer-S24,\nfirst to last; stages of {depths} blocks\nstand apart.",
+        f"The rate is {_RATES_RATE} in every panel: the\nlargest over blocks (rate_is: max).\n"
+        "The means (dashed) differ, and so\ndoes the strength; rate_is: mean\nmakes them equal.",
+    )
+    words.text(
+        0.0, 1.135, lines[0], transform=words.transAxes, fontsize=12, fontweight="bold", color=_BLACK, in_layout=False
+    )
+    words.text(0.0, 1.02, "\n\n".join(lines[1:]), fontsize=10, color=_BLACK, va="top", linespacing=1.4, in_layout=False)
+    return figure
+
+
+def draw_step(depths: Sequence[int], rate: float, *, batch: int, seed: int) -> Tensor:
+    """Which samples each block's branch really ran on in one training step of mode skip.
+
+    Args:
+        depths: Blocks per stage.
+        rate: Largest rate of the linear profile.
+        batch: Samples in the step.
+        seed: Seeds the draws; the global random state is left as it was.
+
+    Returns:
+        bool, (batch, sum(depths)): true where the branch was called with that sample.
+    """
+    rates = drop_path_rates(rate, depths)
+    computed = torch.zeros(batch, len(rates), dtype=torch.bool)
+    samples = torch.arange(batch).float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for block, drop_prob in enumerate(rates):
+
+            def branch(x: Tensor, block: int = block) -> Tensor:
+                computed[x.long(), block] = True
+                return torch.zeros_like(x)  # so that x goes on naming its sample
+
+            samples = DropPath(drop_prob, mode="skip").residual(samples, branch)
+    return computed
+
+
+def draw_batch() -> Figure:
+    """A batch of digits through the blocks of one training step: what was computed and what was skipped."""
+    from sklearn.datasets import load_digits  # only this picture needs it
+
+    images = load_digits(return_X_y=True)[0][:_BATCH_SIZE].reshape(-1, 8, 8)  # (B, 64) -> (B, 8, 8)
+    computed = draw_step(_S24_DEPTHS, _BATCH_RATE, batch=_BATCH_SIZE, seed=_SEED)
+    rates = drop_path_rates(_BATCH_RATE, _S24_DEPTHS)
+    stages = _block_positions(_S24_DEPTHS)
+    columns = [x for stage in stages for x in stage]
+    left, right, bottom = -2.1, columns[-1] + 1.0, _BATCH_SIZE - 0.45
+
+    figure = Figure(figsize=(11, 8.6))
+    grid = figure.add_axes((0.05, 0.215, 0.94, 0.595))
+    shares = figure.add_axes((0.05, 0.055, 0.94, 0.13))
+    # the width, in columns, that equals the height of a row: digits are square
+    square = (0.595 * 8.6 / (bottom + 0.55)) / (0.94 * 11 / (right - left))
+
+    for number, stage in enumerate(stages, start=1):
+        corner, width = (stage[0] - 0.5, -0.55), stage[-1] - stage[0] + 1
+        grid.add_patch(Rectangle(corner, width, _BATCH_SIZE + 0.1, facecolor=_BAND, edgecolor="none"))
+        grid.text(statistics.fmean(stage), -0.75, f"stage {number}", ha="center", va="bottom", fontsize=10, color=_GREY)
+    for row, sample in enumerate(computed.tolist()):
+        extent = (-0.95 - 0.84 * square, -0.95, row + 0.42, row - 0.42)
+        grid.imshow(images[row], cmap="gray_r", extent=extent, interpolation="none")
+        arrow = {"arrowstyle": "->", "color": _GREY, "shrinkA": 0, "shrinkB": 0}
+        grid.annotate("", (right, row), (-0.8, row), arrowprops=arrow, zorder=1)
+        boxes = [(column - 0.4, 0.8) for column, kept in zip(columns, sample, strict=True) if kept]
+        grid.broken_barh(boxes, (row - 0.36, 0.72), facecolor=_BLUE, edgecolor="none", zorder=3)
+        gaps = [column for column, kept in zip(columns, sample, strict=True) if not kept]
+        grid.hlines([row] * len(gaps), [c - 0.5 for c in gaps], [c + 0.5 for c in gaps], color=_ORANGE, linewidth=3)
+    grid.set(xlim=(left, right), ylim=(bottom, -0.55), aspect="auto")
+    grid.axis("off")
+
+    kept_shares = computed.float().mean(0).tolist()
+    shares.bar(columns, 1.0, width=0.8, color=_BAND)
+    shares.bar(columns, kept_shares, width=0.8, color=_BLUE)
+    for column, share, rate in zip(columns, kept_shares, rates, strict=True):
+        shares.text(column, 0.3, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color="white")
+        shares.plot([column - 0.4, column + 0.4], [1 - rate, 1 - rate], color=_BLACK, linewidth=1.6)
+    shares.text(-0.95, 0.5, "computed\nin %", ha="right", va="center", fontsize=9, color=_GREY)
+    shares.text(-0.95, -0.1, "block", ha="right", va="center", fontsize=9, color=_GREY)
+    shares.set(xlim=(left, right), ylim=(0, 1.03), xticks=columns, xticklabels=range(1, len(columns) + 1), yticks=[])
+    shares.tick_params(axis="x", length=0, labelsize=9, labelcolor=_GREY)
+    shares.spines[:].set_visible(False)
+
+    done, of = int(computed.sum()), computed.numel()
+    title = "One training step in mode skip: every sample takes its own path"
+    about = (
+        f"{_BATCH_SIZE} digits through PoolFormer-S24 (one branch of each block is drawn), linear profile: the rate "
+        f"rises from 0 to {_BATCH_RATE},\nso later blocks are dropped more often. "
+        f"{of - done} of {of} branch computations ({100 * (of - done) / of:.0f} %) are never done."
+    )
+    figure.text(0.05, 0.975, title, fontsize=14, fontweight="bold", color=_BLACK, va="top")
+    figure.text(0.05, 0.94, about, fontsize=10, color=_BLACK, va="top", linespacing=1.4)
+    keys = [
+        Patch(color=_BLUE, label="computed"),
+        Line2D(
+            [], [], color=_ORANGE, linewidth=3, label="skipped: only the shortcut, the branch never sees the sample"
+        ),
+        Line2D([], [], color=_BLACK, linewidth=1.6, label="expected share, 1 - rate"),
+    ]
+    figure.legend(
+        handles=keys,
+        loc="upper left",
+        bbox_to_anchor=(0.05, 0.885),
+        ncols=3,
+        frameon=False,
+        fontsize=10,
+        borderpad=0,
+        borderaxespad=0,
+        labelcolor=_BLACK,
+    )
+    return figure
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, or 2 for a mistake in what was given."""
+    parser = argparse.ArgumentParser(prog="python -m training.report", description=(__doc__ or "").split("\n", 1)[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder whose report.html is written again")
+    what.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="run folders to overlay; needs --output")
+    what.add_argument("--pictures", type=Path, metavar="DIR", help="folder for the README's pictures")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the page that --compare writes")
+    given = parser.parse_args(arguments)
+    if (given.compare is None) != (given.output is None):
+        parser.error("--compare and --output go together")
+    try:
+        if given.compare is not None:
+            written = [write_comparison(given.compare, given.output)]
+        elif given.pictures is not None:
+            written = write_pictures(given.pictures)
+        else:
+            written = [write_report(given.run)]
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(*written, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

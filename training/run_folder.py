@@ -1,0 +1,161 @@
+"""The run folder: which files a run leaves, what may be written where, and where a run is resumed from."""
+
+import csv
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.strict_yaml import ConfigError
+from models.weights import save_text
+from training.distributed import World
+
+METRICS = (
+    "epoch",
+    "step",
+    "train_loss",
+    "val_loss",
+    "val_top1",
+    "val_top5",
+    "lr",
+    "drop_path_rate",
+    "images_per_second",
+    "seconds",
+)
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Args:
+        path: The folder; need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.csv"
+        self.drop_path = path / "drop_path.csv"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
+        self.tensorboard = path / "tensorboard"
+
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.exists()
+
+    def make(self, *, fresh: bool) -> None:
+        """Makes the folder and finds out now whether it can be written.
+
+        Args:
+            fresh: A new run begins: refuse a folder with anything in it.
+
+        Raises:
+            ConfigError: It is not empty, is not a folder, or cannot be written.
+        """
+        if fresh and self.holds_run():
+            raise ConfigError(
+                f"{self.path} already holds a run; choose another --output, or continue it: --resume auto"
+            )
+        try:
+            if fresh and self.path.exists() and any(self.path.iterdir()):
+                raise ConfigError(f"{self.path} is not empty and holds no run; choose another --output")
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.path}: {error.strerror}; choose another --output") from None
+
+    def append_metrics(self, row: dict[str, float]) -> None:
+        """Adds one epoch to metrics.csv, on disk when this returns."""
+        new = not self.metrics.exists()
+        with self.metrics.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if new:
+                writer.writerow(METRICS)
+            writer.writerow([_number(row[key]) for key in METRICS])
+            file.flush()
+            os.fsync(file.fileno())
+
+    def cut_metrics(self, step: int) -> None:
+        """Removes rows later than a step: a run resumed from there writes them again."""
+        if self.metrics.exists():
+            lines = self.metrics.read_text().splitlines()
+            kept = [
+                line for line in lines[1:] if line.count(",") == len(METRICS) - 1 and int(line.split(",")[1]) <= step
+            ]
+            save_text(self.metrics, "\n".join([",".join(METRICS), *kept]) + "\n")
+
+    def write_json(self, path: Path, content: dict[str, Any]) -> None:
+        """Writes one JSON file so that a kill leaves the old or the new one."""
+        save_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def new_run_path(name: str) -> Path:
+    """runs/NAME-TIME, with a number behind it where two runs start in one second."""
+    stem = f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
+        path = Path("runs") / (stem + suffix)
+        if not path.exists():
+            return path
+    raise ConfigError(f"runs/{stem}: too many runs of this name; give --output")
+
+
+def latest_run(name: str) -> Path | None:
+    """The newest of runs/NAME-TIME, for --resume auto without --output."""
+    runs = [p for p in Path("runs").glob(f"{name}-*") if RunFolder(p).holds_run()]
+    return max(runs, key=lambda p: RunFolder(p).config.stat().st_mtime, default=None)
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """Machine, versions, commit and command of this process, for environment.json."""
+    import numpy
+    import timm
+    import torchvision
+
+    on_cuda = world.device.type == "cuda"
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(world.device) if on_cuda else str(world.device),
+        "processes": world.size,
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda if on_cuda else None,
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a + behind it where files differ from it."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.8g}"
