@@ -9,7 +9,7 @@ from models.strict_yaml import ConfigError
 from training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from training.config import TrainConfig, dump_config, load_config
 from training.distributed import World, close_world, init_world
-from training.loop import NonFiniteError, build, describe, dry_run, train
+from training.loop import NonFiniteError, build, describe, dry_run, on_main, train
 from training.run_folder import RunFolder, latest_run, new_run_path
 
 
@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done or saved, 1 failed while running, 2 a mistake in what was given."""
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     world = None
     try:
         folder = find_folder(args)
@@ -96,16 +96,9 @@ def run(args: argparse.Namespace, config: TrainConfig, path: Path | None, world:
             print(f"{plan}\n{result}")
         return 0
     name = args.config.stem if args.config else "digits"
-    folder = RunFolder(path or new_run_path(name))
+    folder = RunFolder(path or new_run_path(name, world))
     check_same_run(folder, setup.config, resuming=bool(args.resume))
-    problem = None
-    if world.is_main:
-        try:
-            folder.make(fresh=not args.resume)
-        except ConfigError as error:
-            problem = error
-    if world.any(problem is not None):
-        raise problem or ConfigError("rank 0 cannot write the run folder")
+    on_main(world, lambda: folder.make(fresh=not args.resume))
     if world.is_main:
         print(describe(setup))
         start = "" if checkpoint is None else f", going on from step {checkpoint.step}"

@@ -205,7 +205,7 @@ class DropPath(nn.Module):
 
     def _count(self, batch: int, kept: Tensor) -> None:
         """Adds one draw: `kept` is a count (0-dim, CPU) or a mask (B,) on the activations' device."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
             return  # inside vmap or torch.func.grad a captured tensor must not be written to
         kept = kept.sum() if kept.ndim else kept
         if self._kept.device != kept.device:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers.drop_path import Branch, DropPath, Mode, check_drop_prob
+from layers.drop_path import BREAK_EVEN, Branch, DropPath, Mode, check_drop_prob
 from layers.rates import Profile, RateIs, drop_path_rates
 from layers.schedule import DropPathSchedule
 
@@ -68,7 +68,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
     for name, module in unwrap(model).named_modules():
         own = {key: child for key, child in module.named_children() if isinstance(child, DropPath)}
         if own:
-            blocks.append(Block(name, own))
+            # without the part that torch.compile puts into the name: names tell the stages apart
+            blocks.append(Block(".".join(p for p in name.split(".") if p != "_orig_mod"), own))
     if not blocks:
         raise ValueError(f"{type(unwrap(model)).__name__} has no residual block with a DropPath")
     return blocks
@@ -129,7 +130,7 @@ def set_drop_path(
         for module in block.drop_paths.values():
             if mode is not None:
                 module.mode = mode
-            module.break_even = thresholds.get(module.kind, module.break_even)
+            module.break_even = thresholds.get(module.kind, BREAK_EVEN.get(module.kind, 0.0))
             module.drop_prob = block_rate
             module.multiplier = 1.0
             module.reset_counts()
@@ -203,17 +204,19 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
 
         return residual
 
-    training = model.training
+    training = {module: module.training for module in model.modules()}  # parts may be frozen in eval
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     model.eval()
     try:
         for module in modules:
             module.residual = counting(module)  # an instance attribute hides the method while we count
         with torch.no_grad(), counter:
-            functional_call(model, meta, (torch.empty(1, *input_size, device="meta"),))
+            functional_call(model, meta, (torch.empty(1, *input_size, device="meta", dtype=dtype),))
     finally:
         for module in modules:
             module.__dict__.pop("residual", None)
-        model.train(training)
+        for module, flag in training.items():
+            module.training = flag
     return Macs(counter.get_total_flops() / 2, branches)
 
 

@@ -70,7 +70,7 @@ class MetaFormerConfig(Section):
     Keys given per stage are either one value for all stages or a list with one per stage.
     """
 
-    name: str = Field("", description="Set from the file's name.")
+    name: str = Field("", description="Default: the file's name.")
     depths: list[Size] = Field(min_length=1, description="Blocks per stage.")
     dims: list[Size] = Field(min_length=1, description="Channels per stage.")
     token_mixer: TokenMixer | list[TokenMixer] = Field(description="Token mixer, per stage.")
@@ -86,7 +86,7 @@ class MetaFormerConfig(Section):
     head_dim: Size = Field(32, description="Channels per attention head.")
     stem: PatchConfig
     downsample: PatchConfig
-    head: HeadConfig = HeadConfig()
+    head: HeadConfig = Field(default_factory=HeadConfig)
     drop_rate: Rate = Field(0.0, description="Dropout before the classifier.")
 
     in_chans: Size = Field(3, description="Channels of the input images.")
@@ -98,6 +98,13 @@ class MetaFormerConfig(Section):
     std: list[float] = Field([0.229, 0.224, 0.225], description="Standard deviation of each input channel.")
     pretrained: list[str] = Field([], description="Tags of published weights, the default first.")
     published: Published | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _no_path(cls, value: str) -> str:
+        if "/" in value or "\\" in value or ".." in value or value.startswith("."):
+            raise ValueError(f"must be a plain name, not a path, got {value!r}")
+        return value
 
     @field_validator("pool_size", "conv_kernel_size")
     @classmethod
@@ -176,8 +183,7 @@ def load_model_config(path: Path, overrides: Mapping[str, Any] | None = None) ->
         ConfigError: Unreadable or wrong, naming file, line, key, and the nearest known key.
     """
     document = load_yaml(path)
-    given = document.data.pop("name", path.stem)
-    document.data["name"] = path.stem if given == path.stem else given
+    document.data.setdefault("name", path.stem)
     if overrides:
         _merge(document.data, overrides)
     return validate(MetaFormerConfig, document)

@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from layers.drop_path import Mode
-from models.config import override_config
+from models.config import MetaFormerConfig, override_config
 from models.metaformer import MetaFormer
 from models.pretrained import load_into, load_timm_pretrained
-from models.registry import model_config
-from models.strict_yaml import ConfigError
+from models.registry import is_model, model_config
+from models.strict_yaml import ConfigError, nearest
 from models.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,14 @@ def create_model(
     """Builds a model.
 
     Args:
-        name: A registered name, also with a tag of published weights (`caformer_s18.sail_in22k`), or a path to a YAML.
+        name: A registered name or a path to a YAML. A name may carry a tag of published weights, which sets classes
+            and image size to theirs: `caformer_s18.sail_in22k_ft_in1k_384`.
         pretrained: Load the published weights through timm's hub code.
         checkpoint: Load weights from a file (safetensors or torch state dict) or from a folder with
-            `model.safetensors`, such as a run's `best`.
-        num_classes: Default: the config's. Where it differs from the weights', the classifier is replaced.
-        in_chans: Input channels. Default: the config's, 3 in all published models.
+            `model.safetensors`, such as a run's `best` or what timm saved.
+        num_classes: Default: the config's. Where it is given and differs from the weights', the classifier is replaced.
+        in_chans: Input channels. Default: the config's, 3 in all published models. Where it is given and differs from
+            the weights', their first convolution is adapted as timm does.
         drop_path_rate: Rate of the last block, rising linearly from 0; `None` means 0.
         drop_path_mode: `mask`, `skip` or `batch`; see `layers.drop_path.DropPath`.
         **overrides: Any key of the model's config.
@@ -49,11 +51,7 @@ def create_model(
     """
     if pretrained and checkpoint is not None:
         raise ConfigError("pretrained=True and checkpoint are two sources of weights; give one")
-    name, _, tag = name.partition(".") if not name.endswith((".yaml", ".yml")) else (name, "", "")
     config = model_config(name)
-    if tag and tag not in config.pretrained:
-        known = ", ".join(config.pretrained) or "none"
-        raise ConfigError(f"model {name!r} has no published weights with the tag {tag!r}; it has: {known}")
     chosen = {"num_classes": num_classes, "in_chans": in_chans}
     overrides |= {key: value for key, value in chosen.items() if value is not None}
     if overrides:
@@ -63,15 +61,64 @@ def create_model(
     except ValueError as error:
         raise ConfigError(f"model {name}: {error}") from None
 
+    lines: list[str] = []
     if pretrained:
-        state, origin = load_timm_pretrained(config, tag)
+        state, origin = load_timm_pretrained(config)
     elif checkpoint is not None:
-        state, origin = load_weights(Path(checkpoint))[0], str(checkpoint)
+        origin = str(checkpoint)
+        state, saved = load_weights(Path(checkpoint))
+        lines = _check_trained_as(config, saved or {}, origin)
     else:
         return model
-    for line in load_into(model, state, origin, replace_classifier=num_classes is not None or pretrained):
+    lines = [
+        *load_into(
+            model,
+            state,
+            origin,
+            replace_classifier=num_classes is not None or pretrained,
+            adapt_input=in_chans is not None or pretrained,
+        ),
+        *lines,
+    ]
+    for line in lines:
         logger.info(line)
     return model
+
+
+def _check_trained_as(config: MetaFormerConfig, saved: dict[str, Any], origin: str) -> list[str]:
+    """Compares a model with the config.json beside its weights in what their shapes do not tell.
+
+    Args:
+        config: The model to load into.
+        saved: Ours (key `model`), timm's (key `architecture`) or anything else.
+        origin: Where the weights come from, for messages.
+
+    Returns:
+        Settings that differ from those the weights were trained with, a line each.
+
+    Raises:
+        ConfigError: They are of another architecture.
+    """
+    trained, architecture = saved.get("model"), saved.get("architecture")
+    if isinstance(architecture, str):
+        if not is_model(architecture):
+            raise ConfigError(
+                f"{origin}: weights of {architecture!r}, which is not in the zoo{nearest(architecture, [config.name])}"
+            )
+        trained = model_config(architecture).model_dump()
+    if not isinstance(trained, dict):
+        return []
+    own, lines = config.model_dump(), []
+    for key in ("token_mixer", "norm", "act", "pool_size", "head_dim"):
+        before, now = (config.per_stage(value) for value in (trained.get(key, own[key]), own[key]))
+        if before != now and key == "token_mixer":
+            raise ConfigError(
+                f"{origin}: weights of {trained.get('name') or 'a model'!r}, another architecture than {config.name!r}: "
+                f"token_mixer was {trained[key]}, is {own[key]}"
+            )
+        if before != now:
+            lines.append(f"{key} is {own[key]}, the weights were trained with {trained[key]}")
+    return lines
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class Stage(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm, average over positions and classifier, (B, H, W, C) -> (B, num_classes).
+    """Norm, average over positions and classifier, (B, H, W, C) -> (B, num_classes); unpooled (B, C, H, W).
 
     Args:
         config: The model's config.
@@ -129,6 +129,8 @@ class Head(nn.Module):
             x = x.mean(dim=(1, 2))  # (B, C)
         if not self.norm_first:
             x = self.norm(x)
+        if not self.global_pool:
+            return x.permute(0, 3, 1, 2)  # (B, C, H, W), as timm's unpooled features
         if isinstance(self.fc, MlpHead):  # has its own dropout, before its last layer
             return self.fc(x, pre_logits=pre_logits)
         x = self.drop(x)
@@ -251,7 +253,8 @@ class MetaFormer(nn.Module):
         take = self._stage_indices(indices)
         if max(take) < len(self.stages) - 1:
             self.stages = self.stages[: max(take) + 1]
-            self.num_features = self.feature_info[max(take)]["num_chs"]
+            self.num_features = self.head.dim = self.feature_info[max(take)]["num_chs"]
+            self.head_hidden_size = self._head_hidden_size()
             prune_norm = prune_head = True
         if prune_norm:
             self.head.norm = nn.Identity()
@@ -281,17 +284,17 @@ class MetaFormer(nn.Module):
 
         Args:
             num_classes: 0 removes it.
-            global_pool: `avg`, `""` for no pooling (features stay (B, H, W, C)), or `None` to leave it.
+            global_pool: `avg`, `""` for no pooling (the model then returns (B, C, H', W')), or `None` to leave it.
 
         Raises:
             ValueError: Another pooling.
         """
-        if global_pool not in (None, "", "avg"):
-            raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
-        if global_pool == "" and num_classes > 0:
-            raise ValueError("a classifier needs pooled features: global_pool '' goes with num_classes 0")
-        if global_pool is not None:
-            self.head.global_pool = global_pool
+        pool = self.head.global_pool if global_pool is None else global_pool
+        if pool not in ("", "avg"):
+            raise ValueError(f"global_pool must be 'avg' or '', got {pool!r}")
+        if pool == "" and num_classes > 0:
+            raise ValueError("a classifier needs pooled features: give global_pool='avg'")
+        self.head.global_pool = pool
         device, dtype = self.stem.conv.weight.device, self.stem.conv.weight.dtype
         self.config = self.config.model_copy(update={"num_classes": num_classes})
         self.num_classes = num_classes

@@ -1,26 +1,31 @@
-"""Weights: reading files safely, and layouts from and to timm.
+"""Weights in other layouts: timm's, and those published by sail-sg/poolformer and sail-sg/metaformer.
 
 Our state-dict keys are those of timm's MetaFormer; what differs are shapes, because 1x1 convolutions are linear layers
-here. Only tensors are ever read: safetensors, or torch files with `weights_only=True`.
+here. `load_into` recognises a layout by its keys and shapes and loads all of it or nothing.
 """
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import timm
+from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor
 
 from models.config import MetaFormerConfig
 from models.metaformer import MetaFormer
-from models.strict_yaml import ConfigError
+from models.strict_yaml import ConfigError, nearest
 
 StateDict = dict[str, Tensor]
+
+
+# ---- layouts ----------------------------------------------------------------------------------------------------------
 
 
 def from_timm(state: Mapping[str, Tensor]) -> StateDict:
     """State dict of timm's MetaFormer -> ours: 1x1 convolution weights (O, I, 1, 1) become (O, I).
 
-    The head is not the same for PoolFormer v1: timm pools, then normalises; the original normalises first. Compare
-    logits with `head={"order": "pool_norm", "norm": "layer_norm"}`.
+    Heads differ, see `timm_head`: compare logits with its overrides.
     """
     return {k: v.flatten(1) if _is_pointwise(k) and v.ndim == 4 else v for k, v in state.items()}
 
@@ -35,20 +40,99 @@ def to_timm(state: Mapping[str, Tensor], config: MetaFormerConfig) -> StateDict:
     return out
 
 
+def timm_head(config: MetaFormerConfig) -> dict[str, Any]:
+    """The keys of `head` with which equal weights give timm's logits; empty where they do already.
+
+    PoolFormer normalises before pooling, timm's port after it and by another norm. The norm inside the MLP head of
+    ConvFormer and CAFormer has torch's default epsilon in the original, 1e-6 in timm.
+    """
+    if config.head.order == "norm_pool":
+        return {"order": "pool_norm", "norm": "layer_norm"}
+    if config.head.kind == "mlp" and config.head.mlp_norm_eps != 1e-6:
+        return {"mlp_norm_eps": 1e-6}
+    return {}
+
+
 def _is_pointwise(key: str) -> bool:
     return key.startswith("stages.") and key.endswith(
         (".fc1.weight", ".fc2.weight", ".pwconv1.weight", ".pwconv2.weight")
     )
 
 
-def load_into(model: MetaFormer, state: Mapping[str, Tensor], origin: str, *, replace_classifier: bool) -> list[str]:
+# Key patterns of the published checkpoints -> our keys; the first that matches counts. In PoolFormer's `network`, stages
+# stand at even places and the downsampling in front of the next stage at odd ones.
+_HEAD = [(r"norm\.", "head.norm."), (r"head\.", "head.fc.")]
+_ORIGINALS: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "sail-sg/poolformer": (
+        "patch_embed.proj.weight",
+        [
+            (r"patch_embed\.proj\.", "stem.conv."),
+            *((rf"network\.{2 * i - 1}\.proj\.", f"stages.{i}.downsample.conv.") for i in range(1, 4)),
+            *((rf"network\.{2 * i}\.(\d+)\.layer_scale_(\d)$", rf"stages.{i}.blocks.\1.layer_scale\2.scale")
+              for i in range(4)),
+            *((rf"network\.{2 * i}\.(\d+)\.", rf"stages.{i}.blocks.\1.") for i in range(4)),
+            *_HEAD,
+        ],
+    ),
+    "sail-sg/metaformer": (
+        "downsample_layers.0.conv.weight",
+        [
+            (r"downsample_layers\.0\.conv\.", "stem.conv."),
+            (r"downsample_layers\.0\.post_norm\.", "stem.norm."),
+            (r"downsample_layers\.(\d+)\.conv\.", r"stages.\1.downsample.conv."),
+            (r"downsample_layers\.(\d+)\.pre_norm\.", r"stages.\1.downsample.norm."),
+            (r"stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+            *_HEAD,
+        ],
+    ),
+}  # fmt: skip
+
+
+def original_layout(state: Mapping[str, Tensor]) -> str:
+    """The repository in whose layout a state dict is: `sail-sg/poolformer`, `sail-sg/metaformer`, or "" for neither."""
+    return next((name for name, (marker, _) in _ORIGINALS.items() if marker in state), "")
+
+
+def from_original(state: Mapping[str, Tensor]) -> StateDict:
+    """State dict as published by sail-sg/poolformer or sail-sg/metaformer -> ours.
+
+    Raises:
+        ValueError: It has neither layout.
+    """
+    layout = original_layout(state)
+    if not layout:
+        raise ValueError(f"not in the layout of {' or '.join(_ORIGINALS)}: {next(iter(state), 'empty')!r}")
+    patterns = _ORIGINALS[layout][1]
+
+    def rename(key: str) -> str:
+        for pattern, replacement in patterns:
+            if re.match(pattern, key):
+                return re.sub(f"^{pattern}", replacement, key)
+        return key
+
+    return from_timm({rename(key): value for key, value in state.items()})
+
+
+# ---- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_into(
+    model: MetaFormer,
+    state: Mapping[str, Tensor],
+    origin: str,
+    *,
+    replace_classifier: bool,
+    adapt_input: bool = False,
+) -> list[str]:
     """Loads weights after checking that all of them fit.
 
     Args:
         model: Receives the weights.
-        state: In our layout or timm's.
+        state: In our layout, timm's, or one of the original repositories'.
         origin: Where they come from, for messages.
-        replace_classifier: Leave the model's own classifier in place where the weights' has other classes.
+        replace_classifier: Leave the model's own classifier in place where the weights have other classes.
+        adapt_input: Fit the first convolution to the model's input channels by timm's rule: for one channel its weights
+            are summed, for others repeated and scaled.
 
     Returns:
         What was done, a line each.
@@ -56,17 +140,23 @@ def load_into(model: MetaFormer, state: Mapping[str, Tensor], origin: str, *, re
     Raises:
         ConfigError: They do not fit; the model is unchanged.
     """
-    state, own = from_timm(state), model.state_dict()
-    classifier = model.pretrained_cfg["classifier"] + "."
-    lines = [f"weights from {origin}"]
-    old = state.get(classifier + "weight")
-    if replace_classifier and old is not None and old.shape[0] != model.num_classes:
-        if model.num_classes == 0:
-            state = {k: v for k, v in state.items() if not k.startswith("head.fc.")}
-            lines.append(f"classifier of {old.shape[0]} classes left out")
-        else:
-            state |= {k: v for k, v in own.items() if k.startswith(classifier)}
-            lines.append(f"classifier of {old.shape[0]} classes replaced by a new one of {model.num_classes}")
+    own, layout = model.state_dict(), original_layout(state)
+    in_timm_shapes = not layout and any(_is_pointwise(k) and v.ndim == 4 for k, v in state.items())
+    state = from_original(state) if layout else from_timm(state)
+    lines = [f"weights from {origin}" + (f", in the layout of {layout}" if layout else "")]
+    if in_timm_shapes and (keys := timm_head(model.config)):
+        what = "normalises before pooling" if "order" in keys else "has a norm of eps 1e-5"
+        lines.append(f"the head {what}, as the original; the same weights with head={keys} give timm's logits")
+
+    conv = model.pretrained_cfg["first_conv"] + ".weight"
+    if adapt_input and conv in state and _differs_in_channels(state[conv], own[conv]):
+        before, after = state[conv].shape[1], own[conv].shape[1]
+        state[conv] = adapt_input_conv(after, state[conv], base_chans=before)
+        lines.append(f"first convolution adapted from {before} to {after} input channels")
+    old = state.get(model.pretrained_cfg["classifier"] + ".weight")
+    if replace_classifier and (old is None or old.shape[0] != model.num_classes):
+        lines += _replace_classifier(state, model, own)
+
     faults = [f"{k} has shape {_shape(state[k])}, expected {_shape(v)}" for k, v in own.items()
               if k in state and state[k].shape != v.shape]  # fmt: skip
     faults += [f"{k} is missing" for k in own if k not in state]
@@ -74,34 +164,84 @@ def load_into(model: MetaFormer, state: Mapping[str, Tensor], origin: str, *, re
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         hint = ""
-        if old is not None and len(faults) <= 2 and faults[0].startswith(classifier):
+        if len(faults) <= 2 and old is not None and "head.fc." in faults[0]:
             hint = f"\nthe weights have {old.shape[0]} classes: build with num_classes={old.shape[0]}, or name another "
             hint += "number to replace the classifier"
+        elif len(faults) == 1 and conv in state and _differs_in_channels(state[conv], own[conv]):
+            hint = f"\nthe weights have {state[conv].shape[1]} input channels: name in_chans to adapt them"
         raise ConfigError(f"{origin}: weights do not fit {model.config.name or 'the model'}: {faults[0]}{more}{hint}")
-    model.load_state_dict(dict(state))
+    model.load_state_dict(state)
     return lines
+
+
+def _replace_classifier(state: StateDict, model: MetaFormer, own: StateDict) -> list[str]:
+    """Puts the model's own classifier into the state dict; returns what was done."""
+    classifier = model.pretrained_cfg["classifier"] + "."
+    old = state.get(classifier + "weight")
+    if model.num_classes == 0:
+        for key in [k for k in state if k.startswith("head.fc.")]:
+            del state[key]
+        return [] if old is None else [f"classifier of {old.shape[0]} classes left out"]
+    new = f"a new one of {model.num_classes}"
+    if old is None:
+        state |= {k: v for k, v in own.items() if k.startswith("head.fc.")}
+        return [f"no classifier in the weights: {new} classes"]
+    state |= {k: v for k, v in own.items() if k.startswith(classifier)}
+    return [f"classifier of {old.shape[0]} classes replaced by {new}"]
+
+
+def _differs_in_channels(weight: Tensor, own: Tensor) -> bool:
+    a, b = weight.shape, own.shape
+    return len(a) == len(b) and a[1] != b[1] and (a[0], *a[2:]) == (b[0], *b[2:])
 
 
 def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def load_timm_pretrained(config: MetaFormerConfig, tag: str = "") -> tuple[StateDict, str]:
-    """Published weights in our layout, through timm's hub code: its cache, its offline behaviour, its conversion.
+# ---- published --------------------------------------------------------------------------------------------------------
+
+
+def published_config(config: MetaFormerConfig, tag: str) -> MetaFormerConfig:
+    """The config with the classes, image size and crop of one of its published weights, which become its default.
+
+    Raises:
+        ConfigError: The model has no weights with that tag.
+    """
+    if tag not in config.pretrained:
+        known = ", ".join(config.pretrained) or "none"
+        raise ConfigError(
+            f"model {config.name!r} has no published weights {tag!r}{nearest(tag, config.pretrained)}; it has: {known}"
+        )
+    facts = get_pretrained_cfg(f"{config.name}.{tag}") if timm.is_model(config.name) else None
+    if facts is None:
+        raise ConfigError(f"model {config.name!r}: timm {timm.__version__} has no weights {config.name}.{tag}")
+    height, width = facts.input_size[1:]
+    return config.model_copy(
+        update={
+            "num_classes": facts.num_classes,
+            "image_size": height if height == width else [height, width],
+            "crop_pct": facts.crop_pct,
+            "pretrained": [tag, *(t for t in config.pretrained if t != tag)],
+        }
+    )
+
+
+def load_timm_pretrained(config: MetaFormerConfig) -> tuple[StateDict, str]:
+    """The first of a model's published weights, through timm's hub code: its cache, its offline behaviour.
 
     Args:
         config: A published model's config.
-        tag: One of `config.pretrained`; default the first.
 
     Returns:
-        The weights, with the classes and input channels they were published with, and where they come from.
+        The weights in timm's layout, with the classes and input channels they were published with, and their origin.
 
     Raises:
         ConfigError: There are none, or they could not be had, with the reason.
     """
     if not config.pretrained:
         raise ConfigError(f"model {config.name!r} has no published weights in timm; give checkpoint=...")
-    name = f"{config.name}.{tag or config.pretrained[0]}"
+    name = f"{config.name}.{config.pretrained[0]}"
     try:
         source = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub raises what its transport raises

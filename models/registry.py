@@ -4,7 +4,8 @@ import fnmatch
 from pathlib import Path
 
 from configs import CONFIGS
-from models.config import MetaFormerConfig, load_model_config
+from models.config import MetaFormerConfig, load_model_config, override_config
+from models.pretrained import published_config
 from models.strict_yaml import ConfigError, nearest
 
 _registered: dict[str, MetaFormerConfig] = {}
@@ -29,7 +30,9 @@ def register_model(source: str | Path | MetaFormerConfig, name: str | None = Non
         raise ConfigError("register_model: a config without a name needs name=...")
     if is_model(name):
         raise ConfigError(f"model name {name!r} is taken; choose another")
-    _registered[name] = config.model_copy(update={"name": name})
+    if is_path(name):
+        raise ConfigError(f"model name {name!r} looks like the path of a YAML; choose another")
+    _registered[name] = override_config(config, {"name": name}, source=f"register_model {name!r}")
     return name
 
 
@@ -54,20 +57,22 @@ def is_path(name: str) -> bool:
 
 
 def model_config(name: str) -> MetaFormerConfig:
-    """The config of a registered name, or of a path to a YAML.
+    """The config of a registered name, of a name with a tag of published weights, or of a path to a YAML.
 
     Raises:
         ConfigError: Unknown, with the nearest name; or the YAML is wrong.
     """
     if is_path(name):
         return load_model_config(Path(name))
-    if name in _registered:
-        return _registered[name]
-    files = _files()
-    if name in files:
-        return load_model_config(files[name])
-    hint = nearest(name, list_models()) or "; `python -m models` lists them"
-    raise ConfigError(f"unknown model {name!r}{hint} (a model of your own is given as a path ending in .yaml)")
+    base, _, tag = (name, "", "") if is_model(name) else name.partition(".")
+    if base in _registered:
+        config = _registered[base]
+    elif base in (files := _files()):
+        config = load_model_config(files[base])
+    else:
+        hint = nearest(base, list_models()) or "; `python -m models` lists them"
+        raise ConfigError(f"unknown model {name!r}{hint} (a model of your own is given as a path ending in .yaml)")
+    return published_config(config, tag) if tag else config
 
 
 def _files() -> dict[str, Path]:

@@ -172,11 +172,16 @@ def save_text(path: Path, text: str) -> None:
         CheckpointError: It could not be written; what was there before is untouched.
     """
     temp = path.with_name(f".tmp-{path.name}")
-    with together(bool, path):
-        temp.unlink(missing_ok=True)
-        write_durably(temp, lambda file: file.write(text.encode()))
-        os.replace(temp, path)
-        sync_folder(path.parent)
+    try:
+        with together(bool, path):
+            temp.unlink(missing_ok=True)
+            write_durably(temp, lambda file: file.write(text.encode()))
+            os.replace(temp, path)
+            sync_folder(path.parent)
+    except CheckpointError:
+        with contextlib.suppress(OSError):  # give a full disk its room back
+            temp.unlink()
+        raise
 
 
 @contextlib.contextmanager
@@ -238,7 +243,7 @@ def publish(temp: Path, final: Path) -> None:
 
 def settled(path: Path) -> Path:
     """`path`, or where a save that was killed between its two renames has set it aside."""
-    old = path.with_name(f".old-{path.name}")
+    old = path.parent / f".old-{path.name}"
     return old if path.name and not path.exists() and old.exists() else path
 
 

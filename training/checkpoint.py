@@ -1,9 +1,8 @@
-"""Checkpoints of a run and weights to share: written so that a kill at any moment leaves the old or the new one.
+"""Checkpoints of a run: written so that a kill at any moment leaves the old or the new one.
 
 Everything is written into a hidden folder beside its final place, every file and folder is fsynced, and only then is
-the folder renamed and the parent fsynced; what it replaces is removed last. A folder cannot replace another in one
-rename, so the one to be replaced is first set aside as `.old-NAME`; readers look there when NAME is missing.
-Reading never unpickles code: `torch.load(weights_only=True)` and safetensors only.
+the folder renamed and the parent fsynced; what it replaces is removed last (see models/weights.py).
+Reading never unpickles code: `torch.load(weights_only=True)` only.
 """
 
 import contextlib

@@ -139,9 +139,9 @@ class DropPathSection(_Section):
         default="mask",
         description="mask: compute, then zero. skip: do not compute dropped samples. batch: one draw per batch.",
     )
-    break_even: Fraction | None = Field(
+    break_even: Fraction | dict[str, Fraction] | None = Field(
         default=None,
-        description="Rate from which skipping pays; below it, skip masks. Default: measured, per token mixer.",
+        description="Rate from which skipping pays; below it, skip masks: one, or by kind of branch. Default: measured.",
     )
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
 

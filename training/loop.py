@@ -8,21 +8,24 @@ random states, running sums); so a run that was killed and resumed ends with the
 import contextlib
 import math
 import os
+import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from layers.schedule import DropPathSchedule
@@ -77,6 +80,16 @@ class Progress:
     samples: int = 0
     seconds: float = 0.0
     epoch_seconds: float = 0.0
+
+    def advance(self, batches: list[Any], loss: float, seconds: float) -> None:
+        """Notes an optimizer step over some batches and its mean loss."""
+        count = sum(len(targets) for _, targets, _ in batches)
+        self.step += 1
+        self.batch += len(batches)
+        self.samples += count
+        self.loss_sum += loss * count
+        self.seconds += seconds
+        self.epoch_seconds += seconds
 
 
 @dataclass
@@ -172,8 +185,7 @@ def build(config: TrainConfig, world: World, *, load_checkpoint: bool = True) ->
         data, config.data, seed=config.seed, rank=world.rank, world_size=world.size, device=world.device
     )
     val_loader = build_val_loader(data, config.data, rank=world.rank, world_size=world.size, device=world.device)
-    if world.is_main:
-        check_images(data)
+    on_main(world, lambda: check_images(data))
     assert isinstance(train_loader.batch_sampler, EpochSampler)
     steps_per_epoch = math.ceil(train_loader.batch_sampler.batches_per_epoch / config.optim.accumulate)
     depth = _set_drop_path(model, config, steps_per_epoch)
@@ -184,7 +196,7 @@ def build(config: TrainConfig, world: World, *, load_checkpoint: bool = True) ->
         world.device.type == "cuda" if config.runtime.channels_last == "auto" else config.runtime.channels_last
     )
     _set_backends(config, world.device)
-    model.to(world.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    model.to(world.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, config.optim, world.device)
     return Setup(
         config=config,
@@ -205,12 +217,20 @@ def build(config: TrainConfig, world: World, *, load_checkpoint: bool = True) ->
     )
 
 
+def on_main(world: World, check: Callable[[], None]) -> None:
+    """Runs a check on the main process alone; where it fails, all processes stop with exit code 2."""
+    problem = None
+    if world.is_main:
+        try:
+            check()
+        except ConfigError as error:
+            problem = error
+    if world.any(problem is not None):
+        raise problem or ConfigError("stopped, because rank 0 found a mistake")
+
+
 def seed_everything(seed: int) -> None:
     """Seeds Python's, NumPy's and torch's generators."""
-    import random
-
-    import numpy as np
-
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -430,12 +450,19 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT and self.received is not None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
@@ -459,7 +486,6 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     """
     config, world, model = setup.config, setup.world, setup.model
     seed_everything(config.seed + 1_000_003 * (world.rank + 1))  # ranks drop different samples
-    signals = StopSignals()
     progress = Progress() if checkpoint is None else restore(setup, checkpoint)
     if world.is_main:
         _start_files(setup, folder, progress)
@@ -470,55 +496,40 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
         ids = [world.device.index] if world.device.type == "cuda" else None
         trained = DistributedDataParallel(model, device_ids=ids)
     loss_fn = build_loss(config.augment, mixed=setup.mixer.enabled)
-    bar = _ProgressBar(setup, progress)
-    board = _tensorboard(folder, world, progress.step)
     metrics: dict[str, float] = {}
     pending = None if checkpoint is None else checkpoint.rank_state["random"]
 
-    while progress.epoch < config.optim.epochs:
-        model.train()
-        setup.sampler.set_position(progress.epoch, progress.batch)
-        batches = iter(setup.train_loader)
-        if pending is not None:  # nothing may draw between here and the first step
-            set_random_states(pending)
-            pending = None
-        clock = time.perf_counter()
-        for group in _groups(batches, config.optim.accumulate):
-            loss = train_step(setup, trained, group, progress, loss_fn)
-            count = sum(len(targets) for _, targets, _ in group)
-            now = time.perf_counter()
-            progress.epoch_seconds += now - clock
-            progress.seconds += now - clock
-            clock = now
-            progress.loss_sum += loss * count
-            progress.samples += count
-            progress.batch += len(group)
-            progress.step += 1
-            bar.step(progress, loss)
-            if world.any(signals.received is not None):
-                path = save(setup, folder, progress)
-                bar.close()
-                if world.is_main:
+    with StopSignals() as signals, _Board(folder, world, progress) as board, _ProgressBar(setup, progress) as bar:
+        while progress.epoch < config.optim.epochs:
+            model.train()
+            setup.sampler.set_position(progress.epoch, progress.batch)
+            batches = iter(setup.train_loader)
+            if pending is not None:  # nothing may draw between here and the first step
+                set_random_states(pending)
+                pending = None
+            clock = time.perf_counter()
+            for group in _groups(batches, config.optim.accumulate):
+                loss = train_step(setup, trained, group, progress, loss_fn)
+                progress.advance(group, loss, time.perf_counter() - clock)
+                bar.step(progress, loss)
+                if world.any(signals.received is not None):
+                    saved = save(setup, folder, progress)
                     summary = _write_results(setup, folder, progress, metrics)
-                    print(
-                        f"{signals.received or 'a signal'}: saved {path} at step {progress.step}; go on with --resume auto"
-                    )
-                    return summary | {"stopped_by": signals.received}
-                return {"stopped_by": signals.received}
-            every = config.checkpoint.every_steps
-            if every and progress.step % every == 0 and progress.batch < setup.sampler.batches_per_epoch:
-                save(setup, folder, progress)
+                    reason = signals.received or "a signal"
+                    bar.write(f"{reason}: saved {saved} at step {progress.step}; go on with --resume auto")
+                    return summary | {"stopped_by": reason}
+                every = config.checkpoint.every_steps
+                if every and progress.step % every == 0 and progress.batch < setup.sampler.batches_per_epoch:
+                    save(setup, folder, progress)
                 clock = time.perf_counter()
 
-        metrics = _end_epoch(setup, folder, progress)
-        bar.epoch(metrics)
-        board.write(metrics, progress.step)
-        every = config.checkpoint.every_epochs
-        if (every and progress.epoch % every == 0) or progress.epoch == config.optim.epochs:
-            save(setup, folder, progress)
-    bar.close()
-    board.close()
-    return _write_results(setup, folder, progress, metrics) if world.is_main else {}
+            metrics = _end_epoch(setup, folder, progress)
+            bar.epoch(metrics)
+            board.write(metrics, progress.step)
+            every = config.checkpoint.every_epochs
+            if (every and progress.epoch % every == 0) or progress.epoch == config.optim.epochs:
+                save(setup, folder, progress)
+    return _write_results(setup, folder, progress, metrics)
 
 
 def _groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
@@ -569,7 +580,9 @@ def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
 
 
 def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics: dict[str, float]) -> dict[str, Any]:
-    """summary.json and report.html."""
+    """summary.json and report.html, on the main process; returns the summary."""
+    if not setup.world.is_main:
+        return {}
     device = setup.world.device
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else _peak_rss_mb()
     summary = {
@@ -608,8 +621,6 @@ class _ProgressBar:
         self.setup = setup
         self.epochs = setup.config.optim.epochs
         self.top1 = ""
-        self.started = (time.perf_counter(), progress.samples)
-        self.images = 0
         self.bar = tqdm(
             total=setup.total_steps,
             initial=progress.step,
@@ -619,6 +630,16 @@ class _ProgressBar:
             mininterval=0.2 if sys.stderr.isatty() else 30.0,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
         )
+
+    def __enter__(self) -> "_ProgressBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def write(self, line: str) -> None:
+        if self.setup.world.is_main:
+            self.bar.write(line)
 
     def step(self, progress: Progress, loss: float) -> None:
         self.bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}", refresh=False)
@@ -633,23 +654,27 @@ class _ProgressBar:
 
     def epoch(self, row: dict[str, float]) -> None:
         self.top1 = f"{row['val_top1']:.2f}"
-        if self.setup.world.is_main:
-            line = (
-                f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
-                f"  top-1 {row['val_top1']:6.2f}  top-5 {row['val_top5']:6.2f}  {row['images_per_second']:.0f} images/s"
-                f"  lr {row['lr']:.2e}  drop path {row['drop_path_rate']:.3f}  {row['seconds']:.1f} s"
-            )
-            self.bar.write(line)
-
-    def close(self) -> None:
-        self.bar.close()
+        self.write(
+            f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
+            f"  top-1 {row['val_top1']:6.2f}  top-5 {row['val_top5']:6.2f}  {row['images_per_second']:.0f} images/s"
+            f"  lr {row['lr']:.2e}  drop path {row['drop_path_rate']:.3f}  {row['seconds']:.1f} s"
+        )
 
 
 class _Board:
-    """TensorBoard scalars, or nothing where tensorboard is not installed."""
+    """TensorBoard scalars of the main process."""
 
-    def __init__(self, writer: Any) -> None:
-        self.writer = writer
+    def __init__(self, folder: RunFolder, world: World, progress: Progress) -> None:
+        # purge_step hides what was written behind the step that a run is resumed from
+        purge = progress.step + 1 if progress.step else None
+        self.writer = SummaryWriter(str(folder.tensorboard), purge_step=purge) if world.is_main else None
+
+    def __enter__(self) -> "_Board":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
     def write(self, row: dict[str, float], step: int) -> None:
         if self.writer is not None:
@@ -657,18 +682,6 @@ class _Board:
                 if key not in ("epoch", "step"):
                     self.writer.add_scalar(key, value, step)
             self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-
-def _tensorboard(folder: RunFolder, world: World, step: int) -> _Board:
-    if not world.is_main:
-        return _Board(None)
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    return _Board(SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None))
 
 
 def describe(setup: Setup) -> str:

@@ -5,7 +5,8 @@
     python -m training.report --pictures DIR                       drop_path_rates.svg and drop_path_batch.svg
 
 A page is made from files alone (config.yaml, environment.json, metrics.csv, summary.json, drop_path.csv), so it can be
-made again anywhere, and from what a killed run left behind. Accuracies are percentages; `seconds` counts from the run's start.
+made again anywhere, and from what a killed run left behind. Accuracies are percentages; `seconds` counts from the
+run's start.
 """
 
 import argparse
@@ -321,6 +322,8 @@ def _drop_path_settings(run: Run) -> str:
             words.append(f"schedule {value.get('kind')}" + (f" ({rest})" if rest else ""))
         elif isinstance(value, list):
             words.append(f"{key} of {len(value)} rates")
+        elif isinstance(value, dict):
+            words.append(f"{key} ({_words(value)})")
         elif value is not None:
             words.append(f"{key} {value}")
     return ", ".join(words)

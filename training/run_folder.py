@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,14 @@ class RunFolder:
         save_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def new_run_path(name: str) -> Path:
-    """runs/NAME-TIME, with a number behind it where two runs start in one second."""
-    stem = f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
-        path = Path("runs") / (stem + suffix)
-        if not path.exists():
-            return path
-    raise ConfigError(f"runs/{stem}: too many runs of this name; give --output")
+def new_run_path(name: str, world: World) -> Path:
+    """runs/NAME-TIME, the same on all processes, with a number behind it where two runs start in one second."""
+    now = world.sum(torch.tensor(time.time() if world.is_main else 0.0, dtype=torch.float64)).item()
+    stem = f"{name}-{datetime.datetime.fromtimestamp(now):%Y%m%d-%H%M%S}"
+    names = (stem, *(f"{stem}-{i}" for i in range(2, 1000)))
+    path = next(p for p in map(Path("runs").joinpath, names) if not p.exists())
+    world.barrier()  # nobody makes the folder while another still looks
+    return path
 
 
 def latest_run(name: str) -> Path | None:

@@ -1,39 +1,30 @@
 """Checkpoints: every kind of damage is named, and no kill, lost write or full disk costs more than the save at hand."""
 
-import errno
 import hashlib
-import io
 import json
 import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 from models.strict_yaml import ConfigError
-from training import checkpoint
+from models.weights import CheckpointError
 from training.checkpoint import (
-    CheckpointError,
+    Checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    load_weights,
     random_states,
     save_checkpoint,
-    save_weights,
     set_random_states,
-    weights_sha256,
 )
-
-ROOT = Path(__file__).parents[2]
 
 
 def save(folder: Path, step: int, *, keep: int = 2, mark: int | None = None) -> Path:
@@ -41,7 +32,7 @@ def save(folder: Path, step: int, *, keep: int = 2, mark: int | None = None) -> 
     return save_checkpoint(folder, step, shared=shared, rank_state=random_states(), keep=keep)
 
 
-def mark_of(loaded: checkpoint.Checkpoint | None) -> int:
+def mark_of(loaded: Checkpoint | None) -> int:
     assert loaded is not None
     return int(loaded.shared["model"]["w"][2, 4])
 
@@ -351,203 +342,37 @@ def test_one_rank_that_cannot_write_fails_all_and_leaves_the_old(tmp_path, bad):
 
 # ---- kills, lost writes, full disks -----------------------------------------------------------------------------
 
-# Forks a child per n that dies at its n-th operation on the disk, for every n. With `lose`, what had not been fsynced
-# is lost as well, as when the power fails: files are cut in half, folders lose what was put into them.
-KILL = '''
-import os, shutil, signal, sys
-from pathlib import Path
-import torch
-from training.checkpoint import latest_checkpoint, load_weights, save_checkpoint, save_weights
 
-lose, root = sys.argv[1] == "lose", Path(sys.argv[2])
-work = root / "work"
-os.fsync = lambda descriptor: None  # only recorded, in child(); the disk itself is not under test
-WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+class Killed:
+    """For kill_script.py: saves that are killed at any of their operations."""
 
+    scenarios: ClassVar = {"first": 8, "next": 8, "same": 8, "rewind": 8, "stray": 8}
 
-def save(folder, step, mark, keep):
-    save_checkpoint(folder, step, shared={"mark": torch.tensor(mark)}, rank_state={"r": torch.ones(100)}, keep=keep)
+    def prepare(self, scenario: str, folder: Path) -> None:
+        folder.mkdir()
+        for step in (1, 2) if scenario != "first" else ():
+            save(folder, step)
+        if scenario == "stray":  # the leftovers of two kills
+            os.rename(folder / "step-00000002", folder / ".old-step-00000002")
+            shutil.copytree(folder / "step-00000001", folder / ".tmp-step-00000003")
 
+    def act(self, scenario: str, folder: Path) -> None:
+        save(folder, {"same": 2, "rewind": 1}.get(scenario, 3), keep=1, mark=9)
 
-def prepare(folder):
-    folder.mkdir()
-    if scenario == "weights":
-        save_weights(folder / "best", {"mark": torch.tensor(1)}, {"mark": 1})
-    elif scenario != "first":
-        for step in (1, 2):
-            save(folder, step, step, 2)
-    if scenario == "stray":  # the leftovers of two kills
-        os.rename(folder / "step-00000002", folder / ".old-step-00000002")
-        shutil.copytree(folder / "step-00000001", folder / ".tmp-step-00000003")
+    def read(self, scenario: str, folder: Path) -> int | None:
+        loaded = latest_checkpoint(folder, warn=pytest.fail)
+        return None if loaded is None else mark_of(loaded)
 
 
-def act(folder):
-    if scenario == "weights":
-        save_weights(folder / "best", {"mark": torch.tensor(9)}, {"mark": 9})
-    else:
-        save(folder, {"same": 2, "rewind": 1}.get(scenario, 3), 9, 1)
-
-
-def read(folder):
-    if scenario == "weights":
-        state, config = load_weights(folder / "best")
-        assert config == {"mark": int(state["mark"])}, config
-        return int(state["mark"])
-    def damaged(line):
-        raise SystemExit(line)
-    loaded = latest_checkpoint(folder, warn=damaged)
-    return None if loaded is None else int(loaded.shared["mark"])
-
-
-def child(n):
-    """Runs act(), dying just before operation n; returns only when there are fewer."""
-    state = {"count": 0, "on": True}
-    unsynced = []  # paths that were made
-    moved = []  # folders that something was renamed into
-
-    def operation(kind, path):
-        if not state["on"]:
-            return
-        state["count"] += 1
-        if state["count"] == n:
-            state["on"] = False
-            for lost in unsynced if lose else ():
-                if lost.is_file():
-                    os.truncate(lost, lost.stat().st_size // 2)
-                elif lost.is_dir():
-                    for entry in lost.iterdir():
-                        entry.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def hook(event, args):
-        if event in WATCHED and state["on"]:
-            if event in ("os.remove", "os.rmdir", "shutil.rmtree"):
-                assert not (lose and moved), f"removing before the rename in {moved} is durable"
-            if event in ("os.remove", "os.rmdir") and args[-1] >= 0:  # rmtree names files relative to a descriptor
-                operation(event, None)
-                return
-            path = Path(os.fsdecode(args[0])) if isinstance(args[0], (str, bytes, os.PathLike)) else root
-            if work not in path.parents:
-                return
-            writes = event == "open" and isinstance(args[1], str) and args[1][0] in "wxa"
-            if event == "open" and not writes:
-                return
-            operation(event, path)
-            if event == "os.mkdir" or writes:
-                unsynced.append(path)
-            if event == "os.rename":
-                early = [lost for lost in unsynced if lost == path or path in lost.parents]
-                assert not (lose and early), f"renaming {path} before {early} is durable"
-                target = Path(os.fsdecode(args[1]))
-                if not target.name.startswith("."):
-                    moved.append(target.parent)
-
-    def fsync(descriptor):
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}")) if os.path.exists("/proc/self/fd") else None
-        operation("fsync", path)
-        for pending in (unsynced, moved):
-            if path in pending:
-                pending.remove(path)
-
-    os.fsync = fsync
-    sys.addaudithook(hook)
-    act(work)
-
-
-for scenario in ("first", "next", "same", "rewind", "stray", "weights"):
-    base = root / scenario
-    prepare(base)
-    old = read(base)
-    kills, seen = 0, []
-    while True:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(base, work)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                child(kills + 1)
-                os._exit(0)
-            except BaseException as error:
-                print(repr(error), flush=True)
-                os._exit(3)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        found = read(work)
-        seen.append(found)
-        if status == 0:
-            assert found == 9, found
-            break
-        assert status == -signal.SIGKILL, (scenario, kills, status)
-        kills += 1
-        assert found in (old, 9), (scenario, kills, found)
-        act(work)  # and the next save works, and leaves no rubbish
-        assert read(work) == 9
-        hidden = [entry.name for entry in work.iterdir() if entry.name.startswith(".")]
-        assert not hidden, (scenario, kills, hidden)
-    # Enough operations were seen, those before the rename left the old one, and those after it the new one.
-    assert seen.count(old) >= 8 and seen == sorted(seen, key=lambda mark: mark == 9), (scenario, seen)
-    print(scenario, kills)
-'''
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("lose", [pytest.param("kill", marks=pytest.mark.slow), "lose"])
-def test_a_kill_at_any_operation_leaves_the_old_or_the_new(tmp_path, lose):
-    if lose == "lose" and not os.path.exists("/proc/self/fd"):
-        pytest.skip("needs /proc to know what was fsynced")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", KILL, lose, str(tmp_path.resolve())],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 6, done.stdout  # one per scenario
+def test_a_kill_at_any_operation_leaves_the_old_or_the_new(kill_anywhere, lose):
+    assert kill_anywhere(lose) == list(Killed.scenarios)
 
 
-class FullDisk(io.FileIO):
-    """A file on a disk with room for `room` more bytes."""
-
-    room = 0
-
-    def write(self, data) -> int | None:
-        if len(data) > FullDisk.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        FullDisk.room -= len(data)
-        return super().write(data)
-
-
-@pytest.mark.parametrize("what", ["checkpoint", "weights"])
-def test_a_full_disk_leaves_the_old_and_says_so(tmp_path, monkeypatch, what):
-    def act(mark):
-        if what == "checkpoint":
-            save(tmp_path, mark, keep=1)
-        else:
-            save_weights(tmp_path / "best", {"w": torch.full((300,), float(mark))}, {"mark": mark})
-
-    act(1)
-    before = names(tmp_path)
-
-    def fake_open(path, mode):
-        return io.BufferedWriter(FullDisk(path, mode), buffer_size=64) if mode == "xb" else open(path, mode)
-
-    monkeypatch.setattr(checkpoint, "open", fake_open, raising=False)
-    failures = 0
-    for room in range(0, 100_000, 97):
-        FullDisk.room = room
-        try:
-            act(2)
-            break
-        except CheckpointError as error:
-            assert "No space left on device" in str(error) and "untouched" in str(error)
-            assert names(tmp_path) == before
-            failures += 1
-    assert failures > 10
-    if what == "checkpoint":
-        assert mark_of(latest_checkpoint(tmp_path)) == 2
-    else:
-        assert load_weights(tmp_path / "best")[1] == {"mark": 2}
+def test_a_full_disk_leaves_the_old_and_says_so(tmp_path, fill_disk):
+    save(tmp_path, 1, keep=1)
+    assert fill_disk(lambda: save(tmp_path, 2, keep=1), tmp_path) > 10
+    assert mark_of(latest_checkpoint(tmp_path)) == 2
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
@@ -577,182 +402,3 @@ def test_random_states_survive_a_checkpoint(tmp_path):
         assert draws() == expected
     finally:
         set_random_states(before)
-
-
-# ---- hashes of weights ------------------------------------------------------------------------------------------
-
-
-def test_weights_sha256_changes_with_name_dtype_shape_and_every_bit():
-    base = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.tensor(1.0)}
-    flipped = base["a"].clone()
-    flipped.view(torch.int32)[1, 2] ^= 1
-    different = [
-        base,
-        {"c": base["a"], "b": base["b"]},
-        {"a": base["b"], "b": base["a"]},
-        {**base, "a": base["a"].view(torch.int32)},
-        {**base, "a": base["a"].reshape(3, 2)},
-        {**base, "a": flipped},
-        {**base, "b": torch.tensor([1.0])},
-        {**base, "b": torch.tensor(-0.0)},
-        {**base, "b": torch.tensor(0.0)},
-        {"a": base["a"]},
-        {**base, "e": torch.empty(0)},
-        {**base, "e": torch.empty(0, 1)},
-        {},
-    ]
-    assert len({weights_sha256(state) for state in different}) == len(different)
-
-
-def test_weights_sha256_ignores_order_layout_and_gradients():
-    image = torch.randn(2, 3, 4, 5)
-    square = torch.randn(4, 4)
-    plain = {"image": image, "square": square, "half": torch.ones(3, dtype=torch.bfloat16)}
-    other = {
-        "half": torch.ones(6, dtype=torch.bfloat16)[::2],
-        "square": torch.nn.Parameter(square.t().contiguous().t()),
-        "image": image.contiguous(memory_format=torch.channels_last),
-    }
-    assert not other["square"].is_contiguous() and not other["image"].is_contiguous()
-    assert weights_sha256(plain) == weights_sha256(other)
-
-
-def test_weights_sha256_is_what_the_description_says():
-    expected = hashlib.sha256(b'["w", "torch.bfloat16", [2]]' + bytes([0x80, 0x3F, 0, 0x40])).hexdigest()
-    assert weights_sha256({"w": torch.tensor([1.0, 2.0]).bfloat16()}) == expected
-
-
-def test_weights_sha256_refuses_what_is_not_a_dense_tensor():
-    with pytest.raises(ValueError, match="extra"):
-        weights_sha256({"extra": 1})  # pyright: ignore[reportArgumentType]
-
-
-# ---- weights ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def weights() -> dict[str, torch.Tensor]:
-    return {
-        "conv.weight": torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last),
-        "half": torch.randn(7).bfloat16(),
-        "count": torch.tensor(3),
-    }
-
-
-def assert_same(state: dict, expected: dict) -> None:
-    assert state.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor)
-
-
-def test_weights_round_trip_and_replace(tmp_path, weights):
-    folder, config = tmp_path / "best", {"name": "tiny", "depths": [2, 2], "rate": 0.1}
-    save_weights(folder, {"old": torch.ones(2)}, {})
-    save_weights(folder, weights, config)
-    assert names(tmp_path) == ["best"] and names(folder) == ["config.json", "model.safetensors"]
-    state, loaded = load_weights(folder)
-    assert_same(state, weights)
-    assert loaded == config
-    assert json.loads((folder / "config.json").read_text())["weights_sha256"] == weights_sha256(weights)
-    state, none = load_weights(folder / "model.safetensors")
-    assert_same(state, weights)
-    assert none is None
-
-
-def test_weights_into_a_linked_folder_keep_the_link(tmp_path, weights):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-    save_weights(tmp_path / "link", weights, {})
-    assert (tmp_path / "link").is_symlink()
-    assert_same(load_weights(tmp_path / "real")[0], weights)
-
-
-def test_weights_never_delete_foreign_files(tmp_path, weights):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"other files \(notes\.txt\)"):
-        save_weights(tmp_path, weights, {})
-    with pytest.raises(ConfigError, match="not a folder"):
-        save_weights(tmp_path / "notes.txt", weights, {})
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_tied_weights_are_saved_under_every_name(tmp_path):
-    tied = torch.randn(6)
-    state = {"a": tied, "b": tied, "part": tied[2:4]}
-    save_weights(tmp_path / "best", state, {})
-    assert_same(load_weights(tmp_path / "best")[0], state)
-
-
-def test_every_damage_to_weights_is_refused(tmp_path, weights):
-    file = tmp_path / "best" / "model.safetensors"
-    save_weights(file.parent, weights, {})
-    good = file.read_bytes()
-    for position in range(len(good)):
-        flip(file, position)
-        try:
-            # A flip in the metadata or in white space changes no weight.
-            assert_same(load_weights(file.parent)[0], weights)
-            assert position < good.index(b"conv.weight")
-        except ConfigError as error:
-            assert "model.safetensors" in str(error)
-        file.write_bytes(good)
-    for size in range(0, len(good), 7):
-        file.write_bytes(good[:size])
-        with pytest.raises(ConfigError, match=r"model\.safetensors"):
-            load_weights(file.parent)
-
-
-@pytest.mark.parametrize("text", ["", "[1]", "{", "nope", "[" * 100_000])
-def test_a_damaged_config_beside_weights(tmp_path, weights, text):
-    save_weights(tmp_path / "best", weights, {})
-    (tmp_path / "best" / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"config\.json"):
-        load_weights(tmp_path / "best")
-
-
-def test_weights_without_config_or_without_hash(tmp_path, weights):
-    state = {name: tensor.contiguous() for name, tensor in weights.items()}
-    safetensors.torch.save_file(state, str(tmp_path / "model.safetensors"))
-    assert load_weights(tmp_path)[1] is None
-    (tmp_path / "config.json").write_text('{"architecture": "x"}')
-    loaded, config = load_weights(tmp_path)
-    assert_same(loaded, weights)
-    assert config == {"architecture": "x"}
-
-
-@pytest.mark.parametrize("key", [None, "state_dict", "model"])
-@pytest.mark.parametrize("suffix", [".pt", ".pth"])
-def test_state_dict_files(tmp_path, weights, key, suffix):
-    torch.save({key: weights, "epoch": 3} if key else weights, tmp_path / f"w{suffix}")
-    state, config = load_weights(tmp_path / f"w{suffix}")
-    assert_same(state, weights)
-    assert config is None
-
-
-def test_state_dict_files_that_are_refused(tmp_path):
-    target = tmp_path / "made-by-the-pickle"
-    torch.save({"x": Evil(target)}, tmp_path / "evil.pt")
-    torch.save({"epoch": 3}, tmp_path / "other.pt")
-    torch.save([1], tmp_path / "list.pt")
-    (tmp_path / "text.pth").write_text("hello")
-    (tmp_path / "w.onnx").write_text("x")
-    for name, message in {
-        "evil.pt": "refused",
-        "other.pt": "'epoch' is not a tensor",
-        "list.pt": "must hold a dict",
-        "text.pth": "refused",
-        "w.onnx": r"allowed: \.safetensors, \.pt, \.pth",
-        "othr.pt": r"no such file or folder; did you mean 'other\.pt'",
-    }.items():
-        with pytest.raises(ConfigError, match=message):
-            load_weights(tmp_path / name)
-    assert not target.exists()
-
-
-def test_a_run_folder_is_pointed_to_its_best(tmp_path, weights):
-    save_weights(tmp_path / "best", weights, {})
-    with pytest.raises(ConfigError, match=r"no model\.safetensors in this folder; did you mean '.*best'"):
-        load_weights(tmp_path)
-    shutil.rmtree(tmp_path / "best")
-    with pytest.raises(ConfigError, match=r"no model\.safetensors in this folder$"):
-        load_weights(tmp_path)

@@ -19,7 +19,8 @@ from training.run_folder import METRICS
 
 CONFIG = """seed: 0
 model: {name: poolformer_s12, num_classes: 10}
-drop_path: {rate: 0.3, profile: linear, rate_is: max, mode: skip, schedule: {kind: ramp, start: 0.0}}
+drop_path: {rate: 0.3, profile: linear, rate_is: max, mode: skip, break_even: {mlp: 0.05},
+  schedule: {kind: ramp, start: 0.0}}
 data: {dataset: digits}
 optim: {epochs: 4}
 """
@@ -112,7 +113,10 @@ def test_page_says_what_the_run_did(html: str) -> None:
         assert fact in page.text
     assert "Command python train.py 'model.name=a b' Machine" in page.text
     assert "Versions torch 2.14.1 Started 2025-11-23T22:00:00+00:00 Weights" in page.text
-    assert "rate 0.3, profile linear, rate_is max, mode skip, schedule ramp (start 0.0)" in page.text
+    assert (
+        "rate 0.3, profile linear, rate_is max, mode skip, break_even (mlp 0.05), schedule ramp (start 0.0)"
+        in page.text
+    )
     assert "Weights sha256 ab12" in page.text
 
 

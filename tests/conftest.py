@@ -1,0 +1,81 @@
+"""What tests of files written durably share: kills at any operation, and disks that fill up."""
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# pytest puts this folder first on the path, and the folders in it have the names of our packages.
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS.parent))
+
+
+@pytest.fixture
+def kill_anywhere(request, tmp_path) -> Callable[[str], list[str]]:
+    """Runs kill_script.py on the `Killed` of the test's file; returns the names of the scenarios that passed."""
+
+    def kill(lose: str) -> list[str]:
+        if not hasattr(os, "fork"):
+            pytest.skip("needs fork")
+        if lose == "lose" and not os.path.exists("/proc/self/fd"):
+            pytest.skip("needs /proc to know what was fsynced")
+        # -P: the folders beside the script have the names of our packages.
+        command = [
+            sys.executable,
+            "-P",
+            str(TESTS / "kill_script.py"),
+            str(request.path),
+            lose,
+            str(tmp_path.resolve()),
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [line.split()[0] for line in done.stdout.splitlines()]
+
+    return kill
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk with room for `room` more bytes."""
+
+    room = 0
+
+    def write(self, data, /) -> int:
+        if len(data) > FullDisk.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        FullDisk.room -= len(data)
+        return super().write(data) or 0
+
+
+@pytest.fixture
+def fill_disk(monkeypatch) -> Callable[[Callable[[], object], Path], int]:
+    """Repeats a save with ever more room until it succeeds, checking each failure; returns how often it failed."""
+    from models import weights
+
+    def content(folder: Path) -> dict[Path, bytes | None]:
+        return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+    def fake_open(path, mode):
+        return io.BufferedWriter(FullDisk(path, mode), buffer_size=64) if mode == "xb" else open(path, mode)
+
+    def fill(save: Callable[[], object], folder: Path) -> int:
+        before = content(folder)
+        monkeypatch.setattr(weights, "open", fake_open, raising=False)
+        for failures in range(1000):
+            FullDisk.room = failures * 97
+            try:
+                save()
+            except weights.CheckpointError as error:
+                assert "No space left on device" in str(error) and "untouched" in str(error)
+                assert content(folder) == before
+            else:
+                return failures
+        raise AssertionError("the disk never had room enough")
+
+    return fill

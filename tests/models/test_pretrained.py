@@ -1,0 +1,486 @@
+"""models/pretrained.py: other layouts give equal logits, both ways; what is published loads, what does not fit is refused."""
+
+import json
+import logging
+import re
+
+import huggingface_hub.constants
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.factory import create_model
+from models.metaformer import MetaFormer
+from models.pretrained import from_original, from_timm, load_into, published_config, timm_head, to_timm
+from models.registry import list_models, model_config
+from models.strict_yaml import ConfigError
+
+IN_TIMM = [n for family in ("poolformer_?[0-9]*", "poolformerv2", "convformer", "caformer")
+           for n in list_models(f"{family}*") if not n.endswith("_n4")]  # fmt: skip
+SMALL = ["poolformer_s12", "poolformerv2_s12", "convformer_s18", "caformer_s18"]
+BASIC = ["identityformer_s12", "randformer_s12"]
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every vector away from its initial value: at a layer scale of 1e-5 nearly any error would pass."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                bias = name.endswith("bias")
+                values = torch.rand(parameter.shape, generator=generator)
+                parameter.copy_(values - 0.5 if bias else values + 0.5)
+    return model.eval()
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference by the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@torch.no_grad()
+def deviations(name: str, sizes: list[tuple[int, int]], in_chans: int, num_classes: int) -> list[float]:
+    """Relative differences of features and logits at each size between timm's model and ours with its weights."""
+    theirs = randomised(timm.create_model(name, in_chans=in_chans, num_classes=num_classes))
+    head = timm_head(model_config(name))
+    ours = create_model(name, in_chans=in_chans, num_classes=num_classes, head=head).eval()
+    load_into(ours, theirs.state_dict(), "timm", replace_classifier=False)
+    out = []
+    for height, width in sizes:
+        x = torch.randn(1, in_chans, height, width, generator=torch.Generator().manual_seed(1))
+        a, b = ours.forward_features(x), theirs.forward_features(x)  # type: ignore[operator]
+        out += [relative(a, b), relative(ours.forward_head(a), theirs.forward_head(b))]  # type: ignore[operator]
+        assert out[-1] == relative(ours(x), theirs(x))
+    return out
+
+
+# ---- timm -------------------------------------------------------------------------------------------------------------
+
+
+def test_all_models_of_timm_are_compared():
+    assert len(IN_TIMM) == len(set(IN_TIMM)) == 18
+    assert set(IN_TIMM) == {n for n in timm.list_models(module="metaformer")}
+    assert all(model_config(n).pretrained for n in IN_TIMM)
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+@pytest.mark.parametrize("name", SMALL)
+def test_logits_equal_timms(name, in_chans):
+    assert max(deviations(name, [(64, 96)], in_chans, num_classes=7)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_TIMM)
+def test_logits_equal_timms_at_full_size(name):
+    found = deviations(name, [(224, 224), (288, 288), (192, 256)], 3, num_classes=1000)
+    found += [d for c in (1, 4) for d in deviations(name, [(224, 224)], c, num_classes=10)]
+    print(f"{name}: {max(found):.1e}")
+    assert max(found) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "convformer_s18"])
+def test_without_timms_head_logits_differ(name):
+    theirs = randomised(timm.create_model(name, num_classes=7))
+    ours = create_model(name, num_classes=7).eval()
+    lines = load_into(ours, theirs.state_dict(), "timm", replace_classifier=False)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert relative(ours.forward_features(x), theirs.forward_features(x)) < 1e-5  # type: ignore[operator]
+        assert not torch.equal(ours(x), theirs(x)) and relative(ours(x), theirs(x)) > 1e-6
+    assert any(f"head={timm_head(ours.config)}" in line for line in lines)
+    again = create_model(name, num_classes=7, head=timm_head(ours.config)).eval()
+    assert len(load_into(again, theirs.state_dict(), "timm", replace_classifier=False)) == 1
+    assert timm_head(again.config) == {}
+
+
+@pytest.mark.parametrize(
+    "name", [*SMALL, *(pytest.param(n, marks=pytest.mark.slow) for n in IN_TIMM if n not in SMALL)]
+)
+def test_back_conversion_is_bit_equal(name):
+    config = model_config(name)
+    theirs = randomised(timm.create_model(name, num_classes=3)).state_dict()
+    back = to_timm(from_timm(theirs), config)
+    assert list(back) == list(theirs)
+    assert all(back[k].shape == v.shape and torch.equal(back[k], v) for k, v in theirs.items())
+    with torch.device("meta"):
+        ours = MetaFormer(config.model_copy(update={"num_classes": 3}))
+    assert {k: v.shape for k, v in from_timm(theirs).items()} == {k: v.shape for k, v in ours.state_dict().items()}
+    assert {k: v.shape for k, v in to_timm(ours.state_dict(), config).items()} == {
+        k: v.shape for k, v in theirs.items()
+    }
+
+
+# ---- the original repositories ----------------------------------------------------------------------------------------
+# Their models as plain functions of a state dict in their layout, written from their definitions.
+
+
+def original_poolformer(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """sail-sg/poolformer: models/poolformer.py; (B, C, H, W) throughout."""
+
+    def weights(key: str) -> tuple[Tensor, Tensor]:
+        return state[f"{key}.weight"], state[f"{key}.bias"]
+
+    x = F.conv2d(x, *weights("patch_embed.proj"), stride=4, padding=2)
+    for place in range(7):
+        if place % 2:
+            x = F.conv2d(x, *weights(f"network.{place}.proj"), stride=2, padding=1)
+            continue
+        for block in range(sum(re.fullmatch(rf"network\.{place}\.\d+\.norm1\.weight", k) is not None for k in state)):
+            p = f"network.{place}.{block}"
+            y = F.group_norm(x, 1, *weights(f"{p}.norm1"))
+            y = F.avg_pool2d(y, 3, stride=1, padding=1, count_include_pad=False) - y
+            x = x + state[f"{p}.layer_scale_1"][:, None, None] * y
+            y = F.group_norm(x, 1, *weights(f"{p}.norm2"))
+            y = F.conv2d(F.gelu(F.conv2d(y, *weights(f"{p}.mlp.fc1"))), *weights(f"{p}.mlp.fc2"))
+            x = x + state[f"{p}.layer_scale_2"][:, None, None] * y
+    x = F.group_norm(x, 1, *weights("norm")).mean(dim=(2, 3))
+    return F.linear(x, *weights("head"))
+
+
+def original_metaformer(state: dict[str, Tensor], x: Tensor, *, pooling: bool, norm_dims: tuple[int, ...]) -> Tensor:
+    """sail-sg/metaformer: metaformer_baselines.py; (B, H, W, C) inside."""
+
+    def norm(x: Tensor, key: str, dims: tuple[int, ...] = (-1,)) -> Tensor:
+        centred = x - x.mean(dims, keepdim=True)
+        return centred / torch.sqrt(centred.pow(2).mean(dims, keepdim=True) + 1e-6) * state[f"{key}.weight"]
+
+    def star_relu(x: Tensor, key: str) -> Tensor:
+        return state[f"{key}.scale"] * F.relu(x) ** 2 + state[f"{key}.bias"]
+
+    def mix(x: Tensor, p: str) -> Tensor:
+        batch, height, width, dim = x.shape
+        if f"{p}.random_matrix" in state:
+            flat = torch.einsum("mn,bnc->bmc", state[f"{p}.random_matrix"], x.reshape(batch, -1, dim))
+            return flat.reshape(x.shape)
+        if f"{p}.dwconv.weight" in state:
+            x = star_relu(F.linear(x, state[f"{p}.pwconv1.weight"]), f"{p}.act1").permute(0, 3, 1, 2)
+            x = F.conv2d(x, state[f"{p}.dwconv.weight"], padding=3, groups=x.shape[1])
+            return F.linear(x.permute(0, 2, 3, 1), state[f"{p}.pwconv2.weight"])
+        if f"{p}.qkv.weight" in state:
+            qkv = F.linear(x, state[f"{p}.qkv.weight"]).reshape(batch, height * width, 3, dim // 32, 32)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            y = (q @ k.transpose(-2, -1) * 32**-0.5).softmax(dim=-1) @ v
+            return F.linear(y.transpose(1, 2).reshape(x.shape), state[f"{p}.proj.weight"])
+        if pooling:
+            y = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, stride=1, padding=1, count_include_pad=False)
+            return y.permute(0, 2, 3, 1) - x
+        return x
+
+    for stage in range(4):
+        p = f"downsample_layers.{stage}"
+        x = x if stage == 0 else norm(x, f"{p}.pre_norm").permute(0, 3, 1, 2)
+        stride, padding = (4, 2) if stage == 0 else (2, 1)
+        x = F.conv2d(x, state[f"{p}.conv.weight"], state[f"{p}.conv.bias"], stride=stride, padding=padding)
+        x = x.permute(0, 2, 3, 1)
+        x = norm(x, f"{p}.post_norm") if stage == 0 else x
+        for block in range(sum(re.fullmatch(rf"stages\.{stage}\.\d+\.norm1\.weight", k) is not None for k in state)):
+            p = f"stages.{stage}.{block}"
+            y = mix(norm(x, f"{p}.norm1", norm_dims), f"{p}.token_mixer")
+            x = state.get(f"{p}.res_scale1.scale", torch.tensor(1.0)) * x + y
+            y = star_relu(F.linear(norm(x, f"{p}.norm2", norm_dims), state[f"{p}.mlp.fc1.weight"]), f"{p}.mlp.act")
+            x = state.get(f"{p}.res_scale2.scale", torch.tensor(1.0)) * x + F.linear(y, state[f"{p}.mlp.fc2.weight"])
+    x = norm(x.mean(dim=(1, 2)), "norm") + state["norm.bias"]
+    if "head.weight" in state:
+        return F.linear(x, state["head.weight"], state["head.bias"])
+    x = F.relu(F.linear(x, state["head.fc1.weight"], state["head.fc1.bias"])) ** 2
+    x = F.layer_norm(x, x.shape[-1:], state["head.norm.weight"], state["head.norm.bias"], eps=1e-5)
+    return F.linear(x, state["head.fc2.weight"], state["head.fc2.bias"])
+
+
+def in_original_layout(model: MetaFormer) -> dict[str, Tensor]:
+    """Our state dict under the names and shapes of the repository that published the model."""
+    out = {}
+    v1 = model.config.name.startswith("poolformer_")
+    for key, value in model.state_dict().items():
+        key = re.sub(r"^head\.norm\.", "norm.", key)
+        key = re.sub(r"^head\.fc\.", "head.", key)
+        if v1:
+            key = key.replace("stem.conv.", "patch_embed.proj.")
+            key = re.sub(r"^stages\.(\d)\.downsample\.conv\.", lambda m: f"network.{2 * int(m[1]) - 1}.proj.", key)
+            key = re.sub(r"^stages\.(\d)\.blocks\.", lambda m: f"network.{2 * int(m[1])}.", key)
+            key = re.sub(r"layer_scale(\d)\.scale$", r"layer_scale_\1", key)
+            value = value[:, :, None, None] if re.search(r"mlp\.fc\d\.weight$", key) else value
+        else:
+            key = key.replace("stem.conv.", "downsample_layers.0.conv.").replace(
+                "stem.norm.", "downsample_layers.0.post_norm."
+            )
+            key = re.sub(r"^stages\.(\d)\.downsample\.conv\.", r"downsample_layers.\1.conv.", key)
+            key = re.sub(r"^stages\.(\d)\.downsample\.norm\.", r"downsample_layers.\1.pre_norm.", key)
+            key = re.sub(r"^stages\.(\d)\.blocks\.", r"stages.\1.", key)
+        out[key] = value
+    return out
+
+
+@pytest.mark.parametrize("name", [*SMALL, *BASIC])
+def test_published_layouts_load_and_follow_the_originals(name, tmp_path, caplog):
+    made = randomised(create_model(name, num_classes=7, image_size=64))
+    assert isinstance(made, MetaFormer)
+    published = in_original_layout(made)
+    torch.save({"state_dict": published}, tmp_path / "published.pth")
+    caplog.set_level(logging.INFO)
+    ours = create_model(name, num_classes=7, image_size=64, checkpoint=tmp_path / "published.pth").eval()
+    repository = "sail-sg/poolformer" if name == "poolformer_s12" else "sail-sg/metaformer"
+    assert caplog.messages == [f"weights from {tmp_path / 'published.pth'}, in the layout of {repository}"]
+    x = torch.randn(2, 3, 64, 64)
+    if name == "poolformer_s12":
+        expected = original_poolformer(published, x)
+    else:
+        dims = (-1,) if name in ("convformer_s18", "caformer_s18") else (1, 2, 3)
+        expected = original_metaformer(published, x, pooling=name.startswith("pool"), norm_dims=dims)
+    with torch.no_grad():
+        assert relative(ours(x), expected) < 1e-5
+    assert all(torch.equal(v, made.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+def test_random_mixing_weights_stay_frozen(tmp_path):
+    made = create_model("randformer_s12", num_classes=2, image_size=64)
+    torch.save(in_original_layout(made), tmp_path / "rand.pth")
+    ours = create_model("randformer_s12", num_classes=2, image_size=64, checkpoint=tmp_path / "rand.pth")
+    matrices = {k: p for k, p in ours.named_parameters() if k.endswith("random_matrix")}
+    assert len(matrices) == 8 and not any(p.requires_grad for p in matrices.values())
+    assert all(torch.equal(p, made.state_dict()[k]) for k, p in matrices.items())
+
+
+def test_other_layouts_are_not_mistaken_for_an_originals():
+    with pytest.raises(ValueError, match="sail-sg/poolformer or sail-sg/metaformer"):
+        from_original(create_model("poolformer_n4").state_dict())
+
+
+# ---- fitting weights to a model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 4])
+def test_input_channels_are_adapted_by_timms_rule(in_chans):
+    source = create_model("caformer_n4", num_classes=5)
+    ours = create_model("caformer_n4", num_classes=5, in_chans=in_chans)
+    lines = load_into(ours, source.state_dict(), "there", replace_classifier=False, adapt_input=True)
+    assert lines[1] == f"first convolution adapted from 3 to {in_chans} input channels"
+    weight, adapted = source.stem.conv.weight, ours.stem.conv.weight
+    if in_chans == 1:
+        assert torch.equal(adapted, weight.sum(dim=1, keepdim=True))
+    else:
+        repeated = torch.cat([weight, weight], dim=1)[:, :in_chans]
+        torch.testing.assert_close(adapted, repeated * (3 / in_chans))
+    assert torch.equal(ours.head.fc.weight, source.head.fc.weight)  # type: ignore[arg-type]
+
+
+def test_grey_weights_become_coloured():
+    source = create_model("caformer_n4", in_chans=1)
+    ours = create_model("caformer_n4")
+    load_into(ours, source.state_dict(), "there", replace_classifier=False, adapt_input=True)
+    torch.testing.assert_close(ours.stem.conv.weight.sum(dim=1, keepdim=True), source.stem.conv.weight)
+
+
+def test_classifier_is_replaced_only_where_asked():
+    source = create_model("caformer_n4", num_classes=5)
+    ours = create_model("caformer_n4", num_classes=3)
+    fresh = ours.head.fc.weight.clone()  # type: ignore[operator]
+    with pytest.raises(ConfigError, match=r"(?s)head.fc.weight has shape \[5, 64\].*num_classes=5"):
+        load_into(ours, source.state_dict(), "there", replace_classifier=False)
+    lines = load_into(ours, source.state_dict(), "there", replace_classifier=True)
+    assert lines == ["weights from there", "classifier of 5 classes replaced by a new one of 3"]
+    assert torch.equal(ours.head.fc.weight, fresh)  # type: ignore[arg-type]
+    assert torch.equal(ours.stem.conv.weight, source.stem.conv.weight)
+
+
+def test_mlp_head_keeps_all_but_its_last_layer():
+    source = create_model("caformer_n4", num_classes=5, head={"kind": "mlp"})
+    ours = create_model("caformer_n4", num_classes=3, head={"kind": "mlp"})
+    load_into(ours, source.state_dict(), "there", replace_classifier=True)
+    theirs = source.state_dict()
+    same = {k for k, v in ours.state_dict().items() if k.startswith("head.fc.") and v.shape == theirs[k].shape}
+    assert same == {"head.fc.fc1.weight", "head.fc.fc1.bias", "head.fc.norm.weight", "head.fc.norm.bias"}
+    assert all(torch.equal(ours.state_dict()[k], theirs[k]) for k in same)
+
+
+def test_classifier_left_out_and_brought_in():
+    source = create_model("caformer_n4", num_classes=5)
+    features = create_model("caformer_n4", num_classes=0)
+    lines = load_into(features, source.state_dict(), "there", replace_classifier=True)
+    assert lines[1] == "classifier of 5 classes left out"
+    ours = create_model("caformer_n4", num_classes=3)
+    lines = load_into(ours, features.state_dict(), "there", replace_classifier=True)
+    assert lines[1] == "no classifier in the weights: a new one of 3 classes"
+    assert torch.equal(ours.stem.conv.weight, source.stem.conv.weight)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda s: s.pop("stages.1.blocks.1.norm2.weight"), r"stages.1.blocks.1.norm2.weight is missing"),
+        (lambda s: s.update(extra=torch.ones(1)), r"extra is not in the model"),
+        (lambda s: s.update({"head.norm.weight": torch.ones(3)}), r"head.norm.weight has shape \[3\], expected \[64\]"),
+        (lambda s: s.clear(), r"stem.norm.weight is missing \(and 47 more\)"),
+    ],
+    ids=["missing", "unknown", "shape", "empty"],
+)
+def test_what_does_not_fit_changes_nothing(fault, message):
+    ours = create_model("caformer_n4", num_classes=5)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    state = dict(create_model("caformer_n4", num_classes=5).state_dict())
+    fault(state)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_into(ours, state, "there", replace_classifier=False)
+    assert str(error.value).startswith("there: weights do not fit caformer_n4: ") and "\n" not in str(error.value)
+    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
+
+
+def test_other_input_channels_are_refused_unless_asked():
+    ours = create_model("caformer_n4")
+    with pytest.raises(ConfigError, match="the weights have 1 input channels: name in_chans to adapt them"):
+        load_into(ours, create_model("caformer_n4", in_chans=1).state_dict(), "there", replace_classifier=False)
+
+
+# ---- published weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(monkeypatch, tmp_path):
+    """Makes timm's own loader find weights in a folder, as if it had downloaded them; returns what was asked for."""
+    asked = []
+
+    def offer(model: nn.Module) -> None:
+        file = tmp_path / "model.safetensors"
+        safetensors.torch.save_file(model.state_dict(), file)
+        create = timm.create_model
+
+        def create_from_file(name: str, *, pretrained: bool) -> nn.Module:
+            asked.append(name)
+            return create(name, pretrained=pretrained, pretrained_cfg_overlay={"file": str(file)})
+
+        monkeypatch.setattr(timm, "create_model", create_from_file)
+
+    offer.asked = asked
+    return offer
+
+
+@pytest.mark.parametrize("head", [{}, {"order": "pool_norm", "norm": "layer_norm"}], ids=["ours", "timms"])
+def test_pretrained_poolformer(published, caplog, head):
+    caplog.set_level(logging.INFO, logger="models")
+    theirs = randomised(timm.create_model("poolformer_s12"))
+    published(theirs)
+    ours = create_model("poolformer_s12", pretrained=True, head=head).eval()
+    assert published.asked == ["poolformer_s12.sail_in1k"]
+    said = [
+        "the head normalises before pooling, as the original; the same weights with "
+        "head={'order': 'pool_norm', 'norm': 'layer_norm'} give timm's logits"
+    ]
+    assert caplog.messages == ["weights from timm poolformer_s12.sail_in1k", *([] if head else said)]
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        difference = relative(ours(x), theirs(x))
+    assert difference < 1e-5 if head else difference > 1e-3
+
+
+def test_pretrained_with_a_tag_new_classes_and_grey_images(published, caplog):
+    caplog.set_level(logging.INFO, logger="models")
+    theirs = randomised(timm.create_model("caformer_s18"))
+    published(theirs)
+    name = "caformer_s18.sail_in22k_ft_in1k_384"
+    ours = create_model(name, pretrained=True, in_chans=1, num_classes=5)
+    assert published.asked == [name]
+    assert caplog.messages == [
+        f"weights from timm {name}",
+        "the head has a norm of eps 1e-5, as the original; the same weights with head={'mlp_norm_eps': 1e-06} "
+        "give timm's logits",
+        "first convolution adapted from 3 to 1 input channels",
+        "classifier of 1000 classes replaced by a new one of 5",
+    ]
+    assert ours.pretrained_cfg["input_size"] == (1, 384, 384) and ours.num_classes == 5
+    assert ours.pretrained_cfg["tag"] == "sail_in22k_ft_in1k_384"
+    state = theirs.state_dict()
+    assert torch.equal(ours.stem.conv.weight, state["stem.conv.weight"].sum(dim=1, keepdim=True))
+    assert torch.equal(ours.head.fc.fc1.weight, state["head.fc.fc1.weight"])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("tag", "classes", "size"),
+    [("sail_in1k", 1000, 224), ("sail_in22k_ft_in1k_384", 1000, 384), ("sail_in22k", 21841, 224)],
+)
+def test_a_tag_sets_classes_and_image_size(tag, classes, size):
+    with torch.device("meta"):
+        model = create_model(f"convformer_s18.{tag}")
+        other = create_model(f"convformer_s18.{tag}", num_classes=3, image_size=[96, 160])
+    assert model.num_classes == classes and model.pretrained_cfg["input_size"] == (3, size, size)
+    assert model.pretrained_cfg["tag"] == tag
+    assert other.num_classes == 3 and other.pretrained_cfg["input_size"] == (3, 96, 160)
+
+
+def test_every_tag_is_known_to_timm():
+    tags = {f"{n}.{tag}" for n in list_models() for tag in model_config(n).pretrained}
+    assert tags == set(timm.list_models(module="metaformer", pretrained=True))
+    for name in tags:
+        base, _, tag = name.partition(".")
+        config, theirs = model_config(name), timm.models.get_pretrained_cfg(name)
+        assert theirs is not None and config.pretrained[0] == tag
+        assert (3, *config.height_width) == theirs.input_size and config.num_classes == theirs.num_classes
+        assert config.crop_pct == theirs.crop_pct and config.interpolation == theirs.interpolation
+        assert tuple(config.mean) == theirs.mean and tuple(config.std) == theirs.std
+        assert published_config(model_config(base), tag) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("caformer_s18.sail_in1k_348", "did you mean 'sail_in1k_384'"),
+        ("randformer_s12.sail_in1k", "has no published weights 'sail_in1k'; it has: none"),
+        ("caformer_s81.sail_in1k", "unknown model 'caformer_s81.sail_in1k'; did you mean 'caformer_s18'"),
+    ],
+)
+def test_unknown_tags(name, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        create_model(name)
+
+
+def test_models_without_published_weights_say_so():
+    with pytest.raises(ConfigError, match="'identityformer_s12' has no published weights in timm; give checkpoint"):
+        create_model("identityformer_s12", pretrained=True)
+
+
+def test_offline_costs_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read from the environment at import
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"^published weights poolformer_s12\.sail_in1k could not be loaded: "
+    ) as error:
+        create_model("poolformer_s12", pretrained=True)
+    assert "\n" not in str(error.value)
+    assert "cache" in str(error.value) or "offline" in str(error.value)
+
+
+# ---- folders of timm --------------------------------------------------------------------------------------------------
+
+
+def timm_folder(folder, model: nn.Module, architecture: str):
+    folder.mkdir()
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    config = {"architecture": architecture, "num_classes": 5, "pretrained_cfg": {"input_size": [3, 224, 224]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "caformer_s18"])
+def test_a_folder_of_timm_is_a_checkpoint(name, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="models")
+    theirs = randomised(timm.create_model(name, num_classes=5))
+    folder = timm_folder(tmp_path / "theirs", theirs, name)
+    ours = create_model(name, checkpoint=folder, num_classes=5, head=timm_head(model_config(name))).eval()
+    assert caplog.messages == [f"weights from {folder}"]
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert relative(ours(x), theirs(x)) < 1e-5
+
+
+def test_a_folder_of_another_architecture_is_refused_although_its_shapes_fit(tmp_path):
+    folder = timm_folder(tmp_path / "theirs", timm.create_model("poolformerv2_s12", num_classes=5), "poolformerv2_s12")
+    with pytest.raises(
+        ConfigError, match="weights of 'poolformerv2_s12', another architecture than 'identityformer_s12'"
+    ):
+        create_model("identityformer_s12", checkpoint=folder, num_classes=5)
+    folder = timm_folder(tmp_path / "resnet", nn.Linear(1, 1), "resnet50")
+    with pytest.raises(ConfigError, match="weights of 'resnet50', which is not in the zoo"):
+        create_model("identityformer_s12", checkpoint=folder)

@@ -1,0 +1,439 @@
+"""Weights and the files they are in: every damage is named, and no kill or full disk costs what was there before."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import safetensors.torch
+import torch
+
+from models import weights as weights_module
+from models.strict_yaml import ConfigError
+from models.weights import (
+    CheckpointError,
+    load_weights,
+    publish,
+    read_tensors,
+    save_text,
+    save_weights,
+    settled,
+    tidy,
+    together,
+    weights_sha256,
+    write_durably,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+class Evil:
+    """Pickles to a call that makes a file."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+# ---- hashes of weights ------------------------------------------------------------------------------------------
+
+
+def test_weights_sha256_changes_with_name_dtype_shape_and_every_bit():
+    base = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.tensor(1.0)}
+    flipped = base["a"].clone()
+    flipped.view(torch.int32)[1, 2] ^= 1
+    different = [
+        base,
+        {"c": base["a"], "b": base["b"]},
+        {"a": base["b"], "b": base["a"]},
+        {**base, "a": base["a"].view(torch.int32)},
+        {**base, "a": base["a"].reshape(3, 2)},
+        {**base, "a": flipped},
+        {**base, "b": torch.tensor([1.0])},
+        {**base, "b": torch.tensor(-0.0)},
+        {**base, "b": torch.tensor(0.0)},
+        {"a": base["a"]},
+        {**base, "e": torch.empty(0)},
+        {**base, "e": torch.empty(0, 1)},
+        {},
+    ]
+    assert len({weights_sha256(state) for state in different}) == len(different)
+
+
+def test_weights_sha256_ignores_order_layout_and_gradients():
+    image = torch.randn(2, 3, 4, 5)
+    square = torch.randn(4, 4)
+    plain = {"image": image, "square": square, "half": torch.ones(3, dtype=torch.bfloat16)}
+    other = {
+        "half": torch.ones(6, dtype=torch.bfloat16)[::2],
+        "square": torch.nn.Parameter(square.t().contiguous().t()),
+        "image": image.contiguous(memory_format=torch.channels_last),
+    }
+    assert not other["square"].is_contiguous() and not other["image"].is_contiguous()
+    assert weights_sha256(plain) == weights_sha256(other)
+
+
+def test_weights_sha256_is_what_the_description_says():
+    expected = hashlib.sha256(b'["w", "torch.bfloat16", [2]]' + bytes([0x80, 0x3F, 0, 0x40])).hexdigest()
+    assert weights_sha256({"w": torch.tensor([1.0, 2.0]).bfloat16()}) == expected
+
+
+def test_weights_sha256_refuses_what_is_not_a_dense_tensor():
+    with pytest.raises(ValueError, match="extra"):
+        weights_sha256({"extra": 1})  # pyright: ignore[reportArgumentType]
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    return {
+        "conv.weight": torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        "half": torch.randn(7).bfloat16(),
+        "count": torch.tensor(3),
+    }
+
+
+def assert_same(state: dict, expected: dict) -> None:
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor)
+
+
+def test_weights_round_trip_and_replace(tmp_path, weights):
+    folder, config = tmp_path / "best", {"name": "tiny", "depths": [2, 2], "rate": 0.1}
+    save_weights(folder, {"old": torch.ones(2)}, {})
+    save_weights(folder, weights, config)
+    assert names(tmp_path) == ["best"] and names(folder) == ["config.json", "model.safetensors"]
+    state, loaded = load_weights(folder)
+    assert_same(state, weights)
+    assert loaded == config
+    assert json.loads((folder / "config.json").read_text())["weights_sha256"] == weights_sha256(weights)
+    state, none = load_weights(folder / "model.safetensors")
+    assert_same(state, weights)
+    assert none is None
+
+
+def test_weights_into_a_linked_folder_keep_the_link(tmp_path, weights):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    save_weights(tmp_path / "link", weights, {})
+    assert (tmp_path / "link").is_symlink()
+    assert_same(load_weights(tmp_path / "real")[0], weights)
+
+
+def test_weights_never_delete_foreign_files(tmp_path, weights):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"other files \(notes\.txt\)"):
+        save_weights(tmp_path, weights, {})
+    with pytest.raises(ConfigError, match="not a folder"):
+        save_weights(tmp_path / "notes.txt", weights, {})
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_tied_weights_are_saved_under_every_name(tmp_path):
+    tied = torch.randn(6)
+    state = {"a": tied, "b": tied, "part": tied[2:4]}
+    save_weights(tmp_path / "best", state, {})
+    assert_same(load_weights(tmp_path / "best")[0], state)
+
+
+def test_every_damage_to_weights_is_refused(tmp_path, weights):
+    file = tmp_path / "best" / "model.safetensors"
+    save_weights(file.parent, weights, {})
+    good = file.read_bytes()
+    for position in range(len(good)):
+        flip(file, position)
+        try:
+            # A flip in the metadata or in white space changes no weight.
+            assert_same(load_weights(file.parent)[0], weights)
+            assert position < good.index(b"conv.weight")
+        except ConfigError as error:
+            assert "model.safetensors" in str(error)
+        file.write_bytes(good)
+    for size in range(0, len(good), 7):
+        file.write_bytes(good[:size])
+        with pytest.raises(ConfigError, match=r"model\.safetensors"):
+            load_weights(file.parent)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "nope", "[" * 100_000])
+def test_a_damaged_config_beside_weights(tmp_path, weights, text):
+    save_weights(tmp_path / "best", weights, {})
+    (tmp_path / "best" / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_weights(tmp_path / "best")
+
+
+def test_weights_without_config_or_without_hash(tmp_path, weights):
+    state = {name: tensor.contiguous() for name, tensor in weights.items()}
+    safetensors.torch.save_file(state, str(tmp_path / "model.safetensors"))
+    assert load_weights(tmp_path)[1] is None
+    (tmp_path / "config.json").write_text('{"architecture": "x"}')
+    loaded, config = load_weights(tmp_path)
+    assert_same(loaded, weights)
+    assert config == {"architecture": "x"}
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+def test_state_dict_files(tmp_path, weights, key, suffix):
+    torch.save({key: weights, "epoch": 3} if key else weights, tmp_path / f"w{suffix}")
+    state, config = load_weights(tmp_path / f"w{suffix}")
+    assert_same(state, weights)
+    assert config is None
+
+
+def test_state_dict_files_that_are_refused(tmp_path):
+    target = tmp_path / "made-by-the-pickle"
+    torch.save({"x": Evil(target)}, tmp_path / "evil.pt")
+    torch.save({"epoch": 3}, tmp_path / "other.pt")
+    torch.save([1], tmp_path / "list.pt")
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "w.onnx").write_text("x")
+    for name, message in {
+        "evil.pt": "refused",
+        "other.pt": "'epoch' is not a tensor",
+        "list.pt": "must hold a dict",
+        "text.pth": "refused",
+        "w.onnx": r"allowed: \.safetensors, \.pt, \.pth",
+        "othr.pt": r"no such file or folder; did you mean 'other\.pt'",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            load_weights(tmp_path / name)
+    assert not target.exists()
+
+
+def test_a_run_folder_is_pointed_to_its_best(tmp_path, weights):
+    save_weights(tmp_path / "best", weights, {})
+    with pytest.raises(ConfigError, match=r"no model\.safetensors in this folder; did you mean '.*best'"):
+        load_weights(tmp_path)
+    shutil.rmtree(tmp_path / "best")
+    with pytest.raises(ConfigError, match=r"no model\.safetensors in this folder$"):
+        load_weights(tmp_path)
+
+
+def test_the_folder_one_stands_in(tmp_path, weights, monkeypatch):
+    save_weights(tmp_path / "best", weights, {})
+    monkeypatch.chdir(tmp_path / "best")
+    assert_same(load_weights(Path())[0], weights)
+    assert_same(load_weights(Path("../best"))[0], weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float64, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_any_dtype(tmp_path, dtype):
+    state = {"w": torch.tensor([[0.0, 1.0, 0.5]]).to(dtype), "none": torch.empty(0, 2, dtype=dtype)}
+    save_weights(tmp_path / "best", state, {})
+    loaded = load_weights(tmp_path / "best")[0]
+    assert loaded["w"].dtype == loaded["none"].dtype == dtype and loaded["none"].shape == (0, 2)
+    assert torch.equal(loaded["w"].view(torch.uint8), state["w"].view(torch.uint8))
+
+
+# ---- kills, lost writes, full disks -----------------------------------------------------------------------------
+
+
+class Killed:
+    """For kill_script.py: saves that are killed at any of their operations."""
+
+    scenarios: ClassVar = {"first": 6, "weights": 8, "set_aside": 8, "first_text": 4, "text": 4, "stray_text": 4}
+
+    def prepare(self, scenario: str, folder: Path) -> None:
+        folder.mkdir()
+        if not scenario.startswith("first"):
+            self.save(scenario, folder, 1)
+        if scenario == "set_aside":  # killed between its two renames
+            shutil.copytree(folder / "best", folder / ".tmp-best")
+            os.rename(folder / "best", folder / ".old-best")
+        if scenario == "stray_text":
+            (folder / ".tmp-metrics.csv").write_text("half")
+
+    def act(self, scenario: str, folder: Path) -> None:
+        self.save(scenario, folder, 9)
+
+    def save(self, scenario: str, folder: Path, mark: int) -> None:
+        if scenario.endswith("text"):
+            save_text(folder / "metrics.csv", f"{mark}\n" * 100)
+        else:
+            save_weights(folder / "best", {"mark": torch.tensor(mark)}, {"mark": mark})
+
+    def read(self, scenario: str, folder: Path) -> int | None:
+        if scenario.endswith("text"):
+            if not (folder / "metrics.csv").exists():
+                return None
+            text = (folder / "metrics.csv").read_text()
+            assert text == text[:2] * 100, text
+            return int(text[0])
+        if not settled(folder / "best").exists():
+            return None
+        state, config = load_weights(folder / "best")
+        assert config == {"mark": int(state["mark"])}, config
+        return int(state["mark"])
+
+
+@pytest.mark.parametrize("lose", [pytest.param("kill", marks=pytest.mark.slow), "lose"])
+def test_a_kill_at_any_operation_leaves_the_old_or_the_new(kill_anywhere, lose):
+    assert kill_anywhere(lose) == list(Killed.scenarios)
+
+
+def test_a_full_disk_leaves_the_old_weights_and_says_so(tmp_path, fill_disk):
+    def save(mark: int) -> None:
+        save_weights(tmp_path / "best", {"w": torch.full((300,), float(mark))}, {"mark": mark})
+
+    save(1)
+    assert fill_disk(lambda: save(2), tmp_path) > 10
+    assert load_weights(tmp_path / "best")[1] == {"mark": 2}
+
+
+def test_a_full_disk_leaves_the_old_text_and_says_so(tmp_path, fill_disk):
+    save_text(tmp_path / "a.csv", "old")
+    assert fill_disk(lambda: save_text(tmp_path / "a.csv", "new" * 500), tmp_path) > 10
+    assert (tmp_path / "a.csv").read_text() == "new" * 500
+
+
+def test_weights_that_cannot_be_written_leave_no_rubbish(tmp_path, weights, monkeypatch):
+    save_weights(tmp_path / "best", weights, {"mark": 1})
+
+    def fail(temp: Path, final: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(final))
+
+    monkeypatch.setattr(weights_module, "publish", fail)
+    with pytest.raises(CheckpointError, match=r"best was not saved.*untouched: Permission denied: .*best"):
+        save_weights(tmp_path / "best", weights, {"mark": 2})
+    assert names(tmp_path) == ["best"]
+    assert load_weights(tmp_path / "best")[1] == {"mark": 1}
+
+
+# ---- texts ------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_written_as_they_are_and_replaced(tmp_path):
+    for text in ("a,b\n1,2\n", "", "\u00e9\r\n \U0001f600"):
+        save_text(tmp_path / "a.csv", text)
+        assert (tmp_path / "a.csv").read_bytes() == text.encode()
+    assert names(tmp_path) == ["a.csv"]
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    save_text(path, "old")
+    with pytest.raises(CheckpointError, match=r"a\.csv was not saved.*untouched: UnicodeEncodeError"):
+        save_text(path, "\ud800")
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"untouched: Input/output error$"):
+
+        def broken(descriptor: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        patch.setattr(os, "fsync", broken)
+        save_text(path, "new")
+    assert names(tmp_path) == ["a.csv"] and path.read_text() == "old"
+    save_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_text_where_no_file_can_be(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "missing" / "a.csv", tmp_path / "folder"):
+        with pytest.raises(CheckpointError, match=f"{path.name} was not saved"):
+            save_text(path, "x")
+    assert names(tmp_path) == ["folder"]
+
+
+# ---- files and folders ------------------------------------------------------------------------------------------
+
+
+def make(folder: Path, mark: str) -> Path:
+    folder.mkdir()
+    (folder / "mark").write_text(mark)
+    return folder
+
+
+def test_write_durably_syncs_all_of_a_new_file(tmp_path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    write_durably(tmp_path / "a", lambda file: file.write(b"12345"))
+    assert synced == [5]
+    with pytest.raises(FileExistsError):
+        write_durably(tmp_path / "a", lambda file: file.write(b"other"))
+    assert (tmp_path / "a").read_bytes() == b"12345"
+
+
+def test_publish_replaces_a_folder(tmp_path):
+    publish(make(tmp_path / ".tmp-a", "1"), tmp_path / "a")
+    publish(make(tmp_path / ".tmp-a", "2"), tmp_path / "a")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a" / "mark").read_text() == "2"
+
+
+def test_a_folder_that_was_set_aside_is_found_and_brought_back(tmp_path):
+    old = make(tmp_path / ".old-a", "1")
+    make(tmp_path / ".tmp-a", "half")
+    assert settled(tmp_path / "a") == old
+    tidy(tmp_path, "a")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a" / "mark").read_text() == "1"
+    make(old, "0")  # one that was replaced, but not yet removed
+    assert settled(tmp_path / "a") == tmp_path / "a"
+    tidy(tmp_path, "a")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a" / "mark").read_text() == "1"
+    assert settled(tmp_path / "b") == tmp_path / "b"
+
+
+def test_the_leftovers_of_other_folders_are_left_alone(tmp_path, weights):
+    make(tmp_path / ".tmp-best1", "of another save, perhaps still going on")
+    make(tmp_path / ".old-best1", "1")
+    save_weights(tmp_path / "best[1]", weights, {})
+    assert names(tmp_path) == [".old-best1", ".tmp-best1", "best[1]"]
+
+
+def test_leftovers_that_cannot_be_removed_are_a_warning(tmp_path, monkeypatch):
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    make(tmp_path / "a", "1")
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.warns(UserWarning, match=r"\.old-a: cannot be removed: Permission denied"):
+        publish(make(tmp_path / ".tmp-a", "2"), tmp_path / "a")
+    assert (tmp_path / "a" / "mark").read_text() == "2"
+
+
+def test_a_stage_fails_on_all_ranks_when_it_fails_on_one(tmp_path):
+    told: list[bool] = []
+
+    def alone(failed: bool) -> bool:
+        told.append(failed)
+        return failed
+
+    with together(alone, tmp_path):
+        pass
+    with pytest.raises(CheckpointError, match=r"was not saved.*ValueError: mine"), together(alone, tmp_path):
+        raise ValueError("mine")
+    with pytest.raises(CheckpointError, match="another rank failed"), together(lambda failed: True, tmp_path):
+        pass
+    assert told == [False, True]
+
+
+@pytest.mark.parametrize("container", ["torch", "pickle"])
+def test_code_in_a_pickle_is_named_and_not_run(tmp_path, container):
+    path, target = tmp_path / "x.pt", tmp_path / "made-by-the-pickle"
+    if container == "torch":
+        torch.save({"x": Evil(target)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"x": Evil(target)}, protocol=2))
+    with pytest.raises(CheckpointError, match=r"x\.pt: refused: holds \S*open; only tensors and plain"):
+        read_tensors(path)
+    assert not target.exists()
+    torch.load(path, weights_only=False) if container == "torch" else pickle.loads(path.read_bytes())
+    assert target.exists()  # the test would have noticed
