@@ -10,7 +10,7 @@ from training.checkpoint import CheckpointError, latest_checkpoint, load_checkpo
 from training.config import TrainConfig, dump_config, load_config
 from training.distributed import World, close_world, init_world
 from training.loop import NonFiniteError, build, describe, dry_run, on_main, train
-from training.run_folder import RunFolder, latest_run, new_run_path
+from training.run_folder import RunFolder, changed_environment, latest_run, new_run_path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,6 +89,9 @@ def run(args: argparse.Namespace, config: TrainConfig, path: Path | None, world:
                 RunFolder(path).checkpoints, rank=world.rank, world_size=world.size, warn=_warn
             )
     setup = build(config, world, load_checkpoint=checkpoint is None)
+    if checkpoint is not None and path is not None and world.is_main:
+        for change in changed_environment(RunFolder(path), world):
+            _warn(f"{change}; the result will not be bit-equal to an uninterrupted run's")
     if args.dry_run:
         plan = describe(setup)
         result = dry_run(setup)

@@ -36,12 +36,16 @@ class HeadConfig(Section):
     """Classifier over the last stage."""
 
     order: Literal["norm_pool", "pool_norm"] = Field(
-        "pool_norm", description="Normalise then average over positions (PoolFormer), or the reverse."
+        default="pool_norm", description="Normalise then average over positions (PoolFormer), or the reverse."
     )
-    norm: Norm = Field("layer_norm", description="Norm of the head.")
-    norm_eps: float | None = Field(None, gt=0, description="Epsilon of that norm; null: the norm's published one.")
-    kind: Literal["linear", "mlp"] = Field("linear", description="Linear layer, or ConvFormer's MLP head.")
-    mlp_norm_eps: float = Field(1e-5, gt=0, description="Epsilon of the norm inside the MLP head (timm's port: 1e-6).")
+    norm: Norm = Field(default="layer_norm", description="Norm of the head.")
+    norm_eps: float | None = Field(
+        default=None, gt=0, description="Epsilon of that norm; null: the norm's published one."
+    )
+    kind: Literal["linear", "mlp"] = Field(default="linear", description="Linear layer, or ConvFormer's MLP head.")
+    mlp_norm_eps: float = Field(
+        default=1e-5, gt=0, description="Epsilon of the norm inside the MLP head (timm's port: 1e-6)."
+    )
 
 
 class FineTuned(Section):
@@ -86,7 +90,7 @@ class MetaFormerConfig(Section):
     head_dim: Size = Field(32, description="Channels per attention head.")
     stem: PatchConfig
     downsample: PatchConfig
-    head: HeadConfig = Field(default_factory=HeadConfig)
+    head: HeadConfig = HeadConfig()
     drop_rate: Rate = Field(0.0, description="Dropout before the classifier.")
 
     in_chans: Size = Field(3, description="Channels of the input images.")

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-# pytest puts this folder first on the path, and the folders in it have the names of our packages.
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS.parent))
+# One thread: rounding depends on the number of threads, and the processes that tests start have one.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from training.checkpoint import load_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 # Small and fast: 1,437 digits in batches of 256 are 5 steps per epoch.
 TINY = ["model.image_size=8", "model.depths=[1,1]", "model.dims=[16,32]", "data.batch_size=256", "optim.epochs=3",
-        "optim.warmup_epochs=1", "drop_path.rate=0.4"]  # fmt: skip
+        "optim.warmup_epochs=1", "drop_path.rate=0.4", "checkpoint.every_epochs=1"]  # fmt: skip
 TIMING = ("images_per_second", "seconds")
 
 
@@ -151,12 +151,21 @@ def test_checkpoints_of_two_steps_differ(finished: Path) -> None:
     assert not torch.equal(saved[0].rank_state["random"]["torch"], saved[1].rank_state["random"]["torch"])
 
 
+LONGER = [*TINY, "optim.epochs=6", "checkpoint.every_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that others are interrupted in, uninterrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(*LONGER, "--output", folder, cwd=folder.parent).returncode == 0
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_interrupted_and_resumed(tmp_path: Path, number: signal.Signals) -> None:
+def test_interrupted_and_resumed(whole: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A real signal in mid-run; SIGTERM and Ctrl-C save and exit 0, kill -9 leaves the last checkpoint."""
-    settings = [*TINY, "optim.epochs=6", "checkpoint.every_steps=2"]
-    whole = tmp_path / "whole"
-    assert run(*settings, "--output", whole, cwd=tmp_path).returncode == 0
+    settings = LONGER
     folder = tmp_path / "stopped"
     process = subprocess.Popen(
         command(*settings, "--output", folder), cwd=tmp_path, env=environment(), text=True,

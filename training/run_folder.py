@@ -143,6 +143,17 @@ def describe_environment(world: World) -> dict[str, Any]:
     }
 
 
+def changed_environment(folder: RunFolder, world: World) -> list[str]:
+    """What differs from where a run was started and may change its rounding: device, threads, versions."""
+    try:
+        before = json.loads(folder.environment.read_text())
+    except (OSError, ValueError):
+        return []
+    now = describe_environment(world)
+    keys = ("device", "threads", "torch", "torchvision", "timm", "numpy", "cuda")
+    return [f"{key} was {before[key]}, is now {now[key]}" for key in keys if key in before and before[key] != now[key]]
+
+
 def _commit() -> str | None:
     """The checkout's commit, with a + behind it where files differ from it."""
     here = Path(__file__).resolve().parent

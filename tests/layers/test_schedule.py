@@ -82,7 +82,7 @@ def test_piecewise_by_hand() -> None:
 def test_piecewise_equals_interpolation() -> None:
     points = [(0, 0.3), (3, 0.9), (10, 0.1), (11, 1.0)]
     got = over(DropPathSchedule(kind="piecewise", points=points), 20)
-    np.testing.assert_allclose(got, np.interp(range(20), *zip(*points, strict=True)), atol=1e-12)
+    np.testing.assert_allclose(got, np.interp(range(20), [s for s, _ in points], [m for _, m in points]), atol=1e-12)
 
 
 def test_piecewise_with_one_point_is_constant() -> None:
@@ -118,7 +118,7 @@ def test_rounding_never_leaves_the_unit_interval(kind: Any, start: float) -> Non
 
 
 def test_unknown_kind_and_shape() -> None:
-    with pytest.raises(ValueError, match="schedule kind must be one of constant, ramp, .*piecewise, got 'linear'"):
+    with pytest.raises(ValueError, match=r"schedule kind must be one of constant, ramp, .*piecewise, got 'linear'"):
         DropPathSchedule(kind="linear")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="schedule shape must be linear or constant, got 'cosine'"):
         DropPathSchedule(kind="early", cutoff=3, shape="cosine")  # type: ignore[arg-type]

@@ -1,0 +1,409 @@
+"""models/metaformer.py: shapes, stochastic depth in the block, and timm's model interface with timm's own tools."""
+
+import copy
+from typing import Any
+from unittest import mock
+
+import pytest
+import timm.utils
+import torch
+from timm.data import resolve_data_config
+from timm.models._features import FeatureGetterNet
+from timm.optim import create_optimizer_v2
+from timm.optim._param_groups import param_groups_layer_decay
+from torch import Tensor, nn
+
+from layers.drop_path import MODES, DropPath
+from layers.mlp import Mlp, MlpHead
+from layers.rates import drop_path_rates
+from layers.stochastic_depth import set_drop_path
+from layers.token_mixers import Attention, Pooling, RandomMixing
+from models.factory import create_model
+from models.metaformer import MetaFormer, MetaFormerBlock
+from models.registry import list_models, model_config
+
+HYBRID = {
+    "depths": [1, 2, 1, 1],
+    "dims": [16, 24, 32, 64],
+    "token_mixer": ["pooling", "identity", "sep_conv", "attention"],
+    "res_scale": [None, None, 1.0, 1.0],
+    "layer_scale": [0.1, None, None, 0.1],
+    "image_size": 64,
+    "num_classes": 5,
+}
+
+
+def hybrid(drop_path_rate: float = 0.0, **overrides) -> MetaFormer:
+    """A small model of four stages with every kind of part."""
+    torch.manual_seed(0)
+    return create_model("caformer_n4", drop_path_rate=drop_path_rate, **{**HYBRID, **overrides})
+
+
+def images(count: int = 2, size: int = 64) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def blocks_of(model: nn.Module) -> list[MetaFormerBlock]:
+    return [m for m in model.modules() if isinstance(m, MetaFormerBlock)]
+
+
+# ---- block ------------------------------------------------------------------------------------------------------------
+
+
+def test_block_is_two_residual_calls():
+    block = MetaFormerBlock(16, Attention(16, 8), Mlp(16), layer_scale=0.5, res_scale=2.0, drop_path=0.3)
+    x = torch.randn(3, 4, 5, 16)
+    with mock.patch.object(DropPath, "residual", autospec=True, side_effect=DropPath.residual) as residual:
+        out = block.eval()(x)
+    assert [call.args[0] for call in residual.call_args_list] == [block.drop_path1, block.drop_path2]
+    y = 2.0 * x + 0.5 * block.token_mixer(block.norm1(x))
+    torch.testing.assert_close(out, 2.0 * y + 0.5 * block.mlp(block.norm2(y)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_dropped_sample_keeps_its_scaled_shortcut(mode):
+    block = MetaFormerBlock(8, Pooling(), Mlp(8), res_scale=2.0, drop_path=1.0, drop_path_mode=mode)
+    x = torch.randn(4, 3, 3, 8)
+    assert torch.equal(block(x), 4.0 * x)
+    block(x).sum().backward()
+    missing = [n for n, p in block.named_parameters() if p.grad is None]
+    assert not missing
+
+
+def test_every_shipped_model_is_made_of_the_one_block():
+    for name in list_models():
+        config = model_config(name)
+        with torch.device("meta"):
+            model = MetaFormer(config.model_copy(update={"depths": [1] * len(config.depths)}))
+        with mock.patch.object(DropPath, "residual", autospec=True, side_effect=DropPath.residual) as residual:
+            model(torch.empty(2, *model.pretrained_cfg["input_size"], device="meta"))
+        assert residual.call_count == 2 * len(config.depths)
+
+
+def test_blocks_know_the_kind_of_their_branches():
+    kinds = [[b.drop_path1.kind, b.drop_path2.kind] for b in blocks_of(hybrid())]
+    mixers = ["pooling", "identity", "identity", "sep_conv", "attention"]
+    assert kinds == [[mixer, "mlp"] for mixer in mixers]
+
+
+# ---- stochastic depth -------------------------------------------------------------------------------------------------
+
+
+def test_rates_rise_linearly_over_blocks():
+    model = hybrid(0.4)
+    rates = [[b.drop_path1.drop_prob, b.drop_path2.drop_prob] for b in blocks_of(model)]
+    assert rates == [[r, r] for r in drop_path_rates(0.4, model.depths)]
+    assert rates[0] == [0.0, 0.0] and rates[-1] == [0.4, 0.4]
+
+
+def test_state_dict_does_not_depend_on_stochastic_depth():
+    expected = {k: v.shape for k, v in hybrid().state_dict().items()}
+    for mode in MODES:
+        for rate in (0.0, 0.3, 1.0):
+            model = hybrid(rate, drop_path_mode=mode)
+            assert {k: v.shape for k, v in model.state_dict().items()} == expected
+            model.load_state_dict(hybrid().state_dict())
+    assert not any("drop_path" in key for key in expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_eval_ignores_stochastic_depth(mode):
+    x = images()
+    assert torch.equal(hybrid(0.9, drop_path_mode=mode).eval()(x), hybrid().eval()(x))
+    assert not torch.equal(hybrid(0.9, drop_path_mode=mode)(x), hybrid().eval()(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_grad_checkpointing_gives_equal_gradients(mode):
+    plain, saving = hybrid(0.5, drop_path_mode=mode), hybrid(0.5, drop_path_mode=mode)
+    saving.set_grad_checkpointing()
+    x = images(8)
+    outputs, calls = [], []
+    for model in (plain, saving):
+        torch.manual_seed(3)
+        with mock.patch.object(DropPath, "residual", autospec=True, side_effect=DropPath.residual) as residual:
+            out = model(x)
+            out.square().sum().backward()
+        outputs.append(out)
+        calls.append(residual.call_count)
+    assert calls == [10, 20]  # the second one computed every branch again
+    assert torch.equal(*outputs)
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-7, msg=name)
+    saving.set_grad_checkpointing(False)
+    with mock.patch.object(DropPath, "residual", autospec=True, side_effect=DropPath.residual) as residual:
+        saving(x).sum().backward()
+    assert residual.call_count == 10
+
+
+def test_set_drop_path_finds_every_block():
+    model = hybrid()
+    assert len(set_drop_path(model, 0.2, mode="skip").blocks) == sum(model.depths)
+
+
+# ---- forward ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (40, 72)])
+def test_shapes(size):
+    model = hybrid().eval()
+    x = torch.randn(2, 3, *size)
+    features = model.forward_features(x)
+    height, width = (-(-(n) // 16) for n in size)
+    assert features.shape == (2, 64, height, width)
+    assert model.forward_head(features).shape == (2, 5)
+    assert model.forward_head(features, pre_logits=True).shape == (2, 64) == (2, model.head_hidden_size)
+    assert torch.equal(model(x), model.forward_head(features))
+    assert torch.equal(model(x), model.get_classifier()(model.forward_head(features, pre_logits=True)))
+
+
+@pytest.mark.parametrize("model", ["poolformer_n4", "caformer_n4"])
+def test_an_empty_batch_passes(model):
+    out = create_model(model)(torch.empty(0, 3, 32, 32))
+    assert out.shape == (0, 1000)
+    out.sum().backward()
+
+
+def test_mlp_head_returns_its_hidden_layer_as_pre_logits():
+    model = hybrid(head={"kind": "mlp"}, drop_rate=0.0).eval()
+    features = model.forward_features(images())
+    hidden = model.forward_head(features, pre_logits=True)
+    assert isinstance(model.head.fc, MlpHead) and hidden.shape == (2, 256) == (2, model.head_hidden_size)
+    assert torch.equal(model.head.fc.fc2(hidden), model(images()))
+
+
+@pytest.mark.parametrize(("head", "kind"), [("linear", nn.Dropout), ("mlp", nn.Dropout)])
+def test_dropout_stands_before_the_last_layer(head, kind):
+    model = hybrid(head={"kind": head}, drop_rate=1.0)
+    bias = (model.head.fc.fc2 if isinstance(model.head.fc, MlpHead) else model.head.fc).bias
+    assert torch.equal(model(images()), bias.expand(2, 5))  # type: ignore[union-attr]
+    assert not torch.equal(model.eval()(images()), bias.expand(2, 5))  # type: ignore[union-attr]
+
+
+def test_heads_differ_in_their_order():
+    first = hybrid(head={"order": "norm_pool"}).eval()
+    x = first.forward_features(images())
+    channels_last = x.permute(0, 2, 3, 1)
+    torch.testing.assert_close(first.forward_head(x), first.head.fc(first.head.norm(channels_last).mean(dim=(1, 2))))
+    last = hybrid(head={"order": "pool_norm"}).eval()
+    torch.testing.assert_close(last.forward_head(x), last.head.fc(last.head.norm(channels_last.mean(dim=(1, 2)))))
+
+
+def test_random_mixing_names_the_size_it_was_built_for():
+    model = create_model("randformer_s12", depths=[1, 1, 1, 1], image_size=64)
+    assert isinstance(blocks_of(model)[2].token_mixer, RandomMixing)
+    assert model.pretrained_cfg["fixed_input_size"] and not hybrid().pretrained_cfg["fixed_input_size"]
+    with pytest.raises(ValueError, match="built for 16 positions, got 6 x 6; build the model with image_size"):
+        model(images(size=96))
+
+
+# ---- intermediate features --------------------------------------------------------------------------------------------
+
+
+def test_intermediates_are_the_outputs_of_the_stages():
+    model = hybrid().eval()
+    last, features = model.forward_intermediates(images())
+    assert torch.equal(last, features[-1]) and torch.equal(last, model.forward_features(images()))
+    expected = [(2, info["num_chs"], 64 // info["reduction"], 64 // info["reduction"]) for info in model.feature_info]
+    assert [tuple(f.shape) for f in features] == expected
+    assert [info["reduction"] for info in model.feature_info] == [2, 4, 8, 16]
+
+
+def test_intermediates_in_either_layout():
+    model = hybrid().eval()
+    nchw = model.forward_intermediates(images(), [0, -1], intermediates_only=True)
+    nhwc = model.forward_intermediates(images(), [0, -1], intermediates_only=True, output_fmt="NHWC")
+    assert [tuple(f.shape) for f in nhwc] == [(2, 32, 32, 16), (2, 4, 4, 64)]
+    assert all(torch.equal(a.permute(0, 2, 3, 1), b) for a, b in zip(nchw, nhwc, strict=True))
+
+
+def test_intermediates_by_number_norm_and_early_stop():
+    model = hybrid(head={"order": "norm_pool"}).eval()
+    plain = model.forward_intermediates(images(), 2, intermediates_only=True)
+    assert [f.shape[1] for f in plain] == [32, 64]
+    normed = model.forward_intermediates(images(), 2, norm=True, intermediates_only=True)
+    assert torch.equal(normed[0], plain[0])
+    torch.testing.assert_close(normed[1], model.head.norm(plain[1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    called = []
+    model.stages[2].register_forward_hook(lambda *_: called.append(2))
+    last, features = model.forward_intermediates(images(), [1], stop_early=True)
+    assert torch.equal(last, features[0]) and last.shape[1] == 24 and not called
+
+
+@pytest.mark.parametrize("indices", [0, 5, [4], [-5], []])
+def test_stages_that_do_not_exist(indices):
+    with pytest.raises(ValueError, match="indices"):
+        hybrid().forward_intermediates(images(), indices)
+    with pytest.raises(ValueError, match="NLC"):
+        hybrid().forward_intermediates(images(), output_fmt="NLC")
+
+
+def test_pruning_keeps_what_the_features_need():
+    model = hybrid().eval()
+    expected = model.forward_intermediates(images(), [0, 1], intermediates_only=True)
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    assert len(model.stages) == 2 and model.num_features == model.head_hidden_size == 24
+    assert isinstance(model.head.fc, nn.Identity) and isinstance(model.head.norm, nn.Identity)
+    found = model.forward_intermediates(images(), [0, 1], intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(model(images()), expected[1])
+    model.reset_classifier(3, "avg")
+    assert model(images()).shape == (2, 3)
+
+
+def test_pruning_nothing_keeps_the_norm():
+    model = hybrid()
+    assert model.prune_intermediate_layers(1) == [3]
+    assert len(model.stages) == 4 and not isinstance(model.head.norm, nn.Identity) and model.num_classes == 0
+
+
+# ---- classifier -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_reset_classifier_keeps_everything_else(head):
+    model = hybrid(0.2, head={"kind": head}).eval().double()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.reset_classifier(7)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(v, before[k]) for k, v in after.items() if not k.startswith("head.fc."))
+    assert model.num_classes == model.config.num_classes == model.pretrained_cfg["num_classes"] == 7
+    assert model(images().double()).shape == (2, 7)
+    assert not any(m.training for m in model.modules()) and all(p.dtype == torch.float64 for p in model.parameters())
+    model.reset_classifier(0)
+    features = model.forward_features(images().double())
+    assert torch.equal(model(images().double()), model.forward_head(features, pre_logits=True))
+    assert isinstance(model.get_classifier(), nn.Identity) and model.num_classes == 0
+
+
+def test_unpooled_features_come_as_nchw():
+    model = hybrid().eval()
+    features = model.forward_features(images())
+    model.reset_classifier(0, "")
+    expected = model.head.norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert torch.equal(model(images()), expected) and expected.shape == (2, 64, 4, 4)
+    with pytest.raises(ValueError, match="needs pooled features"):
+        model.reset_classifier(3)
+    assert model.num_classes == 0
+    model.reset_classifier(3, "avg")
+    assert model(images()).shape == (2, 3)
+    with pytest.raises(ValueError, match="'max'"):
+        model.reset_classifier(3, "max")
+
+
+def test_new_models_have_small_random_weights_and_zero_biases():
+    model = hybrid()
+    weight = torch.cat([m.weight.flatten() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))])
+    weight = weight.detach()
+    assert float(weight.std()) == pytest.approx(0.02, rel=0.05) and float(weight.mean().abs()) < 1e-3
+    assert all(not p.any() for n, p in model.named_parameters() if n.endswith("bias"))
+    classifier = model.head.fc
+    assert isinstance(classifier, nn.Linear) and float(classifier.weight.detach().std()) == pytest.approx(0.02, rel=0.2)
+
+
+# ---- timm's tools -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "randformer_s12", "caformer_s18"])
+def test_layer_decay_covers_every_parameter_once_and_rises(name):
+    model = create_model(name, num_classes=2)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    trained = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(grouped) == len(set(grouped)) and set(grouped) == set(trained)
+    scale = {trained[id(p)]: g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    assert all(g["weight_decay"] == 0 for g in optimizer.param_groups for p in g["params"] if p.ndim == 1)
+    blocks = [f"stages.{s}.blocks.{b}.mlp.fc1.weight" for s, depth in enumerate(model.depths) for b in range(depth)]
+    head = [n for n in scale if n.startswith("head.fc.") and n.endswith("weight")]
+    order = [scale[n] for n in ("stem.conv.weight", *blocks, head[-1])]
+    assert order == sorted(order) and len(set(order)) == len(blocks) + 2 and order[-1] == 1.0
+    assert order[0] == pytest.approx(0.75 ** (len(blocks) + 1))
+    for stage in range(4):
+        parts = [n for n in scale if n.startswith((f"stages.{stage}.downsample", f"stages.{stage}.blocks.0."))]
+        assert len({scale[n] for n in parts}) == 1
+    assert scale["head.norm.weight"] == order[-2]
+
+
+def test_coarse_groups_are_the_stages():
+    groups = timm.models.group_parameters(hybrid(), hybrid().group_matcher(coarse=True), reverse=True)
+    assert groups["stem.conv.weight"] == 0
+    assert [groups[f"stages.{i}.blocks.0.mlp.fc1.weight"] for i in range(4)] == [1, 2, 3, 4]
+    assert groups["head.fc.weight"] == 5 and set(groups) == {n for n, _ in hybrid().named_parameters()}
+
+
+def test_weight_decay_spares_vectors_only():
+    model = hybrid()
+    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.9)
+    assert {p.ndim > 1 for g in groups for p in g["params"] if g["weight_decay"]} == {True}
+    assert {p.ndim > 1 for g in groups for p in g["params"] if not g["weight_decay"]} == {False}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_feature_getter(layout):
+    model = hybrid().eval()
+    expected = model.forward_intermediates(images(), [1, 2], intermediates_only=True, output_fmt=layout)
+    getter = FeatureGetterNet(copy.deepcopy(model), out_indices=(1, 2), output_fmt=layout)
+    features = getter(images())
+    assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
+    assert getter.feature_info.channels() == [24, 32] and getter.feature_info.reduction() == [4, 8]
+    assert getter.feature_info.module_name() == ["stages.1", "stages.2"]
+    assert [n for n, _ in getter.model.stages.named_children()] == ["0", "1", "2"]  # type: ignore[union-attr]
+    assert len(FeatureGetterNet(hybrid(), out_indices=4)(images())) == 4
+
+
+def test_feature_info_names_modules_that_exist():
+    model = hybrid()
+    assert all(model.get_submodule(info["module"]) is model.stages[i] for i, info in enumerate(model.feature_info))
+
+
+def test_model_ema():
+    model = hybrid(0.3, drop_path_mode="skip")
+    ema = timm.utils.ModelEmaV3(model, decay=0.5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    ema.update(model)
+    assert all(torch.allclose(v, before[k] + 0.5) for k, v in ema.module.state_dict().items())
+    with torch.no_grad():
+        assert ema.module.eval()(images()).shape == (2, 5)
+
+
+def test_resolve_data_config():
+    with torch.device("meta"):
+        model = create_model("poolformer_m36", in_chans=1, image_size=[160, 192])
+    config = resolve_data_config(model=model)
+    assert config["input_size"] == (1, 160, 192) and config["crop_pct"] == 0.95 and config["interpolation"] == "bicubic"
+    assert config["mean"] == pytest.approx((0.449,)) and config["std"] == pytest.approx((0.226,))
+    plain = resolve_data_config(model=create_model("poolformer_n4"))
+    assert plain["input_size"] == (3, 32, 32) and plain["mean"] == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "poolformerv2_s12", "convformer_s18", "caformer_s18"])
+def test_pretrained_cfg_is_timms(name):
+    with torch.device("meta"):
+        ours, theirs = create_model(name), timm.create_model(name)
+    found = ours.pretrained_cfg
+    expected: Any = theirs.pretrained_cfg
+    for key in ("architecture", "tag", "num_classes", "input_size", "pool_size", "crop_pct", "interpolation", "mean",
+                "std", "first_conv", "classifier", "fixed_input_size"):  # fmt: skip
+        assert found[key] == expected[key], key
+    assert ours.num_features == theirs.num_features and ours.default_cfg is found
+    for mine, info in zip(ours.feature_info, theirs.feature_info, strict=True):  # type: ignore[arg-type]
+        assert {k: mine[k] for k in ("num_chs", "reduction", "module")} == info
+    assert ours.get_submodule(found["first_conv"]) is ours.stem.conv
+    classifier = ours.get_submodule(found["classifier"])
+    assert isinstance(classifier, nn.Linear) and classifier.out_features == 1000
+
+
+def test_freezing_modules_by_name():
+    model = hybrid()
+    timm.utils.freeze(model, ["stem", "stages.0"])
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in model.named_parameters() if n.startswith(("stem.", "stages.0."))}
+    model(images()).sum().backward()
+    assert model.stem.conv.weight.grad is None and model.head.fc.weight.grad is not None  # type: ignore[union-attr]
+    timm.utils.unfreeze(model, ["stem", "stages.0"])
+    assert all(p.requires_grad for p in model.parameters())

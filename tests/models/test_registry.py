@@ -1,0 +1,99 @@
+"""models/registry.py: names, patterns, tags, and models of one's own."""
+
+import re
+
+import pytest
+import torch
+
+from configs import CONFIGS
+from models.config import load_model_config
+from models.factory import create_model
+from models.registry import is_model, is_path, list_models, model_config, register_model, unregister_model
+from models.strict_yaml import ConfigError
+
+S12 = CONFIGS / "models" / "poolformer_s12.yaml"
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A YAML of one's own; what a test registers is forgotten afterwards."""
+    path = tmp_path / "mine.yaml"
+    path.write_text((CONFIGS / "models" / "poolformer_n4.yaml").read_text().replace("[48, 96]", "[8, 16]"))
+    before = set(list_models())
+    yield path
+    for name in set(list_models()) - before:
+        unregister_model(name)
+
+
+def test_every_file_is_a_model():
+    assert list_models() == sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml"))
+    assert all(is_model(name) for name in list_models()) and not is_model("poolformer")
+
+
+def test_patterns():
+    assert list_models("pool*_s12") == ["poolformer_s12", "poolformerv2_s12"]
+    assert list_models("caformer_?18") == ["caformer_s18"] and list_models("resnet*") == []
+
+
+def test_register_and_forget(mine):
+    assert register_model(mine) == "mine"
+    assert is_model("mine") and "mine" in list_models("mi*") and model_config("mine").dims == [8, 16]
+    with torch.device("meta"):
+        assert create_model("mine").pretrained_cfg["architecture"] == "mine"
+    assert register_model(load_model_config(mine), "another") == "another"
+    assert model_config("another").name == "another" and model_config("mine").name == "mine"
+    unregister_model("mine")
+    unregister_model("mine")
+    assert not is_model("mine") and is_model("another")
+
+
+def test_a_registered_name_may_hold_a_dot(mine):
+    register_model(mine, "mine.v2")
+    assert model_config("mine.v2").dims == [8, 16]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("poolformer_s12", "'poolformer_s12' is taken"),
+        ("mine", "'mine' is taken"),
+        ("../mine", "must be a plain name, not a path"),
+        ("a/b", "must be a plain name, not a path"),
+        ("mine.yaml", "looks like the path of a YAML"),
+    ],
+)
+def test_names_that_are_refused(mine, name, message):
+    register_model(mine)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        register_model(mine, name)
+    assert len(list_models("*mine*")) == 1
+
+
+def test_a_config_without_a_name(mine):
+    nameless = load_model_config(mine).model_copy(update={"name": ""})
+    with pytest.raises(ConfigError, match="needs name="):
+        register_model(nameless)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("poolfromer_s12", "unknown model 'poolfromer_s12'; did you mean 'poolformer_s12'?"),
+        ("zzz", "unknown model 'zzz'; `python -m models` lists them"),
+        ("../poolformer_s12", "unknown model '../poolformer_s12'"),
+        ("..", "unknown model '..'"),
+        ("", "unknown model ''"),
+        ("configs/models/poolformer_s12", "unknown model 'configs/models/poolformer_s12'"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        model_config(name)
+    assert "\n" not in str(error.value)
+
+
+def test_paths():
+    assert is_path("a/b.yaml") and is_path("b.yml") and not is_path("poolformer_s12")
+    assert model_config(str(S12)) == model_config("poolformer_s12")
+    with pytest.raises(ConfigError, match=r"no such file; did you mean 'poolformer_s12.yaml'"):
+        model_config(str(S12.with_name("poolfromer_s12.yaml")))
