@@ -154,9 +154,7 @@ def build(config: TrainConfig, world: World, *, load_checkpoint: bool = True) ->
         ConfigError: Whatever the user gave that cannot work.
     """
     section = config.model
-    base = model_config(
-        section.name.partition(".")[0] if not section.name.endswith((".yaml", ".yml")) else section.name
-    )
+    base = model_config(section.name)
     in_chans = section.overrides.get("in_chans", base.in_chans)
     size = config.data.image_size or section.overrides.get("image_size", base.image_size)
 
