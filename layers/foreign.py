@@ -25,8 +25,8 @@ CLASS_NAMES = ("DropPath", "StochasticDepth")
 ATTRIBUTE = re.compile(r"drop_path|stochastic_depth")
 # Containers of branches that run side by side inside one block (timm's parallel ViT).
 PARALLEL = ("attns", "ffns")
-# Modules tried as the beginning of a branch, in the order of their calls.
-CANDIDATES = 8
+# Modules tried as the beginning of a branch: children in the order of their calls, then deeper ones.
+CANDIDATES = 12
 TOLERANCE = 1e-4
 
 
@@ -42,55 +42,47 @@ class GraftedDropPath(DropPath):
     def __init__(self, drop_prob: float = 0.0, mode: Mode = "mask") -> None:
         super().__init__(drop_prob, mode=mode)
         self.role: Role = "mask"
+        self.reason = ""  # why it does not skip, or skips with its whole block
+        self.tried = False  # whether `convert_to_skip` has looked at it
+        self.applied = True  # whether a forward pass calls it at all: blocks without a shortcut do not
         self._draw: _Draw | None = None
 
     @property
     def skips(self) -> bool:
         """Whether dropped samples are left out of the computation."""
-        return self._skips and self.role in ("branch", "block")
+        return self._skips and self.role != "mask"
 
     def select(self, x: Tensor) -> Tensor | None:
         """Draws, remembers the draw for the branch's end, and returns the kept samples; `None`: take all."""
         self._draw = None
-        if not (self.training and self.skips):
+        if not (self.training and self.skips) or self.rate == 0.0:
             return None
         batch = x.shape[0]
         count_tensor, order = self.draw(batch, x.device)
         count = int(count_tensor)
         self._count(batch, count_tensor)
         scale = self._scale(x.dtype)
-        few = 2 if self._has_batch_norm else 1
-        if count == batch or count < few:
-            # Too few for the block's own code, which may not take an empty batch: mask the same draw. With nothing
-            # kept one sample is computed and multiplied by 0, so that every parameter gets its (zero) gradient.
-            if count == 0 and not self._has_batch_norm and batch > 0:
-                self._draw = _Draw(batch, order[:1], torch.zeros_like(scale))
-                return x.index_select(0, order[:1])
-            if count < batch:
-                self._draw = _Draw(batch, None, (order.argsort() < count) * scale)
-            elif self.rate > 0.0:
-                self._draw = _Draw(batch, None, scale.expand(batch).to(x.device))
-            else:
-                self._draw = _Draw(batch, None, torch.ones(batch, dtype=x.dtype, device=x.device))
-            return None
-        kept = order[:count]
-        self._draw = _Draw(batch, kept, scale)
-        return x.index_select(0, kept)
+        if count == 0 and batch > 0 and not self._has_batch_norm:
+            # The block's own code may not take an empty batch: one sample is computed and multiplied by 0, so that
+            # every parameter gets its (zero) gradient.
+            self._draw = _Draw(batch, order[:1], torch.zeros_like(scale))
+        elif count == batch or (self._has_batch_norm and count < 2):
+            self._draw = _Draw(batch, None, (order.argsort() < count) * scale)
+        else:
+            self._draw = _Draw(batch, order[:count], scale)
+        return None if self._draw.kept is None else x.index_select(0, self._draw.kept)
 
     def draw(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Number of kept samples (0-dim, CPU) and a random order of the samples, of which the first are kept."""
         return self._draw_count(batch), torch.rand(batch, device=device).argsort()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self._skips:
-            if self.role == "silent" or (self.role == "block" and self._draw is None):
-                return x
-            if self.role == "block":
-                return x
-            if self.role == "branch" and self._draw is not None:
-                draw, self._draw = self._draw, None
-                return draw.scatter(x)
-        return super().forward(x)
+        if not (self.training and self._skips) or self.role == "mask" or self._draw is None:
+            return super().forward(x)
+        if self.role == "branch":
+            draw, self._draw = self._draw, None
+            return draw.scatter(x)
+        return self._draw.scaled(x)  # inside a block that is skipped as a whole
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_draw": None}
@@ -104,12 +96,15 @@ class _Draw:
     kept: Tensor | None  # indices; None: all samples were computed and `scale` is (B,)
     scale: Tensor
 
+    def scaled(self, out: Tensor) -> Tensor:
+        """The branch's output, divided by keep_prob, for those samples that are computed."""
+        scale = self.scale.to(out.dtype)
+        return out * (scale.view(-1, *(1,) * (out.ndim - 1)) if self.kept is None else scale)
+
     def scatter(self, out: Tensor) -> Tensor:
-        """The branch's output for the kept samples (B', ...) -> (B, ...) with zeros for the dropped."""
-        if self.kept is None:
-            return out * self.scale.to(out.dtype).view(-1, *(1,) * (out.ndim - 1))
-        zeros = out.new_zeros(self.batch, *out.shape[1:])
-        return zeros.index_add(0, self.kept, out * self.scale.to(out.dtype))
+        """The branch's scaled output for the kept samples, (B', ...) -> (B, ...) with zeros for the dropped."""
+        out = self.scaled(out)
+        return out if self.kept is None else out.new_zeros(self.batch, *out.shape[1:]).index_add(0, self.kept, out)
 
 
 class SelectKept:
@@ -126,10 +121,10 @@ class SelectKept:
 
 
 class BlockSkip:
-    """Forward pre-hook and hook of a block whose input and output have one shape: skips the block as a whole."""
+    """Forward pre-hook and hook of a block whose input and output have one shape: skips all its branches together."""
 
-    def __init__(self, drop_path: GraftedDropPath) -> None:
-        self.drop_path = drop_path
+    def __init__(self, drop_paths: Sequence[GraftedDropPath]) -> None:
+        self.drop_paths = list(drop_paths)  # the first draws for all
         self.inputs: list[Tensor] = []
 
     def before(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -137,21 +132,26 @@ class BlockSkip:
         self.inputs.clear()
         if not args or not isinstance(args[0], Tensor):
             return None
-        selected = self.drop_path.select(args[0])
-        if self.drop_path._draw is not None:
-            self.inputs.append(args[0])
-        return None if selected is None else (selected, *args[1:])
+        first, *others = self.drop_paths
+        selected = first.select(args[0])
+        for other in others:
+            other._draw = first._draw
+        if selected is None:
+            return None
+        self.inputs.append(args[0])
+        return (selected, *args[1:])
 
     def after(self, _module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
-        """x + scattered (block(x) - x)."""
-        draw, self.drop_path._draw = self.drop_path._draw, None
-        if draw is None or not self.inputs:
+        """The full batch with the kept samples' results in their places."""
+        draw = self.drop_paths[0]._draw
+        for module in self.drop_paths:
+            module._draw = None
+        if draw is None or draw.kept is None or not self.inputs:
             return None
         x = self.inputs.pop()
-        part = x if draw.kept is None else x.index_select(0, draw.kept)
-        if not isinstance(out, Tensor) or out.shape != part.shape:
+        if not isinstance(out, Tensor) or out.shape != (len(draw.kept), *x.shape[1:]):
             raise ValueError("a block can be skipped only where its input and output have one shape")
-        return x + draw.scatter(out - part)
+        return x.to(out.dtype).index_copy(0, draw.kept, out)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "inputs": []}
@@ -182,7 +182,8 @@ def find_owners(model: nn.Module) -> list[Owner]:
             if value is None and ATTRIBUTE.fullmatch(key):  # timm's ResNet at rate 0
                 slots[key] = None
         if slots:
-            owners.append(Owner(name, module, slots))
+            # without the part that torch.compile puts into the name: names tell blocks and stages apart
+            owners.append(Owner(".".join(p for p in name.split(".") if p != "_orig_mod"), module, slots))
     return owners
 
 
@@ -219,14 +220,18 @@ def is_foreign(model: nn.Module) -> bool:
     return any(not isinstance(child, DropPath) for owner in find_owners(model) for child in owner.slots.values())
 
 
+def foreign_rate(module: nn.Module | None) -> float:
+    """The rate of timm's or torchvision's module; 0 for an identity or nothing."""
+    return float(getattr(module, "drop_prob", getattr(module, "p", 0.0)) or 0.0)
+
+
 def graft(model: nn.Module) -> None:
     """Puts a `GraftedDropPath` into every place for one. State-dict keys and evaluation stay as they are."""
     for owner in find_owners(model):
         for key, child in owner.slots.items():
             if not isinstance(child, DropPath):
-                rate = getattr(child, "drop_prob", getattr(child, "p", 0.0)) or 0.0
+                grafted = GraftedDropPath(foreign_rate(child))
                 owner.module.__dict__.pop(key, None)
-                grafted = GraftedDropPath(float(rate))
                 grafted.train(owner.module.training)
                 setattr(owner.module, key, grafted)
 
@@ -243,6 +248,36 @@ class Conversion:
     reason: str = ""
 
 
+def mark_applied(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Finds out by one forward pass which grafted modules are called at all."""
+    called: set[int] = set()
+    handles = [m.register_forward_pre_hook(lambda module, _: called.add(id(module))) for m in grafted(model)]
+    try:
+        _probe(model, input_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module in grafted(model):
+        module.applied = id(module) in called
+
+
+def _probe(model: nn.Module, input_size: Sequence[int]) -> None:
+    """One forward pass of three random images in eval mode; random states and training flags stay as they were."""
+    parameter = next(model.parameters())
+    training = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda(parameter)):
+            model(torch.randn(3, *input_size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def _cuda(tensor: Tensor) -> list[torch.device]:
+    return [tensor.device] if tensor.device.type == "cuda" else []
+
+
 def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Conversion]:
     """Finds out, by execution, how the grafted modules of a model can skip, and installs the hooks.
 
@@ -256,18 +291,15 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Convers
         What was found, one entry per owner.
     """
     owners = [o for o in find_owners(model) if all(isinstance(s, GraftedDropPath) for s in o.slots.values())]
-    parameter = next(model.parameters())
-    devices = [parameter.device] if parameter.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=_cuda(next(model.parameters()))):
         torch.manual_seed(0)
-        calls = _watch(model, owners, input_size, parameter)
+        calls = _watch(model, owners, input_size)
         found: dict[Any, dict[str, Any]] = {}
         conversions = []
         for owner in owners:
             conversion = Conversion(owner.name)
             if owner.name not in calls:
-                conversion.roles = dict.fromkeys(owner.slots, "mask")
-                conversion.reason = "not called in a probe forward"
+                _install(owner, {"reason": "not called in a forward pass"}, conversion)
             else:
                 call = calls[owner.name]
                 key = (*_structure(owner.module), *call.shapes)
@@ -301,9 +333,7 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
     return tuple(parts), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
 
-def _watch(
-    model: nn.Module, owners: list[Owner], input_size: Sequence[int], parameter: nn.Parameter
-) -> dict[str, _Call]:
+def _watch(model: nn.Module, owners: list[Owner], input_size: Sequence[int]) -> dict[str, _Call]:
     """Runs one forward pass on three random images and notes how owners and their parts are called."""
     calls: dict[str, _Call] = {}
     handles = []
@@ -335,16 +365,11 @@ def _watch(
         for part, module in owner.module.named_modules():
             if part:
                 handles.append(module.register_forward_pre_hook(note_part(owner, part)))
-    training = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
-            model(torch.randn(3, *input_size, device=parameter.device, dtype=parameter.dtype))
+        _probe(model, input_size)
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in training:
-            module.training = flag
     return calls
 
 
@@ -356,27 +381,38 @@ class _FixedDraw(GraftedDropPath):
         return torch.tensor(2), torch.tensor([2, 0, 1], device=device)
 
     def _draw_mask(self, x: Tensor) -> Tensor:
-        return torch.tensor([True, False, True], device=x.device)
+        return torch.tensor([True, self.drop_prob == 0.0, True], device=x.device)
 
 
 def _try(owner: Owner, call: _Call) -> dict[str, Any]:
     """How an owner of this structure can skip: the first module of each branch, or the block, or a reason."""
     if call.times > 1:
         return {"reason": "called more than once in a forward pass"}
+    unused = [slot for slot in owner.slots if slot not in call.candidates]
+    if unused:
+        return {"reason": f"{', '.join(unused)} is not applied: the block has no shortcut"}
     entries: dict[str, str] = {}
-    failure = ""
+    whole = True
     for slot in owner.slots:
-        for entry in call.candidates.get(slot, [])[:CANDIDATES]:
-            failure = _disagreement(owner, call, {slot: entry})
-            if not failure:
+        parts = sorted(call.candidates[slot], key=lambda part: part.count("."))  # stable: in the order of their calls
+        for i, entry in enumerate(parts[:CANDIDATES]):
+            if not _disagreement(owner, call, {slot: entry}):
                 entries[slot] = entry
+                # what was called before may belong to the branch: a norm behind the attention would agree as well
+                whole = whole and not any(_has_matrix(owner.module, part) for part in parts[:i])
                 break
-    if len(entries) == len(owner.slots):
+    if whole and len(entries) == len(owner.slots):
         return {"entries": entries}
     failure = _disagreement(owner, call, None)
     if not failure:
         return {"block": True, "reason": "its branches cannot be skipped one by one"}
+    if len(entries) == len(owner.slots):
+        return {"entries": entries}
     return {"entries": entries, "reason": f"neither branches nor block agree with masking: {failure}"}
+
+
+def _has_matrix(module: nn.Module, part: str) -> bool:
+    return any(p.ndim > 1 and min(p.shape[:2]) > 1 for p in module.get_submodule(part).parameters())
 
 
 def _disagreement(owner: Owner, call: _Call, entries: dict[str, str] | None) -> str:
@@ -390,25 +426,25 @@ def _disagreement(owner: Owner, call: _Call, entries: dict[str, str] | None) -> 
             module.eval()  # statistics and random streams of other batches are not what is compared
     with torch.no_grad():
         for parameter in trial.parameters():
-            if parameter.ndim <= 1 or parameter.numel() == parameter.shape[-1] or max(parameter.shape) == parameter.numel():
+            if (
+                parameter.ndim <= 1
+                or parameter.numel() == parameter.shape[-1]
+                or max(parameter.shape) == parameter.numel()
+            ):
                 parameter.uniform_(0.5, 1.5)  # a layer scale of 1e-6 would hide any error
     tested = list(owner.slots) if entries is None else list(entries)
     for slot in owner.slots:
         module = trial.get_submodule(slot)
         assert isinstance(module, GraftedDropPath)
         module.__class__ = _FixedDraw
-        module.mode, module.drop_prob = "skip", 0.5 if slot in tested else 0.0
-        module.role = "mask" if slot in tested else "silent"
+        module.mode, module.role = ("skip", "mask") if slot in tested else ("mask", "mask")
+        module.drop_prob = 0.5 if slot in tested else 0.0
     try:
         expected = _run(trial, call)
     except Exception as error:  # somebody's code may raise anything
         return f"masking failed with {type(error).__name__}"
-    first = trial.get_submodule(tested[0])
-    assert isinstance(first, GraftedDropPath)
     if entries is None:
-        _hook_block(trial, first)
-        for slot in tested:
-            trial.get_submodule(slot).role = "block" if slot == tested[0] else "silent"  # type: ignore[assignment]
+        _hook_block(trial, list(grafted(trial)))
     else:
         for slot, entry in entries.items():
             module = trial.get_submodule(slot)
@@ -445,21 +481,17 @@ def _run(module: nn.Module, call: _Call) -> list[Tensor | None]:
 def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> None:
     slots = {key: s for key, s in owner.slots.items() if isinstance(s, GraftedDropPath)}
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in owner.module.modules())
-    for slot in slots.values():
-        slot._has_batch_norm = norms
     conversion.reason = found.get("reason", "")
+    for slot in slots.values():
+        slot._has_batch_norm, slot.tried, slot.reason = norms, True, conversion.reason
     if found.get("block"):
-        first = next(iter(slots))
-        _hook_block(owner.module, slots[first])
-        conversion.roles = {key: "block" if key == first else "silent" for key in slots}
+        _hook_block(owner.module, list(slots.values()))
     else:
         entries = found.get("entries", {})
         for key, slot in slots.items():
             if key in entries:
                 _hook_branch(owner.module, entries[key], slot)
-        conversion.roles = {key: "branch" if key in entries else "mask" for key in slots}
-    for key, slot in slots.items():
-        slot.role = conversion.roles[key]
+    conversion.roles = {key: slot.role for key, slot in slots.items()}
 
 
 def _hook_branch(owner: nn.Module, entry: str, drop_path: GraftedDropPath) -> None:
@@ -467,8 +499,10 @@ def _hook_branch(owner: nn.Module, entry: str, drop_path: GraftedDropPath) -> No
     owner.get_submodule(entry).register_forward_pre_hook(SelectKept(drop_path))
 
 
-def _hook_block(owner: nn.Module, drop_path: GraftedDropPath) -> None:
-    skip = BlockSkip(drop_path)
+def _hook_block(owner: nn.Module, drop_paths: Sequence[GraftedDropPath]) -> None:
+    for i, module in enumerate(drop_paths):
+        module.role = "block" if i == 0 else "silent"
+    skip = BlockSkip(drop_paths)
     owner.register_forward_pre_hook(skip.before)
     owner.register_forward_hook(skip.after)
 

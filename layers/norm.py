@@ -2,7 +2,8 @@
 
 `group_norm` is PoolFormer's GroupNorm with one group: statistics over all positions and channels of a sample, one weight
 and bias per channel. It is written as a layer norm over (..., C) without affine, which stays in NHWC where
-`nn.GroupNorm` would copy to NCHW. The `_no_bias` forms are those of MetaFormer Baselines (arXiv 2210.13452).
+`nn.GroupNorm` would copy to NCHW. The `_no_bias` forms are those of MetaFormer Baselines (arXiv 2210.13452). `affine`
+takes the norm's place in ResMLP (arXiv 2105.03404) and normalises nothing.
 """
 
 import torch
@@ -42,7 +43,23 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=eps, bias=bias)
 
 
-NORMS: tuple[str, ...] = ("group_norm", "group_norm_no_bias", "layer_norm", "layer_norm_no_bias", "none")
+class Affine(nn.Module):
+    """A learned scale and shift per channel over (B, ..., C), without statistics."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias.to(x.dtype), x, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """As torch's norms print."""
+        return f"{self.weight.numel()}"
+
+
+NORMS: tuple[str, ...] = ("group_norm", "group_norm_no_bias", "layer_norm", "layer_norm_no_bias", "affine", "none")
 
 
 def build_norm(name: str, dim: int, eps: float | None = None) -> nn.Module:
@@ -51,13 +68,16 @@ def build_norm(name: str, dim: int, eps: float | None = None) -> nn.Module:
     Args:
         name: One of `NORMS`.
         dim: Channels.
-        eps: Added to the variance; default 1e-5 for `group_norm`, 1e-6 for the others, as published.
+        eps: Added to the variance; default 1e-5 for `group_norm`, 1e-6 for the others, as published. `affine` and `none`
+            have no variance and ignore it.
 
     Raises:
         ValueError: Unknown name.
     """
     if name == "none":
         return nn.Identity()
+    if name == "affine":
+        return Affine(dim)
     if name == "group_norm":
         return GroupNorm1(dim, eps or 1e-5)
     if name == "group_norm_no_bias":

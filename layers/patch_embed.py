@@ -1,6 +1,11 @@
-"""Patch embedding: the strided convolution of a stem or between two stages."""
+"""What makes tokens of an image: the strided convolution of a stem or between stages, and ViT's learned tokens."""
 
+from typing import Literal
+
+import torch
 from torch import Tensor, nn
+
+PosEmbed = Literal["none", "patches", "all"]
 
 
 class PatchEmbed(nn.Module):
@@ -39,3 +44,63 @@ class PatchEmbed(nn.Module):
         # contiguous: a no-op behind channels_last input; once per stage otherwise, not once per linear layer
         x = x.permute(0, 2, 3, 1).contiguous()  # (B, H', W', dim)
         return x if self.norm_first else self.norm(x)
+
+
+class TokenEmbed(nn.Module):
+    """Learned positions, and learned tokens in front of the patches, as in ViT (arXiv 2010.11929).
+
+    Maps (B, H, W, C) to (B, 1 + R + H * W, C): class token, R register tokens (arXiv 2309.16588), patches row by row.
+    Without class and register tokens the patches stay (B, H, W, C).
+
+    Args:
+        dim: Channels C.
+        height: H of its input, which a position embedding fixes.
+        width: W of its input.
+        class_token: Whether there is a class token.
+        register_tokens: Their number R.
+        pos_embed: `none`; `patches`: added to the patches only (DeiT-III); `all`: to the tokens in front as well (ViT).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        height: int,
+        width: int,
+        *,
+        class_token: bool = False,
+        register_tokens: int = 0,
+        pos_embed: PosEmbed = "patches",
+    ) -> None:
+        super().__init__()
+        self.height, self.width = height, width
+        self.num_prefix_tokens = int(class_token) + register_tokens
+        self.embeds_all = pos_embed == "all"
+        count = height * width + (self.num_prefix_tokens if self.embeds_all else 0)
+        # Names and shapes are timm's.
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, register_tokens, dim)) if register_tokens else None
+        self.pos_embed = nn.Parameter(torch.empty(1, count, dim)) if pos_embed != "none" else None
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        if self.pos_embed is not None and (height, width) != (self.height, self.width):
+            raise ValueError(
+                f"the position embedding was built for {self.height} x {self.width} positions, got {height} x {width}; "
+                "build the model with image_size set to the size used"
+            )
+        if self.pos_embed is not None and not self.embeds_all:
+            x = x + self.pos_embed.reshape(1, height, width, dim)
+        if not self.num_prefix_tokens:
+            return x
+        prefix = [t.expand(batch, -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        x = torch.cat([*prefix, x.reshape(batch, height * width, dim)], dim=1)  # (B, N, C)
+        return x + self.pos_embed if self.pos_embed is not None and self.embeds_all else x
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.height} x {self.width}, prefix_tokens={self.num_prefix_tokens}"

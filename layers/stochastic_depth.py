@@ -12,8 +12,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
-from layers.drop_path import BREAK_EVEN, Branch, DropPath, Mode, check_drop_prob
+from layers.drop_path import BREAK_EVEN, MODES, Branch, DropPath, Mode, check_drop_prob
+from layers.foreign import (
+    GraftedDropPath,
+    Owner,
+    block_names,
+    convert_to_skip,
+    find_owners,
+    foreign_rate,
+    graft,
+    grafted,
+    is_foreign,
+    mark_applied,
+)
 from layers.rates import Profile, RateIs, drop_path_rates
 from layers.schedule import DropPathSchedule
 
@@ -34,11 +47,13 @@ class StochasticDepth:
         blocks: Residual blocks in order.
         rates: Nominal rate of each block.
         schedule: Multiplier of all rates over optimizer steps.
+        notes: On a foreign model: what was changed, and what cannot skip and why.
     """
 
     blocks: list[Block]
     rates: list[float]
     schedule: DropPathSchedule = field(default_factory=DropPathSchedule)
+    notes: list[str] = field(default_factory=list)
 
     def set_step(self, step: int) -> float:
         """Applies the schedule's multiplier of an optimizer step; returns the largest rate over blocks."""
@@ -59,20 +74,26 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The modules of a model that hold DropPath modules, in order of registration.
+    """The residual blocks of a model with their DropPath modules, in order of registration.
 
     Raises:
         ValueError: There is none.
     """
-    blocks: list[Block] = []
-    for name, module in unwrap(model).named_modules():
-        own = {key: child for key, child in module.named_children() if isinstance(child, DropPath)}
-        if own:
-            # without the part that torch.compile puts into the name: names tell the stages apart
-            blocks.append(Block(".".join(p for p in name.split(".") if p != "_orig_mod"), own))
-    if not blocks:
-        raise ValueError(f"{type(unwrap(model)).__name__} has no residual block with a DropPath")
-    return blocks
+    owners = find_owners(unwrap(model))
+    blocks: dict[str, Block] = {}
+    for owner, name in zip(owners, block_names(owners), strict=True):
+        block = blocks.setdefault(name, Block(name, {}))
+        inner = owner.name.removeprefix(name).lstrip(".")
+        for key, child in owner.slots.items():
+            if isinstance(child, DropPath):
+                block.drop_paths[f"{inner}.{key}" if inner else key] = child
+    found = [block for block in blocks.values() if block.drop_paths]
+    if not found:
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has no residual block with a DropPath, nor a place for one; "
+            "build blocks with layers.drop_path.DropPath, or use a model that takes a drop-path rate"
+        )
+    return found
 
 
 def stage_depths(model: nn.Module, blocks: Sequence[Block]) -> list[int]:
@@ -102,8 +123,11 @@ def set_drop_path(
 ) -> StochasticDepth:
     """Sets the drop-path rates of a live model; a second call replaces the first, and 0 turns stochastic depth off.
 
+    A timm or torchvision model is changed in place at the first call: its drop-path modules (or the identities that stand
+    for rate 0) are replaced, see `layers.foreign`. Its state-dict keys and evaluation stay as they are.
+
     Args:
-        model: A model whose residual blocks hold `DropPath` modules, also inside DDP or torch.compile, built at any rate.
+        model: Ours, or one of timm or torchvision, also inside DDP or torch.compile, built at any rate.
         rate: In [0, 1]; what it measures is `rate_is`. `None` with a list as profile.
         profile: How rates follow depth; see `drop_path_rates`.
         rate_is: `max`, `mean` or `expected_macs`.
@@ -111,7 +135,8 @@ def set_drop_path(
         schedule: Multiplier over optimizer steps, applied by `StochasticDepth.set_step`; default constant.
         break_even: Rate from which mode `skip` skips instead of masking, for every branch or by kind of branch; those
             not named keep the constant of their kind (`layers.drop_path.BREAK_EVEN`).
-        input_size: (C, H, W) for counting compute, needed by `expected_macs` where the model does not tell its own.
+        input_size: (C, H, W) for counting compute and for trying out how a foreign model can skip; default the model's
+            `pretrained_cfg["input_size"]`, else (3, 224, 224).
 
     Returns:
         The blocks, their rates and the schedule, set to step 0.
@@ -119,6 +144,12 @@ def set_drop_path(
     Raises:
         ValueError: A setting is wrong or cannot be reached, or the model has no block to set. Nothing is changed then.
     """
+    inner = unwrap(model)
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if is_foreign(inner):
+        graft(inner)
+        _try_out(mark_applied, inner, input_size)
     blocks = find_blocks(model)
     macs, total = None, None
     if rate_is == "expected_macs":
@@ -134,9 +165,45 @@ def set_drop_path(
             module.drop_prob = block_rate
             module.multiplier = 1.0
             module.reset_counts()
-    result = StochasticDepth(blocks, rates, schedule or DropPathSchedule())
+    if any(m._skips and not m.tried for m in grafted(inner)):
+        _try_out(convert_to_skip, inner, input_size)
+    result = StochasticDepth(blocks, rates, schedule or DropPathSchedule(), _foreign_notes(blocks))
     result.set_step(0)
     return result
+
+
+def _try_out(probe: Callable[[nn.Module, Sequence[int]], object], model: nn.Module, size: Sequence[int] | None) -> None:
+    size = size or _input_size(model) or (3, 224, 224)
+    try:
+        probe(model, size)
+    except Exception as error:  # somebody's model may raise anything
+        raise ValueError(
+            f"{type(model).__name__}: a forward pass on images of {tuple(size)} failed ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}); give input_size=(C, H, W)"
+        ) from error
+
+
+def _input_size(model: nn.Module) -> Sequence[int] | None:
+    config = getattr(model, "pretrained_cfg", None)
+    return config.get("input_size") if isinstance(config, Mapping) else None
+
+
+def _foreign_notes(blocks: Sequence[Block]) -> list[str]:
+    """What became of the drop-path modules of a foreign model, a line per kind."""
+    notes: dict[str, int] = {}
+    for block in blocks:
+        for module in block.drop_paths.values():
+            if isinstance(module, GraftedDropPath) and module.role != "silent":
+                if not module.applied:
+                    what = "without effect: its block has no shortcut"
+                elif module.mode == "mask" or not module.tried:
+                    what = f"mode {module.mode}"
+                elif module.role == "mask":
+                    what = f"masks, since {module.reason}"
+                else:
+                    what = f"skips per {module.role}"
+                notes[what] = notes.get(what, 0) + 1
+    return [f"{count} drop-path modules: {what}" for what, count in notes.items()]
 
 
 def break_even_of(blocks: Sequence[Block]) -> dict[str, float]:
@@ -178,16 +245,18 @@ class Macs:
 def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Macs:
     """Counts the compute of each residual branch, without computing: on the meta device.
 
+    In our blocks a branch is what `DropPath.residual` is given; of a foreign block the compute of the module that holds
+    the drop-path modules is shared out equally among them.
+
     Args:
-        model: A model whose blocks call `DropPath.residual`.
+        model: Ours, or a foreign one after `set_drop_path`.
         input_size: (C, H, W); default the model's `pretrained_cfg["input_size"]`.
 
     Raises:
-        ValueError: No input size is known.
+        ValueError: No input size is known, or the model does not run on the meta device.
     """
     model = unwrap(model)
-    if input_size is None:
-        input_size = getattr(model, "pretrained_cfg", {}).get("input_size")
+    input_size = input_size or _input_size(model)
     if input_size is None:
         raise ValueError("counting compute needs input_size=(C, H, W), which this model does not tell")
     meta = {k: v.to("meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
@@ -204,6 +273,21 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
 
         return residual
 
+    def count_owner(owner: Owner) -> list[RemovableHandle]:
+        slots = [m for m in owner.slots.values() if isinstance(m, GraftedDropPath) and m.applied]
+        started: list[float] = []
+
+        def finish(*_: object) -> None:
+            share = (counter.get_total_flops() - started.pop()) / 2 / len(slots)
+            for slot in slots:
+                branches[id(slot)] = branches.get(id(slot), 0.0) + share
+
+        if not slots:
+            return []
+        before = owner.module.register_forward_pre_hook(lambda *_: started.append(counter.get_total_flops()))
+        return [before, owner.module.register_forward_hook(finish)]
+
+    handles = [handle for owner in find_owners(model) for handle in count_owner(owner)]
     training = {module: module.training for module in model.modules()}  # parts may be frozen in eval
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     model.eval()
@@ -212,7 +296,12 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
             module.residual = counting(module)  # an instance attribute hides the method while we count
         with torch.no_grad(), counter:
             functional_call(model, meta, (torch.empty(1, *input_size, device="meta", dtype=dtype),))
+    except Exception as error:  # the model's own code may not work on the meta device, or not at that size
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"counting compute at {tuple(input_size)} failed: {type(error).__name__}: {first}") from error
     finally:
+        for handle in handles:
+            handle.remove()
         for module in modules:
             module.__dict__.pop("residual", None)
         for module, flag in training.items():
@@ -288,36 +377,93 @@ def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = Non
     Raises:
         ValueError: The model has no block with a DropPath.
     """
-    blocks = find_blocks(model)
+    inner = unwrap(model)
+    problems, notes = [], []
+    if is_foreign(inner):
+        blocks, problems = _foreign_blocks(inner)
+        notes.append("its own drop-path modules, which are not counted and not skipped; set_drop_path replaces them")
+    else:
+        blocks = find_blocks(model)
     try:
         macs = count_macs(model, input_size)
-    except ValueError:
+    except ValueError as error:
         macs = None
-    rows, problems, notes = [], [], []
+        notes.append(f"compute not counted: {error}")
+    rows = []
     for block in blocks:
-        modules = list(block.drop_paths.values())
-        seen = sum(m.samples_seen for m in modules)
-        realised = sum(m.samples_dropped for m in modules) / seen if seen else None
+        modules = [m for m in block.drop_paths.values() if getattr(m, "applied", True)]
+        drawing = [m for m in modules if getattr(m, "role", "") != "silent"]
+        seen = sum(m.samples_seen for m in drawing)
+        realised = sum(m.samples_dropped for m in drawing) / seen if seen else None
         share = saved = None
         if macs is not None and macs.total:
             share = macs.block(block) / macs.total
             saved = sum(m.drop_prob * macs.branch(m) for m in modules if m.skips) / macs.total
-        nominal = max(m.drop_prob for m in modules)
+        nominal = max((m.drop_prob for m in modules), default=0.0)
         rows.append(BlockReport(block.name, nominal, _describe_mode(modules), realised, share, saved))
-    if any(r.realised_rate is not None for r in rows):
-        for block in blocks:
-            unused = [k for k, m in block.drop_paths.items() if m.drop_prob > 0 and not m.samples_seen]
-            if unused:
-                problems.append(f"{block.name}: {', '.join(unused)} has a rate but was never applied")
-    rates = [r.nominal_rate for r in rows]
-    if any(b < a - 1e-9 for a, b in itertools.pairwise(rates)):
-        problems.append("rates fall with depth somewhere; usually they rise")
-    expected_depth = math.fsum(1.0 - r for r in rates)
+    problems += _suspicions(inner, blocks, rows)
+    notes += _sharing(blocks, rows, problems) + _foreign_notes(blocks)
+    expected_depth = math.fsum(1.0 - r.nominal_rate for r in rows)
     saved_total = None if macs is None else math.fsum(r.saved_share or 0.0 for r in rows)
     return DropPathReport(rows, expected_depth, saved_total, problems, notes)
 
 
+def _foreign_blocks(model: nn.Module) -> tuple[list[Block], list[str]]:
+    """What a model's own drop-path modules say, as blocks of modules of ours that are not in the model."""
+    owners, problems = find_owners(model), []
+    blocks: dict[str, Block] = {}
+    for owner, name in zip(owners, block_names(owners), strict=True):
+        block = blocks.setdefault(name, Block(name, {}))
+        for key, child in owner.slots.items():
+            rate = foreign_rate(child)
+            if not 0.0 <= rate <= 1.0:
+                problems.append(f"{owner.name}.{key}: rate {rate} is outside [0, 1]")
+            block.drop_paths[f"{owner.name}.{key}"] = DropPath(min(max(rate, 0.0), 1.0) if rate == rate else 0.0)
+    return list(blocks.values()), problems
+
+
+def _suspicions(model: nn.Module, blocks: Sequence[Block], rows: Sequence[BlockReport]) -> list[str]:
+    """What looks wrong in the modules that are there."""
+    problems = []
+    counted = any(r.realised_rate is not None for r in rows)
+    for block in blocks:
+        for key, module in block.drop_paths.items():
+            name = f"{block.name}.{key}"
+            if not 0.0 <= float(module._rate) <= 1.0:
+                problems.append(f"{name}: rate {float(module._rate):g} is outside [0, 1]")
+            if module.drop_prob == 0 or not getattr(module, "applied", True) or getattr(module, "role", "") == "silent":
+                continue
+            if model.training and module in set(model.modules()) and not module.training:
+                problems.append(f"{name}: in eval mode while the model trains, so its rate is not applied")
+            elif counted and not module.samples_seen:
+                problems.append(f"{name}: has rate {module.drop_prob:g} but was never applied")
+    rates = [r.nominal_rate for r in rows]
+    falls = [rows[i + 1].name for i, (a, b) in enumerate(itertools.pairwise(rates)) if b < a - 1e-9]
+    if falls:
+        problems.append(f"rates fall with depth at {falls[0]}{f' and {len(falls) - 1} more' * (len(falls) > 1)}")
+    return problems
+
+
+def _sharing(blocks: Sequence[Block], rows: Sequence[BlockReport], problems: list[str]) -> list[str]:
+    """Notes on modules used in several places; where they should differ, a problem is added."""
+    users: dict[int, list[str]] = {}
+    for block in blocks:
+        for module in {id(m) for m in block.drop_paths.values()}:
+            users.setdefault(module, []).append(block.name)
+    shared = [names for names in users.values() if len(names) > 1]
+    if shared and len({r.nominal_rate for r in rows}) > 1:
+        problems.append(f"one DropPath serves {', '.join(shared[0][:3])}: these blocks cannot have rates of their own")
+    elif shared:
+        return [f"one DropPath serves {len(shared[0])} blocks"]
+    return []
+
+
 def _describe_mode(modules: Sequence[DropPath]) -> str:
-    """The mode of a block's branches; `skip/mask` where one of them masks below its break-even rate."""
-    kinds = ["skip" if m.mode == "skip" and m.skips else "mask" if m.mode == "skip" else m.mode for m in modules]
-    return kinds[0] if len(set(kinds)) == 1 else "/".join(kinds)
+    """The mode of a block's branches; `skip/mask` where one of them masks, `block` where they are skipped together."""
+    kinds = []
+    for module in modules:
+        role = getattr(module, "role", "")
+        kinds.append("skip block" if module.skips and role in ("block", "silent") else
+                     "skip" if module.mode == "skip" and module.skips else
+                     "mask" if module.mode == "skip" else module.mode)  # fmt: skip
+    return (kinds[0] if len(set(kinds)) == 1 else "/".join(kinds)) if kinds else "no shortcut"

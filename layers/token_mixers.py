@@ -1,6 +1,7 @@
 """Token mixers: what a MetaFormer block exchanges between positions. All map (B, H, W, C) to (B, H, W, C).
 
-PoolFormer (arXiv 2111.11418) and MetaFormer Baselines (arXiv 2210.13452). No dimension beside the batch is inferred
+PoolFormer (arXiv 2111.11418), MetaFormer Baselines (arXiv 2210.13452), ViT (arXiv 2010.11929), MLP-Mixer
+(arXiv 2105.01601) and ResMLP (arXiv 2105.03404). No dimension beside the batch is inferred
 with -1, so that a batch without samples passes. `kind` is the key of layers.drop_path.BREAK_EVEN.
 """
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.mlp import StarReLU
+from layers.mlp import StarReLU, build_act
 
 
 class Pooling(nn.Module):
@@ -68,6 +69,38 @@ class RandomMixing(nn.Module):
         x = x.reshape(batch, height * width, dim)  # (B, N, C)
         x = torch.matmul(self.random_matrix.to(x.dtype), x)
         return x.reshape(batch, height, width, dim)
+
+
+class SpatialMlp(nn.Module):
+    """Linear layers over all positions, the same for every channel: the token mixer of MLP-Mixer and of ResMLP.
+
+    Args:
+        height: H of its input, which is thereby fixed.
+        width: W of its input.
+        hidden: Hidden units between two layers (MLP-Mixer), or `None` for one layer (ResMLP).
+        act: Name of the activation between the two.
+    """
+
+    kind = "mlp"  # matrix products as large as the channel MLP's, so it breaks even where that does
+
+    def __init__(self, height: int, width: int, hidden: int | None = None, act: str = "gelu") -> None:
+        super().__init__()
+        self.height, self.width = height, width
+        tokens = height * width
+        self.fc1 = nn.Linear(tokens, hidden or tokens)
+        self.act = build_act(act) if hidden else nn.Identity()
+        self.fc2 = nn.Linear(hidden, tokens) if hidden else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        if (height, width) != (self.height, self.width):
+            raise ValueError(
+                f"the spatial MLP was built for {self.height} x {self.width} positions, got {height} x {width}; "
+                "build the model with image_size set to the size used"
+            )
+        x = x.reshape(batch, height * width, dim).transpose(1, 2)  # (B, C, N)
+        x = self.fc2(self.act(self.fc1(x)))
+        return x.transpose(1, 2).reshape(batch, height, width, dim)
 
 
 class SepConv(nn.Module):

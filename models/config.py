@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from models.strict_yaml import load_yaml, validate
 
-TokenMixer = Literal["pooling", "identity", "random_mixing", "sep_conv", "attention"]
-Norm = Literal["group_norm", "group_norm_no_bias", "layer_norm", "layer_norm_no_bias", "none"]
+TokenMixer = Literal["pooling", "identity", "random_mixing", "sep_conv", "attention", "spatial_mlp"]
+Norm = Literal["group_norm", "group_norm_no_bias", "layer_norm", "layer_norm_no_bias", "affine", "none"]
 Act = Literal["gelu", "relu", "silu", "squared_relu", "star_relu"]
 Size = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -36,7 +36,10 @@ class HeadConfig(Section):
     """Classifier over the last stage."""
 
     order: Literal["norm_pool", "pool_norm"] = Field(
-        default="pool_norm", description="Normalise then average over positions (PoolFormer), or the reverse."
+        default="pool_norm", description="Normalise, then pool (PoolFormer, ViT), or the reverse."
+    )
+    pool: Literal["avg", "token"] = Field(
+        default="avg", description="Average over positions, or take the class token instead (ViT)."
     )
     norm: Norm = Field(default="layer_norm", description="Norm of the head.")
     norm_eps: float | None = Field(
@@ -60,7 +63,7 @@ class Published(Section):
     """Facts that the model's authors published."""
 
     params: float = Field(description="Parameters in millions.")
-    macs: float = Field(description="Multiply-accumulates in billions at the model's image size.")
+    macs: float | None = Field(None, description="Multiply-accumulates in billions at the model's image size.")
     top1: float | None = Field(None, description="ImageNet-1k top-1 in percent, trained from scratch.")
     drop_path_rate: Rate | None = Field(None, description="Maximum drop-path rate of the training, linear over depth.")
     frozen_params: float | None = Field(None, description="Never-trained parameters in millions, counted apart.")
@@ -88,8 +91,18 @@ class MetaFormerConfig(Section):
     conv_kernel_size: Size = Field(7, description="Depthwise kernel of sep_conv, odd.")
     conv_expansion: float = Field(2.0, gt=0, description="Hidden channels of sep_conv per channel.")
     head_dim: Size = Field(32, description="Channels per attention head.")
+    qkv_bias: bool = Field(False, description="Whether query, key and value of attention have a bias.")
+    proj_bias: bool = Field(False, description="Whether the output projection of attention has a bias.")
+    spatial_hidden: Size | None = Field(
+        None, description="Hidden units of spatial_mlp (MLP-Mixer); null: one linear layer over positions (ResMLP)."
+    )
     stem: PatchConfig
-    downsample: PatchConfig
+    downsample: PatchConfig | None = Field(None, description="Between stages of different width; null: there are none.")
+    pos_embed: Literal["none", "patches", "all"] = Field(
+        "none", description="Learned positions behind the stem: of the patches, or of class and register tokens too."
+    )
+    class_token: bool = Field(False, description="Whether a learned class token stands in front of the patches.")
+    register_tokens: Annotated[int, Field(ge=0)] = Field(0, description="Learned tokens behind the class token.")
     head: HeadConfig = HeadConfig()
     drop_rate: Rate = Field(0.0, description="Dropout before the classifier.")
 
@@ -136,11 +149,27 @@ class MetaFormerConfig(Section):
         for stage, (mixer, dim) in enumerate(zip(self.per_stage(self.token_mixer), self.dims, strict=True)):
             if mixer == "attention" and dim % self.head_dim:
                 raise ValueError(f"dims[{stage}] = {dim} is not divisible by head_dim {self.head_dim}")
+        if self.downsample is None and len(set(self.dims)) > 1:
+            raise ValueError(f"downsample is missing: dims {self.dims} change between stages")
+        self._check_tokens()
         if any(s <= 0 for s in self.std):
             raise ValueError(f"std must be positive, got {self.std}")
         if min(self.feature_size(stages - 1)) < 1:
             raise ValueError(f"image_size {self.image_size} is too small for {stages} stages of this stem")
         return self
+
+    def _check_tokens(self) -> None:
+        if not self.num_prefix_tokens and self.pos_embed == "all":
+            raise ValueError("pos_embed 'all' needs a class token or register tokens; without them it is 'patches'")
+        if self.head.pool == "token" and not self.class_token:
+            raise ValueError("head.pool 'token' needs class_token: true")
+        if self.num_prefix_tokens:
+            # tokens in front of the patches have no place in a grid (B, H, W, C)
+            grids = [m for m in self.per_stage(self.token_mixer) if m not in ("attention", "identity")]
+            if grids:
+                raise ValueError(f"class and register tokens work with attention and identity only, not with {grids[0]}")
+            if len(set(self.dims)) > 1:
+                raise ValueError(f"class and register tokens need stages of one width, got dims {self.dims}")
 
     # ---- derived --------------------------------------------------------------------------------------------------
 
@@ -155,11 +184,22 @@ class MetaFormerConfig(Section):
             return self.image_size[0], self.image_size[1]
         return self.image_size, self.image_size
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class and register tokens in front of the patches."""
+        return int(self.class_token) + self.register_tokens
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether weights belong to positions, so that the model takes images of its own size only."""
+        mixers = self.per_stage(self.token_mixer)
+        return self.pos_embed != "none" or "random_mixing" in mixers or "spatial_mlp" in mixers
+
     def feature_size(self, stage: int) -> tuple[int, int]:
         """Positions (H, W) inside a stage at the model's image size. Stages of equal width keep the size."""
         height, width = (_conv_size(n, self.stem) for n in self.height_width)
         for i in range(1, stage + 1):
-            if self.dims[i] != self.dims[i - 1]:
+            if self.dims[i] != self.dims[i - 1] and self.downsample is not None:
                 height, width = (_conv_size(n, self.downsample) for n in (height, width))
         return height, width
 

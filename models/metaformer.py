@@ -1,11 +1,15 @@
-"""MetaFormer: four stages of blocks whose token mixer, norm, MLP and scales come from a MetaFormerConfig.
+"""MetaFormer: stages of blocks whose token mixer, norm, MLP and scales come from a MetaFormerConfig.
 
 PoolFormer (arXiv 2111.11418) and MetaFormer Baselines (arXiv 2210.13452: PoolFormerV2, IdentityFormer, RandFormer,
-ConvFormer, CAFormer). Two layouts are equivalent: NCHW with 1x1 convolutions, as in PoolFormer's code, and NHWC with
+ConvFormer, CAFormer) have four stages. Models of one stage only are isotropic: ViT (arXiv 2010.11929), DeiT (arXiv
+2012.12877, 2204.07118), MLP-Mixer (arXiv 2105.01601), ResMLP (arXiv 2105.03404). Two layouts are equivalent: NCHW with 1x1 convolutions, as in PoolFormer's code, and NHWC with
 linear layers. Inside a stage we use NHWC: linear layers and layer norms run on contiguous channels, and it was the
-faster one. Images enter and features leave as (B, C, H, W).
+faster one. Images enter and features leave as (B, C, H, W). Class and register tokens belong to the model: behind them
+activations and features are (B, N, C), which attention and the MLP take as they are.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from layers.drop_path import DropPath, Mode
 from layers.mlp import Mlp, MlpHead
 from layers.norm import build_norm
-from layers.patch_embed import PatchEmbed
+from layers.patch_embed import PatchEmbed, TokenEmbed
 from layers.rates import drop_path_rates
 from layers.scale import build_scale
-from layers.token_mixers import Attention, Identity, Pooling, RandomMixing, SepConv
+from layers.token_mixers import Attention, Identity, Pooling, RandomMixing, SepConv, SpatialMlp
 from models.config import MetaFormerConfig
 
 
@@ -26,7 +30,7 @@ class MetaFormerBlock(nn.Module):
     """Token mixer and channel MLP, each normalised before and added to its shortcut by stochastic depth.
 
     Args:
-        dim: Channels C of the activations (B, H, W, C).
+        dim: Channels C of the activations (B, ..., C).
         token_mixer: Exchanges between positions.
         mlp: Works on channels.
         norm: Name of both norms (`layers.norm.NORMS`).
@@ -76,7 +80,7 @@ class MetaFormerBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Optional downsampling, then blocks of one width, (B, H, W, C) -> (B, H', W', dim)."""
+    """Optional downsampling, then blocks of one width, (B, H, W, C) -> (B, H', W', dim); without it, also (B, N, C)."""
 
     def __init__(self, downsample: nn.Module, blocks: list[MetaFormerBlock]) -> None:
         super().__init__()
@@ -87,15 +91,20 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = self.step(block, x)
         return x
+
+    def step(self, block: nn.Module, x: Tensor) -> Tensor:
+        """One block, whose activations are recomputed in backward where that is set."""
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
 
 
 class Head(nn.Module):
-    """Norm, average over positions and classifier, (B, H, W, C) -> (B, num_classes); unpooled (B, C, H, W).
+    """Norm, pooling and classifier, (B, H, W, C) -> (B, num_classes), unpooled (B, C, H, W).
+
+    Behind class and register tokens (B, N, C) -> (B, num_classes), unpooled (B, N, C).
 
     Args:
         config: The model's config.
@@ -106,7 +115,7 @@ class Head(nn.Module):
         self.config = config
         self.dim = config.dims[-1]
         self.norm_first = config.head.order == "norm_pool"
-        self.global_pool = "avg"
+        self.global_pool = config.head.pool
         self.norm = build_norm(config.head.norm, self.dim, config.head.norm_eps)
         self.drop = nn.Dropout(config.drop_rate)
         self.reset(config.num_classes)
@@ -125,12 +134,15 @@ class Head(nn.Module):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.norm_first:
             x = self.norm(x)
-        if self.global_pool:
-            x = x.mean(dim=(1, 2))  # (B, C)
+        if self.global_pool == "token":
+            x = x[:, 0]  # (B, C)
+        elif self.global_pool:
+            patches = x[:, self.config.num_prefix_tokens :] if x.ndim == 3 else x
+            x = patches.mean(dim=tuple(range(1, x.ndim - 1)))  # (B, C)
         if not self.norm_first:
             x = self.norm(x)
         if not self.global_pool:
-            return x.permute(0, 3, 1, 2)  # (B, C, H, W), as timm's unpooled features
+            return _channels_first(x)  # as timm's unpooled features
         if isinstance(self.fc, MlpHead):  # has its own dropout, before its last layer
             return self.fc(x, pre_logits=pre_logits)
         x = self.drop(x)
@@ -153,6 +165,8 @@ class MetaFormer(nn.Module):
         super().__init__()
         self.config = config
         self.depths = tuple(config.depths)
+        self.isotropic = len(config.depths) == 1
+        self.num_prefix_tokens = config.num_prefix_tokens
         self.num_classes = config.num_classes
         self.num_features = config.dims[-1]
         self.head_hidden_size = self._head_hidden_size()
@@ -167,12 +181,22 @@ class MetaFormer(nn.Module):
             padding=config.stem.padding,
             norm=build_norm(config.stem.norm, config.dims[0]),
         )
+        self.embed: nn.Module = nn.Identity()
+        if config.pos_embed != "none" or config.num_prefix_tokens:
+            self.embed = TokenEmbed(
+                config.dims[0],
+                *config.feature_size(0),
+                class_token=config.class_token,
+                register_tokens=config.register_tokens,
+                pos_embed=config.pos_embed,
+            )
         rates = iter(drop_path_rates(drop_path_rate, config.depths))
         stages, reduction = [], config.stem.stride
         for index, (depth, dim) in enumerate(zip(config.depths, config.dims, strict=True)):
             previous = config.dims[max(index - 1, 0)]
             downsample: nn.Module = nn.Identity()
             if dim != previous:
+                assert config.downsample is not None
                 reduction *= config.downsample.stride
                 downsample = PatchEmbed(
                     previous,
@@ -185,7 +209,8 @@ class MetaFormer(nn.Module):
                 )
             blocks = [build_block(config, index, next(rates), drop_path_mode) for _ in range(depth)]
             stages.append(Stage(downsample, blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{index}"})
+            names = [f"stages.{index}.blocks.{i}" for i in range(depth)] if self.isotropic else [f"stages.{index}"]
+            self.feature_info += [{"num_chs": dim, "reduction": reduction, "module": name} for name in names]
         self.stages = nn.Sequential(*stages)
         self.apply(init_weights)
         self.head = Head(config)
@@ -195,13 +220,16 @@ class MetaFormer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> output of the last stage, not normalised, (B, C, H', W')."""
-        x = self.stem(x.permute(0, 2, 3, 1))  # (B, H, W, C)
-        return self.stages(x).permute(0, 3, 1, 2)
+        """Images (B, in_chans, H, W) -> output of the last stage, not normalised: (B, C, H', W').
+
+        Of a model with class or register tokens: (B, N, C), those tokens first.
+        """
+        x = self.embed(self.stem(x.permute(0, 2, 3, 1)))  # (B, H, W, C) or (B, N, C)
+        return _channels_first(self.stages(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (B, C, H', W') -> logits, or what the last linear layer sees."""
-        return self.head(x.permute(0, 2, 3, 1), pre_logits=pre_logits)
+        """Features as `forward_features` gives them -> logits, or what the last linear layer sees."""
+        return self.head(x if x.ndim == 3 else x.permute(0, 2, 3, 1), pre_logits=pre_logits)
 
     def forward_intermediates(
         self,
@@ -212,36 +240,42 @@ class MetaFormer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Outputs of chosen stages, as in timm.
+        """Outputs of chosen levels, as in timm: of stages, or of blocks in a model with one stage.
 
         Args:
             x: Images (B, in_chans, H, W).
-            indices: The last n stages, or a list of stages (negative ones count from the end); `None`: all.
-            norm: Apply the head's norm to the last stage's output where the head normalises before pooling.
-            stop_early: Do not compute the stages behind the last one asked for.
+            indices: The last n levels, or a list of levels (negative ones count from the end); `None`: all.
+            norm: Apply the head's norm, where it comes before pooling, to what has its width: the last stage's output,
+                or that of every block in a model with one stage.
+            stop_early: Do not compute the levels behind the last one asked for.
             output_fmt: `NCHW` or `NHWC`.
             intermediates_only: Return the list alone.
 
         Returns:
-            A list of (B, C, H, W) or (B, H, W, C), or (last features (B, C, H', W'), that list).
+            A list of (B, C, H, W) or (B, H, W, C), without class and register tokens, or (last features as
+            `forward_features` gives them, that list).
 
         Raises:
             ValueError: An index or format that does not exist.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
-        take = self._stage_indices(indices)
-        x = self.stem(x.permute(0, 2, 3, 1))
+        take = self._level_indices(indices)
+        grid = self.stem(x.permute(0, 2, 3, 1))  # (B, H, W, C)
+        x = self.embed(grid)
         outputs = []
-        last = len(self.stages) - 1
-        for index, stage in enumerate(self.stages):
-            x = stage(x)
+        levels = self._levels()
+        for index, level in enumerate(levels):
+            x = level(x)
             if index in take:
-                out = self.head.norm(x) if norm and index == last and self.head.norm_first else x
-                outputs.append(out.permute(0, 3, 1, 2) if output_fmt == "NCHW" else out)
+                normed = norm and self.head.norm_first and (self.isotropic or index == len(levels) - 1)
+                out = self.head.norm(x) if normed else x
+                if out.ndim == 3:
+                    out = out[:, self.num_prefix_tokens :].reshape(grid.shape)
+                outputs.append(_channels_first(out) if output_fmt == "NCHW" else out)
             if stop_early and index == max(take):
                 break
-        return outputs if intermediates_only else (x.permute(0, 3, 1, 2), outputs)
+        return outputs if intermediates_only else (_channels_first(x), outputs)
 
     def prune_intermediate_layers(
         self,
@@ -249,10 +283,14 @@ class MetaFormer(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Removes the stages behind the last one asked for, and the head; returns the stages' indices."""
-        take = self._stage_indices(indices)
-        if max(take) < len(self.stages) - 1:
-            self.stages = self.stages[: max(take) + 1]
+        """Removes the levels behind the last one asked for, and the head; returns the levels' indices."""
+        take = self._level_indices(indices)
+        if max(take) < len(self._levels()) - 1:
+            if self.isotropic:
+                stage = self._stage(0)
+                stage.blocks = stage.blocks[: max(take) + 1]
+            else:
+                self.stages = self.stages[: max(take) + 1]
             self.num_features = self.head.dim = self.feature_info[max(take)]["num_chs"]
             self.head_hidden_size = self._head_hidden_size()
             prune_norm = prune_head = True
@@ -262,17 +300,29 @@ class MetaFormer(nn.Module):
             self.reset_classifier(0, "")
         return take
 
-    def _stage_indices(self, indices: int | list[int] | tuple[int, ...] | None) -> list[int]:
-        count = len(self.stages)
+    def _stage(self, index: int) -> Stage:
+        stage = self.stages[index]
+        assert isinstance(stage, Stage)
+        return stage
+
+    def _levels(self) -> list[Callable[[Tensor], Tensor]]:
+        """What gives the features: the stages, or the blocks of a model with one stage."""
+        if not self.isotropic:
+            return list(self.stages)
+        stage = self._stage(0)
+        return [partial(stage.step, block) for block in stage.blocks]
+
+    def _level_indices(self, indices: int | list[int] | tuple[int, ...] | None) -> list[int]:
+        count, level = len(self._levels()), "blocks" if self.isotropic else "stages"
         if indices is None:
             return list(range(count))
         if isinstance(indices, int):
             if not 1 <= indices <= count:
-                raise ValueError(f"indices: the last n stages, n in 1 to {count}, got {indices}")
+                raise ValueError(f"indices: the last n {level}, n in 1 to {count}, got {indices}")
             return list(range(count - indices, count))
         taken = [i + count if i < 0 else i for i in indices]
         if not taken or any(not 0 <= i < count for i in taken):
-            raise ValueError(f"indices must name stages 0 to {count - 1}, got {list(indices)}")
+            raise ValueError(f"indices must name {level} 0 to {count - 1}, got {list(indices)}")
         return taken
 
     def get_classifier(self) -> nn.Module:
@@ -284,16 +334,18 @@ class MetaFormer(nn.Module):
 
         Args:
             num_classes: 0 removes it.
-            global_pool: `avg`, `""` for no pooling (the model then returns (B, C, H', W')), or `None` to leave it.
+            global_pool: `avg`, `token` (the class token), `""` for no pooling (the model then returns normalised
+                features), or `None` to leave it.
 
         Raises:
             ValueError: Another pooling.
         """
         pool = self.head.global_pool if global_pool is None else global_pool
-        if pool not in ("", "avg"):
-            raise ValueError(f"global_pool must be 'avg' or '', got {pool!r}")
+        allowed = ("avg", "token", "") if self.config.class_token else ("avg", "")
+        if pool not in allowed:
+            raise ValueError(f"global_pool must be one of {', '.join(map(repr, allowed))}, got {pool!r}")
         if pool == "" and num_classes > 0:
-            raise ValueError("a classifier needs pooled features: give global_pool='avg'")
+            raise ValueError(f"a classifier needs pooled features: give global_pool={self.config.head.pool!r}")
         self.head.global_pool = pool
         device, dtype = self.stem.conv.weight.device, self.stem.conv.weight.dtype
         self.config = self.config.model_copy(update={"num_classes": num_classes})
@@ -305,24 +357,26 @@ class MetaFormer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in backward instead of keeping its activations."""
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            stage.grad_checkpointing = enable
+        for index in range(len(self.stages)):
+            self._stage(index).grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns by which timm groups parameters into layers, for layer-wise learning rates."""
         blocks: Any = r"^stages\.(\d+)"
-        if not coarse:
+        if not coarse or self.isotropic:
             blocks = [
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^head\.norm", (99999,)),
             ]
-        return {"stem": r"^stem", "blocks": blocks}
+        return {"stem": r"^(stem|embed)\.", "blocks": blocks}
 
     def no_weight_decay(self) -> set[str]:
-        """Names exempt from weight decay beside the one-dimensional ones, which timm's factory exempts anyway."""
-        return set()
+        """Names exempt from weight decay beside the one-dimensional ones, which timm's factory exempts anyway.
+
+        Learned positions and tokens, as in timm.
+        """
+        return {f"embed.{name}" for name, _ in self.embed.named_parameters()}
 
     def _head_hidden_size(self) -> int:
         # the MLP head's hidden width is MlpHead's default ratio, 4
@@ -356,8 +410,10 @@ def build_token_mixer(config: MetaFormerConfig, stage: int) -> nn.Module:
         return RandomMixing(height * width)
     if kind == "sep_conv":
         return SepConv(dim, config.conv_expansion, config.conv_kernel_size)
+    if kind == "spatial_mlp":
+        return SpatialMlp(*config.feature_size(stage), config.spatial_hidden, config.act)
     assert kind == "attention"
-    return Attention(dim, config.head_dim)
+    return Attention(dim, config.head_dim, qkv_bias=config.qkv_bias, proj_bias=config.proj_bias)
 
 
 def make_pretrained_cfg(config: MetaFormerConfig) -> dict[str, Any]:
@@ -369,7 +425,7 @@ def make_pretrained_cfg(config: MetaFormerConfig) -> dict[str, Any]:
         "tag": config.pretrained[0] if config.pretrained else "",
         "num_classes": config.num_classes,
         "input_size": (config.in_chans, height, width),
-        "fixed_input_size": "random_mixing" in config.per_stage(config.token_mixer),
+        "fixed_input_size": config.fixed_size,
         "pool_size": config.feature_size(len(config.depths) - 1),
         "crop_pct": config.crop_pct,
         "crop_mode": "center",
@@ -387,6 +443,11 @@ def init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W); token sequences (B, N, C) as they are."""
+    return x if x.ndim == 3 else x.permute(0, 3, 1, 2)
 
 
 def _kind(branch: nn.Module) -> str:

@@ -1,17 +1,20 @@
 """Weights in other layouts: timm's, and those published by sail-sg/poolformer and sail-sg/metaformer.
 
 Our state-dict keys are those of timm's MetaFormer; what differs are shapes, because 1x1 convolutions are linear layers
-here. `load_into` recognises a layout by its keys and shapes and loads all of it or nothing.
+here. timm's VisionTransformer and MlpMixer have names of their own. `load_into` recognises a layout by its keys and shapes and loads all of it or nothing.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import timm
+from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor
 
+from layers.patch_embed import TokenEmbed
 from models.config import MetaFormerConfig
 from models.metaformer import MetaFormer
 from models.strict_yaml import ConfigError, nearest
@@ -22,21 +25,92 @@ StateDict = dict[str, Tensor]
 # ---- layouts ----------------------------------------------------------------------------------------------------------
 
 
-def from_timm(state: Mapping[str, Tensor]) -> StateDict:
-    """State dict of timm's MetaFormer -> ours: 1x1 convolution weights (O, I, 1, 1) become (O, I).
+# Key prefixes in timm -> ours, {} being a block's number; the first that matches counts. Both ways are read from it.
+_BLOCK = ("blocks.{}.", "stages.0.blocks.{}.")
+_CLASSIFIER = ("head.", "head.fc.")
+_TIMM: dict[str, list[tuple[str, str]]] = {
+    "VisionTransformer": [
+        ("patch_embed.proj.", "stem.conv."),
+        ("cls_token", "embed.cls_token"),
+        ("reg_token", "embed.reg_token"),
+        ("pos_embed", "embed.pos_embed"),
+        ("blocks.{}.attn.", "stages.0.blocks.{}.token_mixer."),
+        ("blocks.{}.ls1.gamma", "stages.0.blocks.{}.layer_scale1.scale"),
+        ("blocks.{}.ls2.gamma", "stages.0.blocks.{}.layer_scale2.scale"),
+        _BLOCK,
+        ("fc_norm.", "head.norm."),
+        ("norm.", "head.norm."),
+        _CLASSIFIER,
+    ],
+    "MlpMixer": [
+        ("stem.proj.", "stem.conv."),
+        ("blocks.{}.mlp_tokens.", "stages.0.blocks.{}.token_mixer."),
+        ("blocks.{}.mlp_channels.", "stages.0.blocks.{}.mlp."),
+        _BLOCK,
+        ("norm.", "head.norm."),
+        _CLASSIFIER,
+    ],
+    "ResMLP": [
+        ("stem.proj.", "stem.conv."),
+        ("blocks.{}.ls1", "stages.0.blocks.{}.layer_scale1.scale"),
+        ("blocks.{}.ls2", "stages.0.blocks.{}.layer_scale2.scale"),
+        *((f"blocks.{{}}.norm{i}.{theirs}", f"stages.0.blocks.{{}}.norm{i}.{ours}")
+          for i in (1, 2) for theirs, ours in (("alpha", "weight"), ("beta", "bias"))),
+        ("blocks.{}.linear_tokens.", "stages.0.blocks.{}.token_mixer.fc1."),
+        ("blocks.{}.mlp_channels.", "stages.0.blocks.{}.mlp."),
+        _BLOCK,
+        ("norm.alpha", "head.norm.weight"),
+        ("norm.beta", "head.norm.bias"),
+        _CLASSIFIER,
+    ],
+}  # fmt: skip
+_TIMM_MARKERS = {
+    "blocks.0.attn.qkv.weight": "VisionTransformer",
+    "blocks.0.mlp_tokens.fc1.weight": "MlpMixer",
+    "blocks.0.linear_tokens.weight": "ResMLP",
+}
 
-    Heads differ, see `timm_head`: compare logits with its overrides.
+
+def timm_layout(config: MetaFormerConfig) -> str:
+    """The layout in which timm has such a model: `MetaFormer`, `VisionTransformer`, `MlpMixer` or `ResMLP`."""
+    mixers = config.per_stage(config.token_mixer)
+    if mixers == ["attention"] and config.pos_embed != "none":
+        return "VisionTransformer"
+    if mixers == ["spatial_mlp"]:
+        return "MlpMixer" if config.spatial_hidden else "ResMLP"
+    return "MetaFormer"
+
+
+def from_timm(state: Mapping[str, Tensor]) -> StateDict:
+    """State dict of timm's MetaFormer, VisionTransformer or MlpMixer -> ours.
+
+    Shapes that change: MetaFormer's 1x1 convolution weights (O, I, 1, 1) become (O, I), and the affine weights of ResMLP
+    (1, 1, C) become (C,). MetaFormer's heads differ, see `timm_head`: compare logits with its overrides.
     """
-    return {k: v.flatten(1) if _is_pointwise(k) and v.ndim == 4 else v for k, v in state.items()}
+    layout = next((layout for marker, layout in _TIMM_MARKERS.items() if marker in state), "MetaFormer")
+    if layout == "MetaFormer":
+        return {k: v.flatten(1) if _is_pointwise(k) and v.ndim == 4 else v for k, v in state.items()}
+    return {_rename(k, _TIMM[layout]): v.flatten() if _is_affine(k) else v for k, v in state.items()}
 
 
 def to_timm(state: Mapping[str, Tensor], config: MetaFormerConfig) -> StateDict:
-    """State dict of ours -> timm's MetaFormer: linear weights inside stages without attention become 1x1 convolutions."""
-    mixers = config.per_stage(config.token_mixer)
-    out = {}
+    """State dict of ours -> timm's layout of such a model (`timm_layout`), the inverse of `from_timm`.
+
+    In MetaFormer, linear weights inside stages without attention become 1x1 convolutions.
+    """
+    layout, out = timm_layout(config), {}
+    if layout == "MetaFormer":
+        mixers = config.per_stage(config.token_mixer)
+        for key, value in state.items():
+            in_conv_stage = key.startswith("stages.") and mixers[int(key.split(".")[1])] != "attention"
+            out[key] = value[:, :, None, None] if in_conv_stage and _is_pointwise(key) else value
+        return out
+    # timm has two names for the head's norm, by whether it comes before an average or behind it
+    behind = config.head.order == "pool_norm" and config.head.pool == "avg"
+    names = [(ours, theirs) for theirs, ours in _TIMM[layout] if theirs != "fc_norm." or behind]
     for key, value in state.items():
-        in_conv_stage = key.startswith("stages.") and mixers[int(key.split(".")[1])] != "attention"
-        out[key] = value[:, :, None, None] if in_conv_stage and _is_pointwise(key) else value
+        name = _rename(key, names)
+        out[name] = value.reshape(1, 1, -1) if _is_affine(name) else value
     return out
 
 
@@ -46,11 +120,26 @@ def timm_head(config: MetaFormerConfig) -> dict[str, Any]:
     PoolFormer normalises before pooling, timm's port after it and by another norm. The norm inside the MLP head of
     ConvFormer and CAFormer has torch's default epsilon in the original, 1e-6 in timm.
     """
+    if timm_layout(config) != "MetaFormer":
+        return {}
     if config.head.order == "norm_pool":
         return {"order": "pool_norm", "norm": "layer_norm"}
     if config.head.kind == "mlp" and config.head.mlp_norm_eps != 1e-6:
         return {"mlp_norm_eps": 1e-6}
     return {}
+
+
+def _rename(key: str, names: list[tuple[str, str]]) -> str:
+    """The key with its prefix renamed by the first pair (old, new) that matches, {} in both being a number."""
+    for old, new in names:
+        pattern = re.escape(old).replace(r"\{\}", r"(\d+)")
+        if re.match(pattern, key):
+            return re.sub(f"^{pattern}", new.replace("{}", r"\1"), key)
+    return key
+
+
+def _is_affine(timm_key: str) -> bool:
+    return timm_key.endswith((".alpha", ".beta"))
 
 
 def _is_pointwise(key: str) -> bool:
@@ -64,7 +153,7 @@ def _is_pointwise(key: str) -> bool:
 _HEAD = [(r"norm\.", "head.norm."), (r"head\.", "head.fc.")]
 _ORIGINALS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "sail-sg/poolformer": (
-        "patch_embed.proj.weight",
+        "network.0.0.norm1.weight",
         [
             (r"patch_embed\.proj\.", "stem.conv."),
             *((rf"network\.{2 * i - 1}\.proj\.", f"stages.{i}.downsample.conv.") for i in range(1, 4)),
@@ -124,7 +213,7 @@ def load_into(
     replace_classifier: bool,
     adapt_input: bool = False,
 ) -> list[str]:
-    """Loads weights after checking that all of them fit.
+    """Loads weights after checking that all of them fit. Learned positions of another image size are resampled first.
 
     Args:
         model: Receives the weights.
@@ -153,6 +242,7 @@ def load_into(
         before, after = state[conv].shape[1], own[conv].shape[1]
         state[conv] = adapt_input_conv(after, state[conv], base_chans=before)
         lines.append(f"first convolution adapted from {before} to {after} input channels")
+    lines += _adapt_positions(state, model)
     old = state.get(model.pretrained_cfg["classifier"] + ".weight")
     if replace_classifier and (old is None or old.shape[0] != model.num_classes):
         lines += _replace_classifier(state, model, own)
@@ -169,9 +259,26 @@ def load_into(
             hint += "number to replace the classifier"
         elif len(faults) == 1 and conv in state and _differs_in_channels(state[conv], own[conv]):
             hint = f"\nthe weights have {state[conv].shape[1]} input channels: name in_chans to adapt them"
+        elif ".token_mixer.fc1." in faults[0]:
+            hint = f"\na spatial MLP takes images of one size: {model.config.image_size} is not that of the weights"
         raise ConfigError(f"{origin}: weights do not fit {model.config.name or 'the model'}: {faults[0]}{more}{hint}")
     model.load_state_dict(state)
     return lines
+
+
+def _adapt_positions(state: StateDict, model: MetaFormer) -> list[str]:
+    """Resamples learned positions of a square image to the model's grid; returns what was done."""
+    key, embed = "embed.pos_embed", model.embed
+    if key not in state or not isinstance(embed, TokenEmbed) or embed.pos_embed is None:
+        return []
+    if state[key].shape[1] == embed.pos_embed.shape[1]:
+        return []
+    prefix = embed.num_prefix_tokens if embed.embeds_all else 0
+    side = math.isqrt(max(0, state[key].shape[1] - prefix))
+    if side == 0 or side * side + prefix != state[key].shape[1]:
+        return []  # refused as any other shape that does not fit
+    state[key] = resample_abs_pos_embed(state[key], [embed.height, embed.width], [side, side], prefix)
+    return [f"position embedding resampled from {side} x {side} to {embed.height} x {embed.width}"]
 
 
 def _replace_classifier(state: StateDict, model: MetaFormer, own: StateDict) -> list[str]:
@@ -222,6 +329,9 @@ def published_config(config: MetaFormerConfig, tag: str) -> MetaFormerConfig:
             "num_classes": facts.num_classes,
             "image_size": height if height == width else [height, width],
             "crop_pct": facts.crop_pct,
+            "interpolation": facts.interpolation,
+            "mean": list(facts.mean),
+            "std": list(facts.std),
             "pretrained": [tag, *(t for t in config.pretrained if t != tag)],
         }
     )

@@ -154,6 +154,9 @@ def build(config: TrainConfig, world: World, *, load_checkpoint: bool = True) ->
         ConfigError: Whatever the user gave that cannot work.
     """
     section = config.model
+    for key, instead in {"drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode"}.items():
+        if key in section.overrides:  # create_model takes them, and set_drop_path below would replace them
+            raise ConfigError(f"model.{key}: has no effect in a training config; did you mean {instead!r}?")
     base = model_config(section.name)
     in_chans = section.overrides.get("in_chans", base.in_chans)
     size = config.data.image_size or section.overrides.get("image_size", base.image_size)
@@ -236,14 +239,10 @@ def seed_everything(seed: int) -> None:
 
 def _set_drop_path(model: MetaFormer, config: TrainConfig, steps_per_epoch: int) -> StochasticDepth:
     section = config.drop_path
-    rate = section.rate
-    if rate is None and isinstance(section.profile, str):
-        published = model.config.published
-        rate = (published.drop_path_rate if published else None) or 0.0
     try:
         return set_drop_path(
             model,
-            rate,
+            _rate(config, model),
             profile=section.profile,
             rate_is=section.rate_is,
             mode=section.mode,
@@ -252,6 +251,14 @@ def _set_drop_path(model: MetaFormer, config: TrainConfig, steps_per_epoch: int)
         )
     except ValueError as error:
         raise ConfigError(f"drop_path: {error}") from None
+
+
+def _rate(config: TrainConfig, model: MetaFormer) -> float | None:
+    """The rate given, else the model's published one; `None` where a list says all rates."""
+    if config.drop_path.rate is not None or isinstance(config.drop_path.profile, list):
+        return config.drop_path.rate
+    published = model.config.published
+    return (published.drop_path_rate if published else None) or 0.0
 
 
 def build_schedule(section: DropPathSection, steps_per_epoch: int, epochs: int) -> DropPathSchedule:
@@ -276,18 +283,11 @@ def _resolved(config: TrainConfig, model: MetaFormer, depth: StochasticDepth, nu
     named = {k: getattr(config.model, k) for k in ("name", "pretrained", "checkpoint")}
     section = type(config.model)(**named, num_classes=num_classes, **keys)
     drop_path = config.drop_path.model_copy(
-        update={
-            "rate": config.drop_path.rate if isinstance(config.drop_path.profile, list) else _rate_of(config, depth),
-            "break_even": break_even_of(depth.blocks),
-        }
+        update={"rate": _rate(config, model), "break_even": break_even_of(depth.blocks)}
     )
     size = model.config.image_size
     data = config.data.model_copy(update={"image_size": size}) if isinstance(size, int) else config.data
     return config.model_copy(update={"model": section, "drop_path": drop_path, "data": data})
-
-
-def _rate_of(config: TrainConfig, depth: StochasticDepth) -> float:
-    return max(depth.rates) if config.drop_path.rate is None else config.drop_path.rate
 
 
 def _precision(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -394,7 +394,8 @@ def evaluate(setup: Setup) -> dict[str, float]:
         logits = logits.float()
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # (B, 5)
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        sums += torch.stack([loss, top[:, 0].sum(), top.any(dim=1).sum(), torch.tensor(len(targets))]).double().cpu()
+        counts = [top[:, 0].sum(), top.any(dim=1).sum(), torch.tensor(len(targets), device=loss.device)]
+        sums += torch.stack([loss, *counts]).cpu().double()  # MPS has no float64
     model.train(training)
     loss, top1, top5, count = setup.world.sum(sums).tolist()
     return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
@@ -440,7 +441,10 @@ def restore(setup: Setup, checkpoint: Checkpoint) -> Progress:
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{checkpoint.path}: does not fit this run's config: {reason}") from None
-    return Progress(**checkpoint.rank_state["progress"])
+    progress = Progress(**checkpoint.rank_state["progress"])
+    # a run stopped by a signal at the end of an epoch goes on with its evaluation, which notes the rates of that step
+    setup.depth.set_step(max(0, progress.step - 1))
+    return progress
 
 
 class StopSignals:
@@ -527,6 +531,8 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
             every = config.checkpoint.every_epochs
             if (every and progress.epoch % every == 0) or progress.epoch == config.optim.epochs:
                 save(setup, folder, progress)
+    if not metrics:  # resumed when nothing was left to do
+        metrics = evaluate(setup)
     return _write_results(setup, folder, progress, metrics)
 
 
@@ -572,7 +578,7 @@ def _rates(setup: Setup) -> list[Any]:
 def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
     if progress.step == 0:
         folder.metrics.unlink(missing_ok=True)
-    folder.cut_metrics(progress.step)
+    folder.cut_metrics(progress.epoch)
     save_text(folder.config, dump_config(setup.config))
     folder.write_json(folder.environment, describe_environment(setup.world))
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -17,8 +17,9 @@ def build_optimizer(model: nn.Module, optim: OptimSection, device: torch.device)
     """timm's optimizer of that name; no weight decay on biases, norms and scales; fused where CUDA offers it.
 
     Raises:
-        ConfigError: The optimizer does not take one of the settings given.
+        ConfigError: The optimizer does not take one of the settings given, or does not run here.
     """
+    _check_settings(optim)
     options: dict[str, Any] = {}
     if optim.betas is not None:
         options["betas"] = tuple(optim.betas)
@@ -36,8 +37,24 @@ def build_optimizer(model: nn.Module, optim: OptimSection, device: torch.device)
             layer_decay=optim.layer_decay,
             **options,
         )
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"optim: {optim.name} does not take a setting given: {error}") from None
+    except (AssertionError, ImportError) as error:  # timm's way to say that APEX, bitsandbytes or a GPU is missing
+        raise ConfigError(f"optim.name: {optim.name} cannot be used here: {error}") from None
+
+
+def _check_settings(optim: OptimSection) -> None:
+    """Refuses what timm would drop in silence, and what fails only at the first step."""
+    info = get_optimizer_info(optim.name)
+    if info.second_order:
+        raise ConfigError(
+            f"optim.name: {optim.name} needs second derivatives, which the training loop does not compute"
+        )
+    if optim.betas is not None and not (info.has_betas and info.num_betas == 2):
+        takes = f"{info.num_betas} of them, not settable here" if info.has_betas else "none"
+        raise ConfigError(f"optim.betas: a pair has no effect with {optim.name}, which takes {takes}; leave it out")
+    if optim.eps is not None and not info.has_eps:
+        raise ConfigError(f"optim.eps: has no effect with {optim.name}; leave it out")
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimSection, steps_per_epoch: int) -> Scheduler:

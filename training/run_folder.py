@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -52,7 +53,7 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""
-        return self.config.exists()
+        return os.path.exists(self.config)  # false, no error, behind a folder that may not be entered
 
     def make(self, *, fresh: bool) -> None:
         """Makes the folder and finds out now whether it can be written.
@@ -88,12 +89,12 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def cut_metrics(self, step: int) -> None:
-        """Removes rows later than a step: a run resumed from there writes them again."""
+    def cut_metrics(self, epochs: int) -> None:
+        """Keeps the rows of that many epochs: a run resumed from there writes the later ones again."""
         if self.metrics.exists():
             lines = self.metrics.read_text().splitlines()
             kept = [
-                line for line in lines[1:] if line.count(",") == len(METRICS) - 1 and int(line.split(",")[1]) <= step
+                line for line in lines[1:] if line.count(",") == len(METRICS) - 1 and int(line.split(",")[0]) <= epochs
             ]
             save_text(self.metrics, "\n".join([",".join(METRICS), *kept]) + "\n")
 
@@ -114,7 +115,8 @@ def new_run_path(name: str, world: World) -> Path:
 
 def latest_run(name: str) -> Path | None:
     """The newest of runs/NAME-TIME, for --resume auto without --output."""
-    runs = [p for p in Path("runs").glob(f"{name}-*") if RunFolder(p).holds_run()]
+    own = re.compile(re.escape(name) + r"-\d{8}-\d{6}(-\d+)?")  # not those of NAME-LARGE
+    runs = [p for p in Path("runs").glob("*") if own.fullmatch(p.name) and RunFolder(p).holds_run()]
     return max(runs, key=lambda p: RunFolder(p).config.stat().st_mtime, default=None)
 
 

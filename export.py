@@ -1,0 +1,104 @@
+"""Weights for use elsewhere: `python export.py --model NAME|YAML --checkpoint PATH --format onnx --output FILE`."""
+
+import argparse
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.export import FORMATS, Exported, ExportError, check_output, compare_speed, export_model
+from models.factory import create_model
+from models.metaformer import MetaFormer
+from models.strict_yaml import ConfigError, Document, dump_yaml, parse_value
+from models.weights import CheckpointError, load_weights
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of export.py."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="an argument of create_model, a config key")
+    parser.add_argument("--model", metavar="NAME|YAML", help="default: the model that a run's best folder names")
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="weights: a run's best folder, or a file")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="a folder; for onnx and torch a file")
+    parser.add_argument("--force", action="store_true", help="replace an export that is there")
+    parser.add_argument("--benchmark", action="store_true", help="compare speed with the model's, on this CPU")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0 done, 1 failed while running, 2 a mistake in what was given."""
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("torch").setLevel(logging.ERROR)  # the exporters' own news
+    warnings.filterwarnings("ignore", module=r"torch|onnx|copyreg")
+    try:
+        check_output(args.format, args.output, force=args.force)  # before the weights are read
+        model = build(args)
+        exported = export_model(model, args.format, args.output, force=args.force)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ExportError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(describe(args.output, exported))
+    if args.benchmark:
+        before, after = compare_speed(model, exported.run)
+        print(
+            f"batch 8, {torch.get_num_threads()} threads, torch {torch.__version__}: the model {before:.1f} images/s, "
+            f"exported {after:.1f} images/s ({after / before:.2f} x), medians of 15 rounds in turns"
+        )
+    return 0
+
+
+def build(args: argparse.Namespace) -> MetaFormer:
+    """The model to export, with its weights."""
+    overrides = parse_overrides(args.overrides)
+    if args.checkpoint is None and not overrides.get("pretrained"):
+        print("warning: no --checkpoint and no pretrained=true: the weights are freshly initialised", file=sys.stderr)
+    if args.model is not None:
+        return create_model(args.model, checkpoint=args.checkpoint, **overrides)
+    if args.checkpoint is None:
+        raise ConfigError("give --model NAME|YAML, or --checkpoint with a run's best folder, which names its model")
+    _, saved = load_weights(args.checkpoint)
+    config = (saved or {}).get("model")
+    if not isinstance(config, dict):
+        raise ConfigError(f"--checkpoint {args.checkpoint} does not say which model it is of; give --model NAME|YAML")
+    with tempfile.TemporaryDirectory() as folder:  # create_model takes a config of one's own as a file
+        path = Path(folder) / "config.yaml"
+        path.write_text(dump_yaml(config))
+        return create_model(str(path), checkpoint=args.checkpoint, **overrides)
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """`head.order=pool_norm` -> {"head": {"order": "pool_norm"}}; values are YAML."""
+    document = Document({}, "")
+    for word in words:
+        key, separator, text = word.partition("=")
+        place = f"on the command line: {word}"
+        if not separator or not key:
+            raise ConfigError(f"{place}: expected KEY=VALUE, for example num_classes=10")
+        if key in ("name", "checkpoint"):
+            raise ConfigError(f"{place}: this is what --{key.replace('name', 'model')} is for")
+        try:
+            value = parse_value(text)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+        document.set(tuple(key.split(".")), value, place=place)
+    return document.data
+
+
+def describe(output: Path, exported: Exported) -> str:
+    """What was written, in one line."""
+    files = [exported.path] if exported.path.is_file() else list(exported.path.iterdir())
+    size = sum(file.stat().st_size for file in files) / 1e6
+    return f"{output} ({size:.1f} MB): {exported.about}; largest relative error {exported.error:.1e} at batch 1 and 3"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Our models in timm's own registry, under a prefix, so that timm's functions and scripts can build them.
+
+timm's registry works per module: it reads `default_cfgs` of the module that an entry function stands in, and adds the
+function's name to that module's `__all__`. So both live here, and the entry functions are attributes of this module.
+"""
+
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import timm.models
+from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, get_pretrained_cfg
+from torch import nn
+
+from models.config import MetaFormerConfig
+from models.factory import create_model
+from models.metaformer import MetaFormer, make_pretrained_cfg
+from models.pretrained import from_timm
+from models.registry import list_models, model_config
+from models.strict_yaml import ConfigError
+
+__all__ = ["register_with_timm"]
+
+default_cfgs: dict[str, DefaultCfg] = {}
+_configs: dict[str, MetaFormerConfig] = {}  # what stands behind each name that we registered
+
+
+def register_with_timm(prefix: str = "dpz_") -> list[str]:
+    """Makes every model of the zoo known to timm as prefix + name.
+
+    Afterwards `timm.create_model("dpz_caformer_s18", num_classes=5, drop_path_rate=0.2, in_chans=1)` builds ours, with
+    timm's arguments (`img_size`, `checkpoint_path`, `features_only`, `pretrained`), our `drop_path_mode`, and any key of
+    the model's config. A second call adds what was registered with `models.register_model` since the first.
+
+    Args:
+        prefix: Letters, digits and underscores.
+
+    Returns:
+        The names, sorted.
+
+    Raises:
+        ConfigError: timm has another model of one of these names, or cannot have such a name; nothing is registered.
+    """
+    configs = {prefix + name: model_config(name) for name in list_models()}
+    for name in configs:
+        if not re.fullmatch(r"\w+", name, flags=re.ASCII):
+            raise ConfigError(f"register_with_timm: {name!r} cannot be a name in timm; letters, digits and '_' can")
+        if timm.models.is_model(name) and name not in _configs:
+            raise ConfigError(f"register_with_timm: timm has a model {name!r} already; choose another prefix")
+    for name, config in configs.items():
+        if _configs.get(name) != config:
+            _register(name, config)
+    return sorted(configs)
+
+
+def _register(name: str, config: MetaFormerConfig) -> None:
+    entry = _entry_function(name, config)
+    default_cfgs.update(generate_default_cfgs(_pretrained_cfgs(name, config)))
+    setattr(sys.modules[__name__], name, entry)
+    with warnings.catch_warnings():
+        # the one name that may be there is ours, of a model whose config has changed since
+        warnings.filterwarnings("ignore", message="Overwriting")
+        timm.models.register_model(entry)
+    _configs[name] = config
+
+
+def _pretrained_cfgs(name: str, config: MetaFormerConfig) -> dict[str, dict[str, Any] | PretrainedCfg]:
+    """timm's descriptions of a model's weights by `name.tag`: timm's own, with our names of first and last layer."""
+    own = make_pretrained_cfg(config)
+    layers = {"first_conv": own["first_conv"], "classifier": own["classifier"]}
+    facts = {tag: get_pretrained_cfg(f"{config.name}.{tag}") for tag in config.pretrained}
+    tagged = {f"{name}.{tag}": replace(cfg, **layers) for tag, cfg in facts.items() if cfg is not None}
+    return {**tagged} or {name: own | {"tag": None}}
+
+
+def _entry_function(name: str, config: MetaFormerConfig) -> Callable[..., nn.Module]:
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return timm.models.build_model_with_cfg(
+            partial(_build, config.name),
+            name,
+            pretrained,
+            pretrained_filter_fn=lambda state, model: from_timm(state),
+            # Stages work in NHWC; only our forward_intermediates, which the getter calls, returns NCHW.
+            feature_cfg={"out_indices": tuple(range(len(config.depths))), "feature_cls": "getter"},
+            **kwargs,
+        )
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = __name__
+    entry.__doc__ = f"{config.name} of Drop Path Zoo."
+    return entry
+
+
+def _build(model_name: str, **kwargs: Any) -> MetaFormer:
+    """create_model, called as timm calls a model class."""
+    if "image_size" in kwargs:  # timm would not hear of it: its data config would stay at the published size
+        raise ConfigError(f"model {model_name}: in timm, image_size is called img_size")
+    if (size := kwargs.pop("img_size", None)) is not None:
+        kwargs["image_size"] = size if isinstance(size, int) else list(size)
+    global_pool = kwargs.pop("global_pool", "avg")
+    num_classes = kwargs.get("num_classes")
+    model = create_model(model_name, **kwargs)
+    if global_pool != "avg":
+        model.reset_classifier(model.num_classes if num_classes is None else num_classes, global_pool)
+    # where timm looks when it makes a data config
+    setattr(model, "in_chans", model.config.in_chans)  # noqa: B010  (as an attribute, pyright takes it for a module)
+    return model

@@ -1,0 +1,227 @@
+"""The run folder: what may be written where, what metrics.csv and the JSON files hold, which run is the newest."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.strict_yaml import ConfigError
+from training import run_folder
+from training.distributed import World
+from training.run_folder import METRICS, RunFolder, changed_environment, describe_environment, latest_run, new_run_path
+
+WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+
+
+def row(epoch: int, **values: float) -> dict[str, float]:
+    return {**dict.fromkeys(METRICS, 0.5), "epoch": epoch, "step": 10 * epoch, **values}
+
+
+def read(folder: RunFolder) -> list[dict[str, str]]:
+    with folder.metrics.open() as file:
+        return list(csv.DictReader(file))
+
+
+def started(path: Path) -> Path:
+    """A folder that holds a run."""
+    path.mkdir(parents=True)
+    RunFolder(path).config.write_text("seed: 0\n")
+    return path
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Root may write anywhere, so those tests run as somebody else."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("needs permissions of POSIX")
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(0)
+
+
+# ---- the folder -----------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a" / "b")
+    assert not folder.holds_run()
+    folder.make(fresh=True)
+    assert folder.path.is_dir() and not list(folder.path.iterdir()), "nothing is left of the attempt to write"
+    folder.make(fresh=True)  # an empty folder is as good as none
+
+
+def test_a_folder_with_a_run_is_for_going_on_only(tmp_path: Path) -> None:
+    folder = RunFolder(started(tmp_path / "run"))
+    assert folder.holds_run()
+    with pytest.raises(ConfigError, match=r"already holds a run.*--resume auto"):
+        folder.make(fresh=True)
+    folder.make(fresh=False)
+    assert folder.config.read_text() == "seed: 0\n"
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("words")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        RunFolder(tmp_path).make(fresh=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_in_the_way(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(ConfigError, match="cannot write to"):
+        RunFolder(tmp_path / "file" / below).make(fresh=True)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_a_folder_without_permission(tmp_path: Path, monkeypatch, mode: int, fresh: bool) -> None:
+    """Not writable, and not even to be entered: a message at once instead of a traceback or a lost epoch."""
+    (tmp_path / "locked").mkdir()
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "locked").chmod(mode)
+    try:
+        with nobody():
+            for path in (Path("locked"), Path("locked/run")):
+                with pytest.raises(ConfigError, match=f"cannot write to {path}: .*denied; choose another --output"):
+                    RunFolder(path).make(fresh=fresh)
+    finally:
+        (tmp_path / "locked").chmod(0o755)
+
+
+# ---- metrics.csv and JSON -------------------------------------------------------------------------------------------
+
+
+def test_metrics_have_one_header_and_plain_numbers(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append_metrics(row(1, train_loss=1 / 3, lr=1e-6))
+    folder.append_metrics(row(2) | {"more": 1.0})
+    lines = folder.metrics.read_text().splitlines()
+    assert lines[0] == ",".join(METRICS) and len(lines) == 3
+    first = read(folder)[0]
+    assert (first["epoch"], first["step"], first["train_loss"], first["lr"]) == ("1", "10", "0.33333333", "1e-06")
+
+
+@pytest.mark.parametrize("torn", ["", "3,3", "3,30,0.5,0.5,0.5,0.5,0.5,0.5,0.5"])
+def test_cutting_keeps_the_epochs_done(tmp_path: Path, torn: str) -> None:
+    """Also behind a line that a kill cut short; what is appended then starts on a line of its own."""
+    folder = RunFolder(tmp_path)
+    for epoch in (1, 2, 3):
+        folder.append_metrics(row(epoch))
+    with folder.metrics.open("a") as file:
+        file.write(torn)
+    folder.cut_metrics(2)
+    assert [r["epoch"] for r in read(folder)] == ["1", "2"]
+    folder.append_metrics(row(3))
+    assert [r["epoch"] for r in read(folder)] == ["1", "2", "3"]
+    assert all(None not in r and None not in r.values() for r in read(folder)), "as many columns as the header"
+
+
+def test_cutting_what_is_empty_or_not_there(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.cut_metrics(3)
+    assert not folder.metrics.exists()
+    folder.metrics.touch()  # killed before the header was on disk
+    folder.cut_metrics(3)
+    folder.append_metrics(row(4))
+    assert [r["epoch"] for r in read(folder)] == ["4"]
+
+
+def test_a_kill_leaves_the_old_json(tmp_path: Path, monkeypatch) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_json(folder.summary, {"steps": 1})
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", kill)
+        folder.write_json(folder.summary, {"steps": 2})
+    assert json.loads(folder.summary.read_text()) == {"steps": 1}
+    folder.write_json(folder.summary, {"steps": 3})
+    assert json.loads(folder.summary.read_text()) == {"steps": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+# ---- naming and finding runs ----------------------------------------------------------------------------------------
+
+
+def test_new_runs_in_one_second_get_different_folders(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder.time, "time", lambda: 1_700_000_000.0)
+    paths = []
+    for _ in range(3):
+        paths.append(new_run_path("digits", WORLD))
+        RunFolder(paths[-1]).make(fresh=True)
+    stem = paths[0].name
+    assert paths[0].parent == Path("runs") and stem.startswith("digits-202311")
+    assert [p.name for p in paths[1:]] == [f"{stem}-2", f"{stem}-3"]
+
+
+def test_the_newest_run_of_a_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert latest_run("digits") is None
+    ages = {"digits-20260102-000000": 30, "digits-20260101-000000": 20, "digits-20260101-000000-2": 25,
+            "digits-large-20260103-000000": 10, "other-20260103-000000": 5}  # fmt: skip
+    for name, age in ages.items():
+        started(Path("runs", name))
+        os.utime(RunFolder(Path("runs", name)).config, (10**9 - age, 10**9 - age))
+    Path("runs/digits-20260104-000000").mkdir()  # made, but never started
+    assert latest_run("digits") == Path("runs/digits-20260101-000000"), "started or resumed last"
+    assert latest_run("digits-large") == Path("runs/digits-large-20260103-000000")
+    assert latest_run("digit") is None
+    assert latest_run("digits*") is None
+
+
+def test_resume_finds_what_new_run_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder.time, "time", lambda: 1_700_000_000.0)
+    for age in (20, 10):
+        path = started(new_run_path("fine.tune[1]", WORLD))
+        os.utime(RunFolder(path).config, (10**9 - age, 10**9 - age))
+        assert latest_run("fine.tune[1]") == path
+
+
+# ---- environment ----------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_says_what_ran_where() -> None:
+    told = json.loads(json.dumps(describe_environment(WORLD)))
+    assert told["torch"] == torch.__version__ and told["threads"] == torch.get_num_threads()
+    assert told["device"] == "cpu" and told["processes"] == 1 and told["cuda"] is None
+    assert told["command"] and told["started"].endswith("+00:00")
+    assert told["commit"] is None or len(told["commit"].rstrip("+")) == 40
+
+
+def test_a_checkout_without_git_has_no_commit(monkeypatch) -> None:
+    def no_git(*_: object, **__: object) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(run_folder.subprocess, "run", no_git)
+    assert describe_environment(WORLD)["commit"] is None
+
+
+def test_what_changed_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert changed_environment(folder, WORLD) == [], "nothing is known of the start"
+    now = describe_environment(WORLD)
+    folder.write_json(folder.environment, now | {"command": "another", "started": "earlier", "commit": "f00"})
+    assert changed_environment(folder, WORLD) == [], "these do not change rounding"
+    folder.write_json(folder.environment, now | {"threads": 64, "torch": "1.0"})
+    assert changed_environment(folder, WORLD) == [
+        f"threads was 64, is now {torch.get_num_threads()}",
+        f"torch was 1.0, is now {torch.__version__}",
+    ]
+    folder.environment.write_text('{"threads": 6')  # cut short
+    assert changed_environment(folder, WORLD) == []
