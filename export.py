@@ -4,7 +4,6 @@ import argparse
 import logging
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", metavar="NAME|YAML", help="default: the model that a run's best folder names")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="weights: a run's best folder, or a file")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="a folder; for onnx and torch a file")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="PATH", help="a folder; for onnx and torch a file"
+    )
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--benchmark", action="store_true", help="compare speed with the model's, on this CPU")
     return parser.parse_intermixed_args(argv)
@@ -33,12 +34,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 failed while running, 2 a mistake in what was given."""
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    logging.getLogger("torch").setLevel(logging.ERROR)  # the exporters' own news
-    warnings.filterwarnings("ignore", module=r"torch|onnx|copyreg")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("models").setLevel(logging.INFO)  # ours, not what every pass of an exporter has to say
     try:
         check_output(args.format, args.output, force=args.force)  # before the weights are read
         model = build(args)
+        if args.checkpoint is None and not any(word.startswith("pretrained=") for word in args.overrides):
+            print("warning: no --checkpoint, no pretrained=true: the weights are freshly initialised", file=sys.stderr)
         exported = export_model(model, args.format, args.output, force=args.force)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.benchmark:
         before, after = compare_speed(model, exported.run)
         print(
-            f"batch 8, {torch.get_num_threads()} threads, torch {torch.__version__}: the model {before:.1f} images/s, "
-            f"exported {after:.1f} images/s ({after / before:.2f} x), medians of 15 rounds in turns"
+            f"batch 8, torch {torch.__version__}, threads {torch.get_num_threads()}: model {before:.1f} images/s, "
+            f"export {after:.1f} images/s ({after / before:.2f} x), medians of 15 rounds in turns"
         )
     return 0
 
@@ -59,8 +61,6 @@ def main(argv: list[str] | None = None) -> int:
 def build(args: argparse.Namespace) -> MetaFormer:
     """The model to export, with its weights."""
     overrides = parse_overrides(args.overrides)
-    if args.checkpoint is None and not overrides.get("pretrained"):
-        print("warning: no --checkpoint and no pretrained=true: the weights are freshly initialised", file=sys.stderr)
     if args.model is not None:
         return create_model(args.model, checkpoint=args.checkpoint, **overrides)
     if args.checkpoint is None:

@@ -68,8 +68,8 @@ def build_norm(name: str, dim: int, eps: float | None = None) -> nn.Module:
     Args:
         name: One of `NORMS`.
         dim: Channels.
-        eps: Added to the variance; default 1e-5 for `group_norm`, 1e-6 for the others, as published. `affine` and `none`
-            have no variance and ignore it.
+        eps: Added to the variance; default 1e-5 for `group_norm`, 1e-6 for the others, as published; no effect in
+            `affine` and `none`, which have no variance.
 
     Raises:
         ValueError: Unknown name.

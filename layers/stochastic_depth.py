@@ -30,6 +30,9 @@ from layers.foreign import (
 from layers.rates import Profile, RateIs, drop_path_rates
 from layers.schedule import DropPathSchedule
 
+NO_SHORTCUT = "no shortcut"
+"""Mode of a foreign block that has a place for stochastic depth but no shortcut, so that nothing is dropped."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -437,8 +440,8 @@ def _suspicions(model: nn.Module, blocks: Sequence[Block], rows: Sequence[BlockR
                 problems.append(f"{name}: in eval mode while the model trains, so its rate is not applied")
             elif counted and not module.samples_seen:
                 problems.append(f"{name}: has rate {module.drop_prob:g} but was never applied")
-    rates = [r.nominal_rate for r in rows]
-    falls = [rows[i + 1].name for i, (a, b) in enumerate(itertools.pairwise(rates)) if b < a - 1e-9]
+    used = [r for r in rows if r.mode != NO_SHORTCUT]
+    falls = [b.name for a, b in itertools.pairwise(used) if b.nominal_rate < a.nominal_rate - 1e-9]
     if falls:
         problems.append(f"rates fall with depth at {falls[0]}{f' and {len(falls) - 1} more' * (len(falls) > 1)}")
     return problems
@@ -466,4 +469,4 @@ def _describe_mode(modules: Sequence[DropPath]) -> str:
         kinds.append("skip block" if module.skips and role in ("block", "silent") else
                      "skip" if module.mode == "skip" and module.skips else
                      "mask" if module.mode == "skip" else module.mode)  # fmt: skip
-    return (kinds[0] if len(set(kinds)) == 1 else "/".join(kinds)) if kinds else "no shortcut"
+    return (kinds[0] if len(set(kinds)) == 1 else "/".join(kinds)) if kinds else NO_SHORTCUT

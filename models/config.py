@@ -65,7 +65,9 @@ class Published(Section):
     params: float = Field(description="Parameters in millions.")
     macs: float | None = Field(None, description="Multiply-accumulates in billions at the model's image size.")
     top1: float | None = Field(None, description="ImageNet-1k top-1 in percent, trained from scratch.")
-    drop_path_rate: Rate | None = Field(None, description="Maximum drop-path rate of the training, linear over depth.")
+    drop_path_rate: Rate | None = Field(
+        None, description="Maximum drop-path rate of the training; linear over depth unless said."
+    )
     frozen_params: float | None = Field(None, description="Never-trained parameters in millions, counted apart.")
     finetune_384: FineTuned | None = Field(None, description="Fine-tuning at 384 x 384.")
     source: str = Field(description="Where these figures stand.")
@@ -167,7 +169,7 @@ class MetaFormerConfig(Section):
             # tokens in front of the patches have no place in a grid (B, H, W, C)
             grids = [m for m in self.per_stage(self.token_mixer) if m not in ("attention", "identity")]
             if grids:
-                raise ValueError(f"class and register tokens work with attention and identity only, not with {grids[0]}")
+                raise ValueError(f"class and register tokens go with attention and identity only, not with {grids[0]}")
             if len(set(self.dims)) > 1:
                 raise ValueError(f"class and register tokens need stages of one width, got dims {self.dims}")
 

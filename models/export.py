@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import statistics
+import textwrap
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -146,8 +147,8 @@ def _scale_inputs(linear: nn.Linear, scale: Tensor, shift: Tensor | None) -> Non
 def _set(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Replaces weight and bias, computed in float64, in the module's own dtype."""
     dtype = module.get_parameter("weight").dtype
-    module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    module.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+    for name, value in (("weight", weight), ("bias", bias)):
+        module.register_parameter(name, None if value is None else nn.Parameter(value.to(dtype), requires_grad=False))
 
 
 def load_folded(folder: Path) -> MetaFormer:
@@ -162,7 +163,9 @@ def load_folded(folder: Path) -> MetaFormer:
     with torch.device("meta"):
         model = fold_scales(MetaFormer(validate(MetaFormerConfig, saved["model"], source=f"{folder}: model")))
     own = model.state_dict()
-    wrong = [key for key in {**own, **state} if key not in own or key not in state or own[key].shape != state[key].shape]
+    wrong = [
+        key for key in {**own, **state} if key not in own or key not in state or own[key].shape != state[key].shape
+    ]
     if wrong:
         raise ConfigError(f"{folder}: weights do not fit the config beside them: {wrong[0]}")
     model.load_state_dict(state, assign=True)
@@ -193,7 +196,7 @@ def export_model(model: MetaFormer, fmt: Format, output: Path, *, force: bool = 
     """Writes a model, after reading the export back and comparing its logits at batch 1 and 3.
 
     Args:
-        model: On the CPU, in float32; is left as it was.
+        model: Is left as it was; exported in float32 from the CPU.
         fmt: `timm`: a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`. `onnx` and `torch`: a file
             (.onnx, .pt2) with a dynamic batch. `folded`: a folder for `load_folded`.
         output: File or folder.
@@ -205,7 +208,7 @@ def export_model(model: MetaFormer, fmt: Format, output: Path, *, force: bool = 
     """
     check_output(fmt, output, force=force)
     output = output.resolve()
-    model = deepcopy(model).eval().requires_grad_(False)
+    model = deepcopy(model).cpu().float().eval()
     temp = output.with_name(f".tmp-{output.name}")
     try:
         make_folder(output.parent)
@@ -213,7 +216,8 @@ def export_model(model: MetaFormer, fmt: Format, output: Path, *, force: bool = 
         temp.mkdir()
         draft = temp / output.name
         about, run = _WRITERS[fmt](model, draft)
-        error = max(relative_error(model(x), run(x)) for x in map(example_images(model.config), _BATCHES))
+        with torch.no_grad():
+            error = max(relative_error(model(x), run(x)) for x in map(example_images(model.config), _BATCHES))
         if not error <= TOLERANCE[fmt]:
             raise ExportError(
                 f"{output}: not written: the export's logits differ from the model's by {error:.1e} of the largest, "
@@ -269,7 +273,8 @@ def relative_error(expected: Tensor, actual: Tensor) -> float:
     """Largest difference, relative to the largest value expected; NaN where either holds one."""
     if expected.shape != actual.shape:
         return float("nan")
-    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+    difference = (actual - expected).abs().max()
+    return float(difference / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _write_folded(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
@@ -291,7 +296,7 @@ def _write_timm(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
 _DATA_KEYS = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "pool_size")
 
 
-def _timm_twin(model: MetaFormer) -> nn.Module:
+def _timm_twin(model: MetaFormer) -> Any:
     """timm's model of the same name with our weights.
 
     Raises:
@@ -308,17 +313,15 @@ def _timm_twin(model: MetaFormer) -> nn.Module:
     try:
         twin.load_state_dict(to_timm(model.state_dict(), config))
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
+        first = _changed(config) or textwrap.shorten(str(error).splitlines()[1].strip(), 150)
         raise ConfigError(f"timm's {name} is another network than this one: {first}\n{instead}") from None
     with torch.no_grad():
         images = example_images(config)(_BATCHES[-1])
         error = relative_error(model(images), twin(images))
     if error <= TOLERANCE["timm"]:
         return twin
-    published = model_config(name).model_dump() if is_model(name) else {}
-    changed = [k for k in _NETWORK_KEYS if k in published and published[k] != getattr(config, k)]
-    if changed:
-        raise ConfigError(f"timm's {name} is another network than this one: {', '.join(changed)} differ\n{instead}")
+    if changed := _changed(config):
+        raise ConfigError(f"timm's {name} is another network than this one: {changed}\n{instead}")
     why = f"timm's {name} computes other logits from these weights (by {error:.1e} of the largest)"
     keys = timm_head(config)
     if not keys:
@@ -326,11 +329,19 @@ def _timm_twin(model: MetaFormer) -> nn.Module:
     settings = " ".join(f"head.{key}={value}" for key, value in keys.items())
     raise ConfigError(
         f"{why}, because its head is not the original's\nexport with timm's head, {settings} (evaluate the model with it "
-        f"before relying on it), or {instead}"
+        f"before relying on it),\nor {instead}"
     )
 
 
-_NETWORK_KEYS = ("token_mixer", "norm", "act", "pool_size", "head_dim", "image_size")
+def _changed(config: MetaFormerConfig) -> str:
+    """The first key in which a config is another network than the zoo's of that name, or ""."""
+    if not is_model(config.name):
+        return ""
+    zoo = model_config(config.name)
+    for key in ("depths", "dims", "token_mixer", "norm", "act", "mlp_ratio", "mlp_bias", "pool_size", "head_dim"):
+        if getattr(config, key) != getattr(zoo, key):
+            return f"{key} is {getattr(config, key)}, timm's {getattr(zoo, key)}"
+    return ""
 
 
 def _write_onnx(model: MetaFormer, draft: Path) -> tuple[str, Runner]:

@@ -1,10 +1,12 @@
 """MetaFormer: stages of blocks whose token mixer, norm, MLP and scales come from a MetaFormerConfig.
 
 PoolFormer (arXiv 2111.11418) and MetaFormer Baselines (arXiv 2210.13452: PoolFormerV2, IdentityFormer, RandFormer,
-ConvFormer, CAFormer) have four stages. Models of one stage only are isotropic: ViT (arXiv 2010.11929), DeiT (arXiv
-2012.12877, 2204.07118), MLP-Mixer (arXiv 2105.01601), ResMLP (arXiv 2105.03404). Two layouts are equivalent: NCHW with 1x1 convolutions, as in PoolFormer's code, and NHWC with
-linear layers. Inside a stage we use NHWC: linear layers and layer norms run on contiguous channels, and it was the
-faster one. Images enter and features leave as (B, C, H, W). Class and register tokens belong to the model: behind them
+ConvFormer, CAFormer) have four stages. Models of one stage are isotropic: ViT (arXiv 2010.11929), DeiT (arXiv
+2012.12877, 2204.07118), MLP-Mixer (arXiv 2105.01601) and ResMLP (arXiv 2105.03404).
+
+Two layouts are equivalent: NCHW with 1x1 convolutions, as in PoolFormer's code, and NHWC with linear layers. Inside a
+stage we use NHWC: linear layers and layer norms run on contiguous channels, and it was the faster one. Images enter and
+features leave as (B, C, H, W). Class and register tokens belong to the model, never to its blocks: behind them
 activations and features are (B, N, C), which attention and the MLP take as they are.
 """
 
@@ -369,7 +371,7 @@ class MetaFormer(nn.Module):
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^head\.norm", (99999,)),
             ]
-        return {"stem": r"^(stem|embed)\.", "blocks": blocks}
+        return {"stem": r"^stem|^embed", "blocks": blocks}
 
     def no_weight_decay(self) -> set[str]:
         """Names exempt from weight decay beside the one-dimensional ones, which timm's factory exempts anyway.

@@ -1,7 +1,8 @@
 """Weights in other layouts: timm's, and those published by sail-sg/poolformer and sail-sg/metaformer.
 
 Our state-dict keys are those of timm's MetaFormer; what differs are shapes, because 1x1 convolutions are linear layers
-here. timm's VisionTransformer and MlpMixer have names of their own. `load_into` recognises a layout by its keys and shapes and loads all of it or nothing.
+here. timm's VisionTransformer and MlpMixer have names of their own. `load_into` recognises a layout by its keys and
+shapes and loads all of it or nothing.
 """
 
 import math

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layers.norm import NORMS, GroupNorm1, LayerNorm, build_norm
+from layers.norm import NORMS, Affine, GroupNorm1, LayerNorm, build_norm
 
 DIM = 6
 
@@ -67,6 +67,13 @@ def test_layer_norm_is_torchs_over_channels(x: Tensor, bias: bool) -> None:
     assert (ours.bias is not None) == bias
 
 
+def test_affine_scales_and_shifts_each_channel(x: Tensor) -> None:
+    ours = Affine(DIM)
+    assert torch.equal(ours(x), x)
+    randomise(ours)
+    torch.testing.assert_close(nchw(ours(x)), nchw(x) * ours.weight[:, None, None] + ours.bias[:, None, None])
+
+
 # ---- by name --------------------------------------------------------------------------------------------------------
 
 
@@ -77,6 +84,9 @@ def test_build_norm_builds_what_the_name_says() -> None:
         norm = build_norm(name, DIM)
         if name == "none":
             assert isinstance(norm, nn.Identity)
+            continue
+        if name == "affine":
+            assert isinstance(norm, Affine) and list(norm.state_dict()) == ["weight", "bias"]
             continue
         assert type(norm) is kinds[name.removesuffix("_no_bias")]
         assert norm.eps == eps[name]

@@ -1,11 +1,11 @@
-"""PatchEmbed against a convolution in (B, C, H, W) with its norm before or behind it."""
+"""PatchEmbed against a convolution in (B, C, H, W) with its norm before or behind it; TokenEmbed by its tokens."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from layers.norm import LayerNorm
-from layers.patch_embed import PatchEmbed
+from layers.patch_embed import PatchEmbed, TokenEmbed
 
 
 @pytest.fixture
@@ -76,3 +76,64 @@ def test_a_batch_without_samples(norm_first: bool) -> None:
     assert x.grad is not None
     for name, parameter in embed.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def tokens(**settings) -> TokenEmbed:
+    embed = TokenEmbed(4, 3, 5, **settings)
+    for parameter in embed.parameters():
+        nn.init.normal_(parameter)
+    return embed
+
+
+def patches() -> Tensor:
+    return torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_positions_alone_leave_the_grid() -> None:
+    embed = tokens()
+    assert {k: tuple(v.shape) for k, v in embed.state_dict().items()} == {"pos_embed": (1, 15, 4)}
+    assert embed.pos_embed is not None
+    out = embed(patches())
+    assert out.shape == (2, 3, 5, 4)
+    torch.testing.assert_close(out.flatten(1, 2), patches().flatten(1, 2) + embed.pos_embed)
+
+
+@pytest.mark.parametrize("pos_embed", ["none", "patches", "all"])
+def test_class_and_register_tokens_come_first(pos_embed) -> None:
+    embed = tokens(class_token=True, register_tokens=2, pos_embed=pos_embed)
+    out = embed(patches())
+    assert out.shape == (2, 18, 4) and embed.num_prefix_tokens == 3
+    assert embed.cls_token is not None and embed.reg_token is not None
+    prefix = torch.cat([embed.cls_token, embed.reg_token], dim=1).expand(2, 3, 4)
+    rows = patches().flatten(1, 2)
+    if embed.pos_embed is not None:
+        assert embed.pos_embed.shape == (1, 18 if pos_embed == "all" else 15, 4)
+        rows = rows + embed.pos_embed[:, -15:]
+        prefix = prefix + embed.pos_embed[:, :3] if pos_embed == "all" else prefix
+    torch.testing.assert_close(out, torch.cat([prefix, rows], dim=1))
+
+
+def test_new_tokens_are_small() -> None:
+    embed = TokenEmbed(64, 8, 8, class_token=True, register_tokens=4, pos_embed="all")
+    assert embed.pos_embed is not None and embed.cls_token is not None and embed.reg_token is not None
+    assert float(embed.pos_embed.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert 0 < float(embed.cls_token.detach().abs().max()) < 1e-5 > float(embed.reg_token.detach().abs().max()) > 0
+
+
+def test_tokens_of_a_batch_without_samples() -> None:
+    embed = tokens(class_token=True, pos_embed="all")
+    out = embed(patches()[:0])
+    assert out.shape == (0, 16, 4)
+    out.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in embed.parameters())
+
+
+@pytest.mark.parametrize("size", [(5, 3), (3, 6), (15, 1)])
+def test_positions_at_another_size(size: tuple[int, int]) -> None:
+    x = torch.randn(1, *size, 4)
+    with pytest.raises(ValueError, match=rf"built for 3 x 5 positions, got {size[0]} x {size[1]}; build the model with"):
+        tokens()(x)
+    assert tokens(class_token=True, pos_embed="none")(x).shape == (1, 1 + size[0] * size[1], 4)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.drop_path import BREAK_EVEN
-from layers.token_mixers import Attention, Identity, Pooling, RandomMixing, SepConv
+from layers.token_mixers import Attention, Identity, Pooling, RandomMixing, SepConv, SpatialMlp
 
 HEIGHT, WIDTH, DIM = 5, 7, 12
 
@@ -16,6 +16,8 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
     "pooling": Pooling,
     "identity": Identity,
     "random_mixing": lambda: RandomMixing(HEIGHT * WIDTH),
+    "spatial_mlp": lambda: SpatialMlp(HEIGHT, WIDTH, hidden=20),
+    "spatial_linear": lambda: SpatialMlp(HEIGHT, WIDTH),
     "sep_conv": lambda: SepConv(DIM),
     "attention": lambda: Attention(DIM, head_dim=4, qkv_bias=True, proj_bias=True),
 }
@@ -70,6 +72,23 @@ def test_random_mixing_is_an_average_that_is_never_trained(x: Tensor) -> None:
     assert (matrix > 0).all() and matrix.unique().numel() > 1000
     mixer(x.requires_grad_()).square().sum().backward()
     assert not matrix.requires_grad and matrix.grad is None
+
+
+def test_spatial_mlp_is_two_layers_over_positions(x: Tensor) -> None:
+    mixer = SpatialMlp(HEIGHT, WIDTH, hidden=20, act="relu")
+    randomise(mixer)
+    assert isinstance(mixer.fc2, nn.Linear) and mixer.fc1.weight.shape == (20, 35)
+    tokens = nchw(x).flatten(2)  # (B, C, N)
+    hidden = torch.einsum("hn,bcn->bch", mixer.fc1.weight, tokens) + mixer.fc1.bias
+    mixed = torch.einsum("nh,bch->bcn", mixer.fc2.weight, hidden.relu()) + mixer.fc2.bias
+    torch.testing.assert_close(nchw(mixer(x)), mixed.reshape(3, DIM, HEIGHT, WIDTH), rtol=1e-4, atol=1e-4)
+
+
+def test_spatial_mlp_without_hidden_units_is_one_layer(x: Tensor) -> None:
+    mixer = SpatialMlp(HEIGHT, WIDTH)
+    assert {k: tuple(v.shape) for k, v in mixer.state_dict().items()} == {"fc1.weight": (35, 35), "fc1.bias": (35,)}
+    mixed = torch.einsum("mn,bcn->bcm", mixer.fc1.weight, nchw(x).flatten(2)) + mixer.fc1.bias
+    torch.testing.assert_close(nchw(mixer(x)), mixed.reshape(3, DIM, HEIGHT, WIDTH))
 
 
 @pytest.mark.parametrize(("kernel_size", "expansion"), [(7, 2.0), (3, 1.5)])
@@ -128,8 +147,9 @@ def test_attention_takes_token_sequences(x: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", MIXERS)
 def test_kind_is_a_key_of_the_break_even_rates(kind: str) -> None:
-    assert MIXERS[kind]().kind == kind
-    assert kind in BREAK_EVEN
+    # a spatial MLP is as dear as the channel MLP and breaks even where that does
+    assert MIXERS[kind]().kind == ("mlp" if kind.startswith("spatial") else kind)
+    assert MIXERS[kind]().kind in BREAK_EVEN
 
 
 @pytest.mark.parametrize("kind", MIXERS)
@@ -180,6 +200,12 @@ def test_a_batch_without_samples(kind: str) -> None:
 def test_random_mixing_at_another_size() -> None:
     with pytest.raises(ValueError, match=r"built for 35 positions, got 6 x 7; build the model with image_size"):
         RandomMixing(35)(torch.randn(1, 6, 7, DIM))
+
+
+@pytest.mark.parametrize("size", [(6, 7), (7, 5), (35, 1)])
+def test_spatial_mlp_at_another_size(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"built for 5 x 7 positions, got {size[0]} x {size[1]}; build the model with"):
+        SpatialMlp(5, 7)(torch.randn(1, *size, DIM))
 
 
 def test_attention_with_heads_that_do_not_fit() -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -20,6 +21,12 @@ from models.strict_yaml import ConfigError
 
 IN_TIMM = [n for family in ("poolformer_?[0-9]*", "poolformerv2", "convformer", "caformer")
            for n in list_models(f"{family}*") if not n.endswith("_n4")]  # fmt: skip
+ISOTROPIC = [n for n in list_models() if timm.is_model(n) and n not in IN_TIMM]
+VITS = [n for n in ISOTROPIC if model_config(n).token_mixer == "attention"]
+MLPS = [n for n in ISOTROPIC if n not in VITS]
+# class token, LayerScale, registers and fc_norm, average pooling in the grid, class token with average pooling
+FEW_VITS = ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_wee_patch16_reg1_gap_256",
+            "vit_medium_patch16_gap_240", "vit_small_patch14_reg4_dinov2"]  # fmt: skip
 SMALL = ["poolformer_s12", "poolformerv2_s12", "convformer_s18", "caformer_s18"]
 BASIC = ["identityformer_s12", "randformer_s12"]
 
@@ -29,8 +36,8 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                bias = name.endswith("bias")
+            if parameter.numel() == parameter.shape[-1] or name.endswith(("_token", "pos_embed")):
+                bias = name.endswith(("bias", "beta", "_token", "pos_embed"))
                 values = torch.rand(parameter.shape, generator=generator)
                 parameter.copy_(values - 0.5 if bias else values + 0.5)
     return model.eval()
@@ -112,6 +119,160 @@ def test_back_conversion_is_bit_equal(name):
     assert {k: v.shape for k, v in to_timm(ours.state_dict(), config).items()} == {
         k: v.shape for k, v in theirs.items()
     }
+
+
+# ---- timm's ViT, MLP-Mixer and ResMLP ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def isotropic_deviation(
+    name: str, size: tuple[int, int] | None = None, in_chans: int = 3, depth: int | None = None
+) -> float:
+    """Relative difference of features and logits between timm's model and ours, after both conversions were compared.
+
+    Args:
+        name: The model.
+        size: Height and width of the images; default the model's.
+        in_chans: Channels of the images.
+        depth: Blocks; default the model's. timm's MLPs have no such setting.
+    """
+    config = model_config(name)
+    height, width = size or config.height_width
+    theirs_only: dict = {"depth": depth} if depth else {}
+    theirs_only |= {"img_size": (height, width)} if size else {}
+    theirs = randomised(timm.create_model(name, in_chans=in_chans, num_classes=7, **theirs_only))
+    ours = create_model(
+        name, in_chans=in_chans, num_classes=7, image_size=[height, width], depths=[depth] if depth else config.depths
+    ).eval()
+    published = theirs.state_dict()
+    assert load_into(ours, published, "timm", replace_classifier=False) == ["weights from timm"]
+    for state in (from_timm(published), ours.state_dict()):
+        back = to_timm(state, ours.config)
+        assert set(back) == set(published) and all(torch.equal(back[k], v) for k, v in published.items())
+    assert list(to_timm(from_timm(published), ours.config)) == list(published)
+    assert timm_head(ours.config) == {}
+
+    x = torch.randn(2, in_chans, height, width, generator=torch.Generator().manual_seed(1))
+    a = ours.forward_features(x)
+    rows = a if a.ndim == 3 else a.flatten(2).transpose(1, 2)  # (B, N, C)
+    normed = ours.head.norm(rows) if ours.head.norm_first else rows  # timm's features are normalised there
+    return max(relative(normed, theirs.forward_features(x)), relative(ours(x), theirs(x)))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", FEW_VITS)
+def test_logits_equal_those_of_timms_vit(name):
+    assert isotropic_deviation(name, size=None if "dinov2" not in name else (56, 56), depth=2) < 1e-5
+
+
+def test_class_token_with_average_pooling_equals_timms():
+    assert isotropic_deviation("eva_large_patch14_196", size=(56, 56), depth=1) < 1e-5
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "mixer_s32_224", "resmlp_12_224"])
+def test_isotropic_models_at_other_sizes_and_channels(name, in_chans):
+    assert isotropic_deviation(name, size=(96, 64), in_chans=in_chans) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixer_s16_224", "resmlp_12_224"])
+def test_logits_equal_those_of_timms_mlps(name):
+    assert isotropic_deviation(name) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VITS)
+def test_logits_equal_those_of_every_vit_of_timm(name):
+    """Of full width at the published image size; two blocks, since all are alike."""
+    found = isotropic_deviation(name, depth=2)
+    print(f"{name}: {found:.1e}")
+    assert found < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [*MLPS, "vit_tiny_patch16_224", "deit3_medium_patch16_224", "vit_mediumd_patch16_reg4_gap_256",
+             "vit_base_patch16_224", "vit_small_patch16_36x1_224"],
+)  # fmt: skip
+def test_logits_equal_those_of_whole_isotropic_models(name):
+    found = isotropic_deviation(name)
+    print(f"{name}: {found:.1e}")
+    assert found < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", [*FEW_VITS, "vit_gigantic_patch14_224", "mixer_l16_224", "resmlp_big_24_224",
+             *(pytest.param(n, marks=pytest.mark.slow) for n in ISOTROPIC)],
+)  # fmt: skip
+def test_isotropic_models_have_timms_parameters(name):
+    with torch.device("meta"):
+        ours, theirs = create_model(name), timm.create_model(name, num_classes=1000)
+    expected = {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in to_timm(ours.state_dict(), ours.config).items()} == expected
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    found: Any = theirs.pretrained_cfg
+    for key in ("input_size", "crop_pct", "interpolation", "mean", "std", "fixed_input_size"):
+        assert ours.pretrained_cfg[key] == found[key], key
+
+
+def test_distilled_weights_are_refused():
+    theirs = timm.create_model("deit_tiny_distilled_patch16_224", depth=1, num_classes=7)
+    ours = create_model("deit_tiny_patch16_224", depths=[1], num_classes=7)
+    with pytest.raises(ConfigError, match=r"embed.pos_embed has shape \[1, 198, 192\], expected \[1, 197, 192\] \(and 3"):
+        load_into(ours, theirs.state_dict(), "there", replace_classifier=False)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_wee_patch16_reg1_gap_256"])
+def test_positions_are_resampled_as_timm_does(name):
+    theirs = randomised(timm.create_model(name, depth=1, num_classes=7))
+    ours = create_model(name, depths=[1], num_classes=7, image_size=[96, 160]).eval()
+    side = model_config(name).feature_size(0)[0]
+    lines = load_into(ours, theirs.state_dict(), "there", replace_classifier=False)
+    assert lines[1:] == [f"position embedding resampled from {side} x {side} to 6 x 10"]
+    theirs.set_input_size((96, 160))  # type: ignore[operator]
+    x = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        assert relative(ours(x), theirs(x)) < 1e-5
+
+
+def test_positions_that_are_no_square_are_refused():
+    state = dict(create_model("deit_tiny_patch16_224", depths=[1], image_size=[96, 160]).state_dict())
+    with pytest.raises(ConfigError, match=r"embed.pos_embed has shape \[1, 61, 192\], expected \[1, 197, 192\]"):
+        load_into(create_model("deit_tiny_patch16_224", depths=[1]), state, "there", replace_classifier=False)
+
+
+def test_a_spatial_mlp_of_another_image_size_is_refused():
+    state = create_model("mixer_s32_224", depths=[1]).state_dict()
+    ours = create_model("mixer_s32_224", depths=[1], image_size=256)
+    with pytest.raises(ConfigError, match=r"(?s)token_mixer.fc1.weight has shape.*of one size: 256 is not that of the"):
+        load_into(ours, state, "there", replace_classifier=False)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "resmlp_12_224"])
+def test_a_folder_of_timms_isotropic_model_is_a_checkpoint(name, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="models")
+    theirs = randomised(timm.create_model(name, num_classes=5))
+    folder = timm_folder(tmp_path / "theirs", theirs, name)
+    ours = create_model(name, checkpoint=folder, num_classes=5).eval()
+    assert caplog.messages == [f"weights from {folder}"]
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert relative(ours(x), theirs(x)) < 1e-5
+    with pytest.raises(ConfigError, match=f"weights of '{name}', another architecture than 'mixer_s16_224'"):
+        create_model("poolformer_s12" if name == "mixer_s16_224" else "mixer_s16_224", checkpoint=folder)
+
+
+def test_pretrained_vit_without_a_classifier(published, caplog):
+    caplog.set_level(logging.INFO, logger="models")
+    theirs = randomised(timm.create_model("vit_small_patch16_224", num_classes=0))
+    published(theirs)
+    name = "vit_small_patch16_224.dino"
+    ours = create_model(name, pretrained=True, num_classes=5).eval()
+    assert published.asked == [name]
+    assert caplog.messages == [f"weights from timm {name}", "no classifier in the weights: a new one of 5 classes"]
+    assert ours.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)  # this tag's, not the model's default
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert relative(ours.forward_head(ours.forward_features(x), pre_logits=True), theirs(x)) < 1e-5
 
 
 # ---- the original repositories ----------------------------------------------------------------------------------------
@@ -413,7 +574,11 @@ def test_a_tag_sets_classes_and_image_size(tag, classes, size):
 
 def test_every_tag_is_known_to_timm():
     tags = {f"{n}.{tag}" for n in list_models() for tag in model_config(n).pretrained}
-    assert tags == set(timm.list_models(module="metaformer", pretrained=True))
+    published = {t for n in (*IN_TIMM, *ISOTROPIC) for t in timm.list_models(f"{n}.*", pretrained=True)}
+    assert tags == published >= set(timm.list_models(module="metaformer", pretrained=True))
+    for module, left_out in (("mlp_mixer", ("gm",)), ("deit", ("_distilled_", "_384"))):
+        names = [n for n in timm.list_models(module=module) if not any(part in n for part in left_out)]
+        assert names and set(names) <= set(ISOTROPIC)
     for name in tags:
         base, _, tag = name.partition(".")
         config, theirs = model_config(name), timm.models.get_pretrained_cfg(name)

@@ -42,8 +42,10 @@ from training.run_folder import RunFolder
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 # 1,437 digits in batches of 256 are 5 steps per epoch.
-TINY = ["model.image_size=8", "model.depths=[1,1]", "model.dims=[16,32]", "data.batch_size=256", "optim.epochs=2",
-        "optim.warmup_epochs=1", "optim.clip_grad=null", "drop_path.rate=0.4"]  # fmt: skip
+TINY = ["model={name: caformer_n4, in_chans: 1, image_size: 8, depths: [1, 1], dims: [16, 32]}",
+        "data={dataset: digits, batch_size: 256, workers: 0}", "augment={hflip: 0, rotate: 10, label_smoothing: 0.1}",
+        "optim={lr: 3e-3, epochs: 2, warmup_epochs: 1}", "drop_path={rate: 0.4, mode: skip}", "ema={enabled: false}",
+        "runtime={device: cpu}", "checkpoint={every_epochs: 1}"]  # fmt: skip
 # Weights move by the gradient itself, so that equal gradients give equal weights.
 PLAIN = ["optim.name=sgd", "optim.lr=0.1", "optim.schedule=constant", "optim.warmup_epochs=0", "drop_path.rate=0"]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -187,10 +189,9 @@ def test_classes_come_from_the_data_or_the_model() -> None:
 
 
 def test_a_tag_of_published_weights_sets_the_image_size() -> None:
-    small = ["model.name=caformer_s18.sail_in1k_384", "model.depths=[1,1,1,1]", "model.dims=[8,8,16,16]"]
-    config = load_config(None, [*small, "model.head_dim=8", "data.batch_size=4", "drop_path.rate=0"])
-    del (config.model.model_extra or {})["image_size"]  # the embedded default says one
-    assert build(config, WORLD).config.data.image_size == 384
+    small = "{name: caformer_s18.sail_in1k_384, depths: [1, 1, 1, 1], dims: [8, 8, 16, 16], head_dim: 8}"
+    setup = build_tiny(f"model={small}", "data.batch_size=4", "drop_path.rate=0")
+    assert setup.config.data.image_size == 384
 
 
 @pytest.mark.parametrize(
@@ -388,7 +389,10 @@ def run(folder: Path, *overrides: str, resume: bool = False) -> tuple[Setup, dic
     setup = build_tiny(*overrides)
     run_folder = RunFolder(folder)
     run_folder.make(fresh=not resume)
-    return setup, train(setup, run_folder, latest_checkpoint(run_folder.checkpoints) if resume else None)
+    checkpoint = latest_checkpoint(run_folder.checkpoints) if resume else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_report", lambda _: None)  # its pictures take longer than all the rest
+        return setup, train(setup, run_folder, checkpoint)
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:

@@ -1,0 +1,295 @@
+"""The zoo at a glance: a table of models, one model stage by stage, or a picture of the published results.
+
+    python -m models [PATTERN ...]            models whose names match, all by default; a YAML of one's own works too
+    python -m models NAME --stages            what each stage holds and costs
+    python -m models --picture FILE.svg       published top-1 over multiply-accumulates
+
+Parameters and multiply-accumulates are counted on the meta device, from a model with one block per stage: the blocks of
+a stage are alike. A frozen parameter counts too. Published figures are those of the YAMLs.
+"""
+
+import argparse
+import io
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.config import MetaFormerConfig
+from models.metaformer import MetaFormer
+from models.registry import is_path, list_models, model_config
+from models.strict_yaml import ConfigError, nearest
+from models.weights import CheckpointError, make_folder, save_text
+
+# ---- counting ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of a model's list: a stage, or what stands before or behind the stages.
+
+    Attributes:
+        name: `stem`, `stage 1`, ..., `head`.
+        params: Parameters, frozen ones too.
+        macs: Multiply-accumulates of one image at the config's size.
+        positions: Height and width inside; `None` for the head.
+        channels: Of its output.
+        mixer: Token mixer, or "".
+        norm: Norm of its blocks, or "".
+        blocks: Number of blocks.
+    """
+
+    name: str
+    params: int
+    macs: int
+    positions: tuple[int, int] | None
+    channels: int
+    mixer: str = ""
+    norm: str = ""
+    blocks: int = 0
+
+
+def count_parts(config: MetaFormerConfig) -> list[Part]:
+    """Size and cost of a model, part by part; they sum to those of the whole."""
+    one_each = config.model_copy(update={"depths": [1] * len(config.depths)})
+    with torch.device("meta"):
+        model = MetaFormer(one_each).eval()
+        images = torch.empty(1, config.in_chans, *config.height_width)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    counts = counter.get_flop_counts()
+
+    def macs(module: str) -> int:
+        return sum(counts.get(f"MetaFormer.{module}", {}).values()) // 2
+
+    def params(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    stages = []
+    for i, depth in enumerate(config.depths):
+        block = model.get_submodule(f"stages.{i}.blocks.0")
+        stages.append(
+            Part(
+                name=f"stage {i + 1}",
+                params=params(model.stages[i]) + (depth - 1) * params(block),
+                macs=macs(f"stages.{i}") + (depth - 1) * macs(f"stages.{i}.blocks.0"),
+                positions=config.feature_size(i),
+                channels=config.dims[i],
+                mixer=config.per_stage(config.token_mixer)[i],
+                norm=config.per_stage(config.norm)[i],
+                blocks=depth,
+            )
+        )
+    # what belongs to none of them, such as a class token, is counted with the stem
+    head = Part("head", params(model.head), macs("head"), None, config.num_classes)
+    rest_params = params(model) - params(model.stages) - head.params
+    rest_macs = counter.get_total_flops() // 2 - sum(macs(f"stages.{i}") for i in range(len(stages))) - head.macs
+    return [Part("stem", rest_params, rest_macs, config.feature_size(0), config.dims[0]), *stages, head]
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------------
+
+
+def zoo_table(configs: Sequence[MetaFormerConfig]) -> str:
+    """One line per model."""
+    rows = [("name", "params M", "MACs G", "input", "top-1", "drop path", "published weights")]
+    for config in configs:
+        parts, facts = count_parts(config), config.published
+        rows.append(
+            (
+                config.name,
+                f"{sum(p.params for p in parts) / 1e6:.1f}",
+                f"{sum(p.macs for p in parts) / 1e9:.2f}",
+                "x".join(map(str, (config.in_chans, *config.height_width))),
+                _number(facts and facts.top1, "{:.1f}"),
+                _number(facts and facts.drop_path_rate, "{:g}"),
+                " ".join(config.pretrained),
+            )
+        )
+    return _aligned(rows, left=(0, 6))
+
+
+def stage_table(config: MetaFormerConfig) -> str:
+    """One line per stage, and the sum."""
+    parts = count_parts(config)
+    total_params, total_macs = sum(p.params for p in parts), sum(p.macs for p in parts)
+    rows = [("part", "positions", "channels", "token mixer", "norm", "blocks", "params M", "MACs G", "MACs")]
+    for part in parts:
+        rows.append(
+            (
+                part.name,
+                "x".join(map(str, part.positions)) if part.positions else "",
+                str(part.channels),
+                part.mixer,
+                part.norm,
+                str(part.blocks or ""),
+                f"{part.params / 1e6:.2f}",
+                f"{part.macs / 1e9:.2f}",
+                f"{part.macs / total_macs:.1%}",
+            )
+        )
+    total = str(sum(config.depths)), f"{total_params / 1e6:.2f}", f"{total_macs / 1e9:.2f}", "100.0%"
+    rows.append(("total", "", "", "", "", *total))
+    size = "x".join(map(str, (config.in_chans, *config.height_width)))
+    return f"{config.name}, images of {size}, {config.num_classes} classes\n" + _aligned(rows, left=(0, 3, 4))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            f"{cell:{'<' if i in left else '>'}{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# ---- picture ----------------------------------------------------------------------------------------------------------
+
+_COLOURS = (
+    "#2f6db5",
+    "#d9661f",
+    "#3a8f5d",
+    "#8a5fb0",
+    "#b8860b",
+    "#c0392b",
+    "#16808a",
+    "#6b7480",
+    "#a0527a",
+    "#556b2f",
+)
+_MARKERS = "osD^vPX*<>"
+_INK, _GREY, _LINE = "#1b1f24", "#6b7480", "#e3e7ec"
+
+
+def families(configs: Sequence[MetaFormerConfig]) -> dict[str, list[tuple[float, float]]]:
+    """Published (MACs, top-1) by family, the name up to its first `_`: each in order of cost, the best family first."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for config in configs:
+        facts = config.published
+        if facts and facts.macs is not None and facts.top1 is not None:
+            found.setdefault(config.name.partition("_")[0], []).append((facts.macs, facts.top1))
+    by_top1 = sorted(found.items(), key=lambda item: (-max(top1 for _, top1 in item[1]), item[0]))
+    return {family: sorted(points) for family, points in by_top1}
+
+
+def draw_zoo(configs: Sequence[MetaFormerConfig]) -> str:
+    """SVG of published top-1 over multiply-accumulates, a line per family; the same bytes each time."""
+    # here, because it takes as long to import as all the counting
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    # Text as paths: a README is read on machines with other fonts. The salt and the missing date fix the bytes.
+    rc: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "zoo", "font.family": "DejaVu Sans"}
+    with matplotlib.rc_context(rc):
+        figure = Figure(figsize=(9, 5.4))
+        axes = figure.add_axes((0.075, 0.11, 0.755, 0.76))
+        ends = []
+        for number, (family, points) in enumerate(families(configs).items()):
+            xs, ys = zip(*points, strict=True)
+            colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+            axes.plot(xs, ys, color=colour, marker=marker, markersize=5.5, linewidth=1.6, clip_on=False)
+            ends.append((ys[-1], xs[-1], family, colour))
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator([1, 2, 4, 8, 16, 32, 64, 128, 256]))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(color=_LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0, labelsize=9, labelcolor=_GREY)
+        axes.set_xlabel(
+            "multiply-accumulates per image in billions, as published (logarithmic)", fontsize=9, color=_GREY
+        )
+        figure.text(
+            0.02, 0.945, "The zoo: published ImageNet-1k top-1 in %", fontsize=13, fontweight="bold", color=_INK
+        )
+        figure.text(
+            0.02, 0.905, "trained on ImageNet-1k alone, at each model's own size; a line is a family, its marks are sizes",
+            fontsize=9, color=_GREY,
+        )  # fmt: skip
+        low, high = axes.get_ylim()
+        gap, last = (high - low) / 26, high + 1.0
+        for y, x, family, colour in sorted(ends, reverse=True):  # labels at the right edge, pushed apart
+            place = min(y, last - gap)
+            axes.annotate(
+                family, (x, y), (1.015, (place - low) / (high - low)), textcoords="axes fraction", va="center",
+                fontsize=9.5, color=colour, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5},
+            )  # fmt: skip
+            last = place
+        axes.set_ylim(low, high)
+        text = io.StringIO()
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(text, format="svg", metadata=nothing, facecolor="white")
+    return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.MULTILINE)
+
+
+# ---- command line -----------------------------------------------------------------------------------------------------
+
+
+def find(patterns: Sequence[str]) -> list[MetaFormerConfig]:
+    """Configs of the names that match, of names with a tag, and of YAML files, in the order given, each once.
+
+    Raises:
+        ConfigError: A pattern matches nothing, or a YAML is wrong.
+    """
+    found: dict[str, MetaFormerConfig] = {}
+    for pattern in patterns or ["*"]:
+        if is_path(pattern) or (not set(pattern) & set("*?[") and not list_models(pattern)):
+            config = model_config(pattern)  # knows tags, and what to suggest
+            tagged = "." in pattern and not is_path(pattern)
+            # top-1 and drop path were published for the default weights
+            found[pattern] = config.model_copy(update={"name": pattern, "published": None}) if tagged else config
+            continue
+        names = list_models(pattern)
+        if not names:
+            plain = re.sub(r"[*?\[\]]", "", pattern)
+            raise ConfigError(f"no model matches {pattern!r}{nearest(plain, list_models())}")
+        found |= {name: model_config(name) for name in names if name not in found}
+    return list(found.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 1 if a picture was not written, 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m models", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="names, such as 'caformer_*', or YAML files")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--stages", action="store_true", help="show the models stage by stage")
+    what.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw published top-1 over multiply-accumulates")
+    args = parser.parse_args(argv)
+    try:
+        configs = find(args.patterns)
+        if args.picture is None:
+            print("\n\n".join(map(stage_table, configs)) if args.stages else zoo_table(configs))
+            return 0
+        if args.picture.suffix != ".svg":
+            raise ConfigError(f"--picture {args.picture}: the picture is an SVG; give a name ending in .svg")
+        if not families(configs):
+            raise ConfigError("--picture: no published top-1 among these models")
+        make_folder(args.picture.parent)
+        save_text(args.picture, draw_zoo(configs))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(args.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

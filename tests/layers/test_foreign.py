@@ -1,0 +1,332 @@
+"""Stochastic depth in timm's and torchvision's models: rates, and skipping equal to masking with the same kept set."""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from functools import partialmethod
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from layers.drop_path import DropPath
+from layers.foreign import GraftedDropPath, block_names, convert_to_skip, find_owners, graft, grafted
+from layers.stochastic_depth import drop_path_report, find_blocks, set_drop_path
+
+SIZE = (3, 64, 64)
+# name, settings that make it small, and the roles that its drop-path modules find
+SMALL: dict[str, tuple[dict[str, object], set[str]]] = {
+    "vit_tiny_patch16_224": ({"img_size": 64, "depth": 3, "embed_dim": 48}, {"branch"}),
+    "deit3_small_patch16_224": ({"img_size": 64, "depth": 3, "embed_dim": 48}, {"branch"}),
+    "beit_base_patch16_224": ({"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3}, {"branch"}),
+    "eva02_tiny_patch14_224": ({"img_size": 56, "depth": 3}, {"branch"}),
+    "swin_tiny_patch4_window7_224": ({"img_size": 56, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4)}, {"branch"}),
+    "swinv2_tiny_window8_256": (
+        {"img_size": 64, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4)},
+        {"branch", "block", "silent"},
+    ),
+    "convnext_atto": ({"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}, {"branch"}),
+    "caformer_s18": ({}, {"branch"}),
+    "poolformer_s12": ({}, {"branch"}),
+    "mixer_s16_224": ({"img_size": 64}, {"branch"}),
+    "resnet18": ({"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)}, {"branch"}),
+}  # fmt: skip
+
+
+METAFORMER = {"depths": (1, 1, 2, 1), "dims": (32, 32, 64, 64)}
+SMALL_CLASSES: dict[str, tuple[type, dict[str, object]]] = {
+    "caformer_s18": (timm.models.metaformer.MetaFormer, METAFORMER),
+    "poolformer_s12": (timm.models.metaformer.MetaFormer, METAFORMER),
+    "mixer_s16_224": (timm.models.mlp_mixer.MlpMixer, {"num_blocks": 3, "embed_dim": 48}),
+}
+
+
+def smaller(
+    self: nn.Module, original: Callable[..., None], sizes: dict[str, object], *args: object, **kwargs: object
+) -> None:
+    original(self, *args, **{**kwargs, **sizes})
+
+
+def build(name: str, **more: object) -> nn.Module:
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        if name in SMALL_CLASSES:  # timm's functions fix these sizes
+            cls, sizes = SMALL_CLASSES[name]
+            patch.setattr(cls, "__init__", partialmethod(smaller, cls.__init__, sizes))
+        model = timm.create_model(name, num_classes=5, **SMALL[name][0], **more)
+    with torch.no_grad():  # a layer scale of 1e-6 would hide any error
+        for parameter in model.parameters():
+            if parameter.ndim <= 1:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def size_of(name: str) -> tuple[int, int, int]:
+    size = SMALL[name][0].get("img_size", 64)
+    assert isinstance(size, int)
+    return 3, size, size
+
+
+def output_and_gradients(model: nn.Module, images: Tensor, seed: int) -> list[Tensor]:
+    model.zero_grad()
+    torch.manual_seed(seed)
+    out = model(images)
+    out.square().sum().backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return [out.detach(), *gradients]
+
+
+def quiet_norms(model: nn.Module) -> nn.Module:
+    """Batch norms in eval: the statistics of a smaller batch are another thing than which samples are computed."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_skip_equals_mask_with_the_same_kept_set(name: str) -> None:
+    model = build(name)
+    set_drop_path(model, 0.6, profile="constant", mode="skip", input_size=size_of(name))
+    assert {m.role for m in grafted(model) if m.applied} == SMALL[name][1]
+    quiet_norms(model.train())
+    masked = copy.deepcopy(model)
+    roles = [m.role for m in grafted(masked)]
+    images = torch.randn(6, *size_of(name))
+    if "block" in roles:
+        # masking draws for each branch; here all branches of a block share one draw
+        for module in grafted(masked):
+            module._has_batch_norm = True  # type: ignore[assignment]
+        masked_draw(masked)
+    else:
+        for module in grafted(masked):
+            module.role = "mask"
+    for seed in range(4):
+        for a, b in zip(
+            output_and_gradients(model, images, seed), output_and_gradients(masked, images, seed), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
+def masked_draw(model: nn.Module) -> None:
+    """Makes the hooks of skipped blocks apply their draw as a mask: same set, everything computed."""
+    for module in grafted(model):
+        module.__class__ = MaskingDraw
+
+
+class MaskingDraw(GraftedDropPath):
+    def select(self, x: Tensor) -> None:
+        super().select(x)
+        if self._draw is not None and self._draw.kept is not None:
+            mask = torch.zeros(len(x), dtype=x.dtype).index_fill(0, self._draw.kept, 1.0) * self._draw.scale
+            self._draw = type(self._draw)(len(x), None, mask)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_conversion_changes_neither_keys_nor_evaluation(name: str) -> None:
+    model = build(name).eval()
+    images = torch.randn(2, *size_of(name))
+    keys, state = list(model.state_dict()), torch.get_rng_state()
+    with torch.no_grad():
+        before = model(images)
+    for rate, mode in ((0.4, "skip"), (0.2, "mask"), (0.0, "skip"), (0.3, "batch")):
+        set_drop_path(model, rate, mode=mode, input_size=size_of(name))  # type: ignore[arg-type]
+        assert list(model.state_dict()) == keys and not model.training
+        with torch.no_grad():
+            assert torch.equal(model(images), before)
+    assert torch.equal(torch.get_rng_state(), state), "trials leave the random stream alone"
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "caformer_s18"]
+)
+def test_rates_equal_those_of_a_fresh_build(name: str) -> None:
+    model, fresh = build(name), build(name, drop_path_rate=0.3)
+    set_drop_path(model, 0.3, input_size=size_of(name))
+    expected = [[getattr(s, "drop_prob", 0.0) for s in owner.slots.values()] for owner in find_owners(fresh)]
+    got = [[s.drop_prob for s in owner.slots.values() if isinstance(s, DropPath)] for owner in find_owners(model)]
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert a == pytest.approx(b, abs=1e-6)
+
+
+def test_a_second_call_replaces_the_first_and_zero_restores() -> None:
+    name = "vit_tiny_patch16_224"
+    model = build(name).train()
+    hooks = lambda: sum(len(m._forward_pre_hooks) for m in model.modules())  # noqa: E731
+    set_drop_path(model, 0.5, mode="skip", input_size=size_of(name))
+    count = hooks()
+    result = set_drop_path(model, 0.2, profile="constant", mode="skip", input_size=size_of(name))
+    assert hooks() == count, "hooks are installed once"
+    assert result.rates == [0.2] * 3 and all(m.drop_prob == 0.2 for m in grafted(model))
+    set_drop_path(model, 0.0)
+    images = torch.randn(4, *size_of(name))
+    torch.testing.assert_close(model(images), model.eval()(images))
+
+
+def test_dropped_samples_are_not_computed() -> None:
+    name = "vit_tiny_patch16_224"
+    model = build(name).train()
+    set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=size_of(name))
+    seen: list[int] = []
+    block = model.get_submodule("blocks.1")
+    for part in ("attn.qkv", "mlp.fc1"):
+        block.get_submodule(part).register_forward_hook(lambda _m, args, _o: seen.append(len(args[0])))
+    model(torch.randn(8, *size_of(name)))
+    assert seen == [4, 4]
+    report = drop_path_report(model, input_size=size_of(name))
+    assert [b.mode for b in report.blocks] == ["skip"] * 3 and not report.warnings
+    assert report.blocks[1].realised_rate == 0.5
+    assert report.compute_saved is not None and 0.3 < report.compute_saved < 0.5
+
+
+def test_with_nothing_kept_every_parameter_gets_a_zero_gradient() -> None:
+    name = "swin_tiny_patch4_window7_224"
+    model = build(name).train()
+    set_drop_path(model, 1.0, profile="constant", mode="skip", input_size=size_of(name))
+    model(torch.randn(1, *size_of(name))).sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        if "blocks" in key:
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter)), key
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_whole_and_independent(clone: Callable[[nn.Module], nn.Module]) -> None:
+    for name in ("vit_tiny_patch16_224", "swinv2_tiny_window8_256"):
+        model = build(name).train()
+        set_drop_path(model, 0.5, mode="skip", input_size=size_of(name))
+        other = clone(model)
+        images = torch.randn(4, *size_of(name))
+        for a, b in zip(output_and_gradients(model, images, 1), output_and_gradients(other, images, 1), strict=True):
+            assert torch.equal(a, b)
+        set_drop_path(other, 0.0, input_size=size_of(name))
+        assert max(m.drop_prob for m in grafted(model)) == 0.5
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "efficientnet_b0", "swin_t"])
+def test_torchvision(name: str) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=5).train()
+    result = set_drop_path(model, 0.2, mode="skip", input_size=SIZE)
+    assert any("skips per branch" in note for note in result.notes)
+    assert not [m for m in model.modules() if type(m).__name__ == "StochasticDepth"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(4, *SIZE)).sum().backward()
+    assert not drop_path_report(model, input_size=SIZE).warnings
+    assert any("no shortcut" in note for note in result.notes) == (name == "efficientnet_b0")
+
+
+def test_a_model_without_residual_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="AlexNet has no residual block"):
+        set_drop_path(torchvision.models.alexnet(num_classes=2), 0.1)
+
+
+def test_a_wrong_input_size_is_said() -> None:
+    with pytest.raises(ValueError, match=r"forward pass on images of \(1, 8, 8\) failed.*give input_size"):
+        set_drop_path(build("vit_tiny_patch16_224"), 0.1, input_size=(1, 8, 8))
+
+
+class Stubborn(nn.Module):
+    """A block whose shortcut looks at the whole batch: neither branch nor block can be skipped."""
+
+    def __init__(self, *, mixes: bool = True) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.drop_path = nn.Identity()
+        self.mixes = mixes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return x + (x.mean(0) if self.mixes else 0.0) + self.drop_path(y - y.mean(0))
+
+
+class Stack(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x.flatten(1)[:, :8])
+
+
+def test_what_cannot_be_skipped_is_masked_and_says_so() -> None:
+    model = Stack(Stubborn(), Stubborn()).train()
+    result = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 4, 4))
+    assert result.notes == [
+        "2 drop-path modules: masks, since neither branches nor block agree with masking: outputs or gradients differ"
+    ]
+    model(torch.randn(4, 3, 4, 4)).sum().backward()
+    report = drop_path_report(model, input_size=(3, 4, 4))
+    assert [b.mode for b in report.blocks] == ["mask", "mask"]
+    assert [b.realised_rate for b in report.blocks] == [0.5, 0.5], "the draw is the same"
+    assert report.compute_saved == 0.0
+
+
+def test_report_of_an_untouched_model_audits_its_own_modules() -> None:
+    model = build("vit_tiny_patch16_224", drop_path_rate=0.3)
+    report = drop_path_report(model, input_size=(3, 64, 64))
+    assert [b.nominal_rate for b in report.blocks] == pytest.approx([0.0, 0.15, 0.3])
+    assert not report.warnings and "its own drop-path modules" in report.notes[0]
+    model.get_submodule("blocks.1.drop_path1").drop_prob = 1.5  # type: ignore[assignment]
+    assert any("rate 1.5 is outside [0, 1]" in w for w in drop_path_report(model, input_size=(3, 64, 64)).warnings)
+    assert not list(grafted(model)), "a report changes nothing"
+
+
+def test_report_flags_what_is_wrong() -> None:
+    name = "vit_tiny_patch16_224"
+    model = build(name).train()
+    set_drop_path(model, 0.3, mode="skip", input_size=size_of(name))
+    images = torch.randn(4, *size_of(name))
+    model(images)
+    assert not drop_path_report(model, input_size=size_of(name)).warnings
+    model.get_submodule("blocks.2.drop_path1").eval()
+    assert any("blocks.2.drop_path1: in eval mode" in w for w in drop_path_report(model).warnings)
+    model.train()
+    block = model.get_submodule("blocks.2")
+    block.drop_path2, forgotten = GraftedDropPath(0.3), block.drop_path2
+    block.drop_path2.forward = lambda x: x
+    forgotten.role = "mask"
+    model(images)
+    assert any("blocks.2.drop_path2: has rate 0.3 but was never applied" in w for w in drop_path_report(model).warnings)
+    first = model.get_submodule("blocks.0")
+    first.drop_path1 = block.drop_path1
+    assert any("one DropPath serves blocks.0, blocks.2" in w for w in drop_path_report(model).warnings)
+    set_drop_path(model, None, profile=[0.3, 0.2, 0.1], input_size=size_of(name))
+    assert any("rates fall with depth" in w for w in drop_path_report(model).warnings)
+
+
+def test_owners_of_one_block_share_a_rate() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop_path = nn.Identity()
+
+    class Other(Named):
+        pass
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.ModuleDict({"attn": Named(), "grid": Named()}) for _ in range(2)])
+    assert block_names(find_owners(model)) == ["blocks.0", "blocks.0", "blocks.1", "blocks.1"]
+    model.blocks = nn.ModuleList([nn.Sequential(Named(), Other()) for _ in range(2)])
+    assert block_names(find_owners(model)) == ["blocks.0", "blocks.0", "blocks.1", "blocks.1"]
+    model.blocks = nn.ModuleList([nn.Sequential(Named(), Named()) for _ in range(2)])
+    assert block_names(find_owners(model)) == ["blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.1.1"]
+
+
+def test_structures_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import layers.foreign as foreign
+
+    model = build("vit_tiny_patch16_224")
+    graft(model)
+    calls: list[str] = []
+    original = foreign._try
+    monkeypatch.setattr(foreign, "_try", lambda owner, call: calls.append(owner.name) or original(owner, call))
+    conversions = convert_to_skip(model, size_of("vit_tiny_patch16_224"))
+    assert calls == ["blocks.0"] and len(conversions) == 3
+    assert len(find_blocks(model)) == 3
