@@ -66,6 +66,8 @@ def build(args: argparse.Namespace) -> MetaFormer:
     if args.checkpoint is None:
         raise ConfigError("give --model NAME|YAML, or --checkpoint with a run's best folder, which names its model")
     _, saved = load_weights(args.checkpoint)
+    if saved and saved.get("format") == "folded":
+        raise ConfigError(f"--checkpoint {args.checkpoint} is an export (folded); give the weights it was made from")
     config = (saved or {}).get("model")
     if not isinstance(config, dict):
         raise ConfigError(f"--checkpoint {args.checkpoint} does not say which model it is of; give --model NAME|YAML")

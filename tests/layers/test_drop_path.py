@@ -5,10 +5,12 @@ import json
 import math
 import pickle
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from layers.drop_path import BREAK_EVEN, MODES, DropPath, drop_path
@@ -159,10 +161,13 @@ def test_forward_in_skip_mode_has_the_fixed_count() -> None:
     assert counts == {6}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+LAWS = [pytest.param(m, d, marks=[] if (m, d) == ("skip", torch.float32) else pytest.mark.slow)
+        for m in MODES for d in (torch.float32, torch.bfloat16)]  # fmt: skip
+
+
 @pytest.mark.parametrize("drop_prob", [0.05, 0.1, 0.2, 0.4])
 @pytest.mark.parametrize("batch", [1, 2, 4, 8])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "dtype"), LAWS)
 def test_realised_rate_is_exact(mode: str, batch: int, drop_prob: float, dtype: torch.dtype) -> None:
     """Over 20,000 samples the rate is within 3.5 sigma, with the mode's own sigma, as seen in the output."""
     torch.manual_seed(1234)
@@ -312,3 +317,154 @@ def test_on_cuda_counts_and_values_agree(mode: str) -> None:
     x = torch.zeros(8, 2, device="cuda")
     dropped = sum(int((module.residual(x, torch.ones_like)[:, 0] == 0).sum()) for _ in range(50))
     assert module.samples_dropped == dropped
+
+
+# ---- composed with the rest of torch --------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """Two residual branches, the first of which is never dropped."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.first, self.second = Recorder(), Recorder()
+        self.drop_path1 = DropPath(0.0, mode=mode)  # type: ignore[arg-type]
+        self.drop_path2 = DropPath(0.4, mode=mode)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop_path1.residual(x, self.first.fc)
+        return self.drop_path2.residual(x, self.second.fc)
+
+
+@pytest.fixture
+def scalar_outputs() -> Iterator[None]:
+    """What the training run sets for torch.compile: the number of kept samples stays a number in the graph."""
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        yield
+        torch._dynamo.reset()
+
+
+def compilations() -> tuple[int, int]:
+    """Graphs compiled so far, and graph breaks."""
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def test_two_hundred_rate_changes_compile_once(scalar_outputs: None) -> None:
+    model = Residual("mask")
+    compiled = torch.compile(model, backend="eager")
+    for step in range(200):
+        model.drop_path2.drop_prob = step / 400
+        model.drop_path2.multiplier = 1.0 - step / 400
+        compiled(torch.randn(4, 3)).sum().backward()
+    assert compilations() == (1, 0)
+
+
+@pytest.mark.parametrize("mode", ["skip", "batch"])
+def test_skipping_compiles_to_few_graphs_equal_to_eager(scalar_outputs: None, mode: str) -> None:
+    model = Residual(mode)
+    compiled = torch.compile(model, backend="eager")
+    for step in range(60):
+        model.drop_path2.drop_prob = 0.1 + step / 100
+        x = torch.randn((2, 3, 16)[step % 3], 3)
+        torch.manual_seed(step)
+        out = compiled(x)
+        out.sum().backward()
+        torch.manual_seed(step)
+        torch.testing.assert_close(out, model(x))
+    graphs, breaks = compilations()
+    assert graphs <= 4 and breaks == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_inductor_agrees_with_eager(scalar_outputs: None, mode: str) -> None:
+    """Random streams differ under inductor, so the rate is 0 or 1 here, and in between the kept samples are read off."""
+    model = Residual(mode)
+    compiled = torch.compile(model)
+    x = torch.randn(8, 3)
+    for rate in (0.0, 1.0):
+        model.drop_path2.drop_prob = rate
+        torch.testing.assert_close(compiled(x), model(x))
+    model.drop_path2.drop_prob = 0.5
+    after_first = x + model.first.fc(x)
+    for _ in range(5):
+        out = compiled(x)
+        kept = (out - after_first).abs().amax(dim=1) > 1e-6
+        expected = after_first + kept[:, None] * 2.0 * model.second.fc(after_first)
+        torch.testing.assert_close(out, expected)
+
+
+def test_checkpointing_drops_the_same_samples_again() -> None:
+    model = Residual("skip")
+    x = torch.randn(8, 3, requires_grad=True)
+    gradients = []
+    for recompute in (False, True):
+        model.zero_grad()
+        torch.manual_seed(3)
+        out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+        out.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_torch_func_goes_through() -> None:
+    model = Residual("mask")
+    x = torch.randn(5, 3)
+    parameters = dict(model.named_parameters())
+
+    def loss(p: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        return torch.func.functional_call(model, p, (images,)).square().sum()
+
+    torch.manual_seed(0)
+    gradients = torch.func.grad(loss)(parameters, x)
+    torch.manual_seed(0)
+    loss(parameters, x).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(
+        parameters, x[:, None]
+    )
+    assert per_sample["first.fc.weight"].shape == (5, 3, 3)
+
+
+def test_export_leaves_no_trace_in_eval() -> None:
+    model = Residual("skip").eval()
+    graph = torch.export.export(model, (torch.randn(2, 3),)).graph
+    names = " ".join(str(node.target) for node in graph.nodes)
+    assert "rand" not in names and "index" not in names and "mul" not in names
+
+
+def test_gradient_accumulation_draws_anew() -> None:
+    torch.manual_seed(0)
+    module = DropPath(0.5, mode="skip")
+    kept = {tuple((module.residual(torch.zeros(6, 1), torch.ones_like)[:, 0] > 0).tolist()) for _ in range(10)}
+    assert len(kept) > 3
+
+
+def _ranks_do_not_wait(rank: int, store: str) -> None:
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    model = nn.parallel.DistributedDataParallel(Residual("skip"))
+    model.module.drop_path2.drop_prob = 0.5
+    for _ in range(500):
+        model.zero_grad()
+        model(torch.randn(2, 3)).sum().backward()
+    seen = torch.tensor([float(model.module.drop_path2.samples_dropped)])
+    assert 300 < seen < 700
+    gradient = model.module.second.fc.weight.grad
+    assert gradient is not None
+    others = [torch.empty_like(gradient) for _ in range(2)]
+    dist.all_gather(others, gradient)
+    assert torch.equal(*others)
+    dist.barrier()  # or the first to leave takes the connection away from the other
+    dist.destroy_process_group()
+
+
+def test_two_ranks_run_500_steps(tmp_path: Path) -> None:
+    """At B = 2 and rate 0.5 a rank often has nothing to compute; plain DDP must not wait for it."""
+    torch.multiprocessing.spawn(_ranks_do_not_wait, (str(tmp_path / "store"),), nprocs=2)

@@ -37,8 +37,8 @@ SMALL: dict[str, tuple[dict[str, object], set[str]]] = {
 }  # fmt: skip
 
 
-METAFORMER = {"depths": (1, 1, 2, 1), "dims": (32, 32, 64, 64)}
-SMALL_CLASSES: dict[str, tuple[type, dict[str, object]]] = {
+METAFORMER: dict = {"depths": (1, 1, 2, 1), "dims": (32, 32, 64, 64)}
+SMALL_CLASSES: dict[str, tuple[type, dict]] = {
     "caformer_s18": (timm.models.metaformer.MetaFormer, METAFORMER),
     "poolformer_s12": (timm.models.metaformer.MetaFormer, METAFORMER),
     "mixer_s16_224": (timm.models.mlp_mixer.MlpMixer, {"num_blocks": 3, "embed_dim": 48}),

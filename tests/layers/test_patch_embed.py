@@ -134,6 +134,8 @@ def test_tokens_of_a_batch_without_samples() -> None:
 @pytest.mark.parametrize("size", [(5, 3), (3, 6), (15, 1)])
 def test_positions_at_another_size(size: tuple[int, int]) -> None:
     x = torch.randn(1, *size, 4)
-    with pytest.raises(ValueError, match=rf"built for 3 x 5 positions, got {size[0]} x {size[1]}; build the model with"):
+    with pytest.raises(
+        ValueError, match=rf"built for 3 x 5 positions, got {size[0]} x {size[1]}; build the model with"
+    ):
         tokens()(x)
     assert tokens(class_token=True, pos_embed="none")(x).shape == (1, 1 + size[0] * size[1], 4)

@@ -204,7 +204,9 @@ def test_random_mixing_at_another_size() -> None:
 
 @pytest.mark.parametrize("size", [(6, 7), (7, 5), (35, 1)])
 def test_spatial_mlp_at_another_size(size: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"built for 5 x 7 positions, got {size[0]} x {size[1]}; build the model with"):
+    with pytest.raises(
+        ValueError, match=rf"built for 5 x 7 positions, got {size[0]} x {size[1]}; build the model with"
+    ):
         SpatialMlp(5, 7)(torch.randn(1, *size, DIM))
 
 

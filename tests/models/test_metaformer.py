@@ -1,6 +1,7 @@
 """models/metaformer.py: shapes, stochastic depth in the block, and timm's model interface with timm's own tools."""
 
 import copy
+import inspect
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from layers.drop_path import MODES, DropPath
 from layers.mlp import Mlp, MlpHead
 from layers.rates import drop_path_rates
-from layers.stochastic_depth import set_drop_path
+from layers.stochastic_depth import count_macs, drop_path_report, set_drop_path
 from layers.token_mixers import Attention, Pooling, RandomMixing
 from models.factory import create_model
 from models.metaformer import MetaFormer, MetaFormerBlock
@@ -37,6 +38,20 @@ def hybrid(drop_path_rate: float = 0.0, **overrides) -> MetaFormer:
     """A small model of four stages with every kind of part."""
     torch.manual_seed(0)
     return create_model("caformer_n4", drop_path_rate=drop_path_rate, **{**HYBRID, **overrides})
+
+
+def isotropic(drop_path_rate: float = 0.0, **overrides) -> MetaFormer:
+    """A small ViT with class token, two registers and a norm that is not the identity."""
+    torch.manual_seed(0)
+    settings = {"depths": [4], "dims": [32], "head_dim": 8, "image_size": 64, "num_classes": 5, "register_tokens": 2}
+    model = create_model("vit_tiny_patch16_224", drop_path_rate=drop_path_rate, **{**settings, **overrides})
+    if not isinstance(model.head.norm, nn.Identity):
+        nn.init.normal_(model.head.norm.weight)  # type: ignore[arg-type]
+    return model
+
+
+MIXER = {"token_mixer": "spatial_mlp", "class_token": False, "register_tokens": 0, "pos_embed": "none",
+         "head": {"pool": "avg"}, "spatial_hidden": 24}  # fmt: skip
 
 
 def images(count: int = 2, size: int = 64) -> Tensor:
@@ -75,9 +90,39 @@ def test_every_shipped_model_is_made_of_the_one_block():
         config = model_config(name)
         with torch.device("meta"):
             model = MetaFormer(config.model_copy(update={"depths": [1] * len(config.depths)}))
+        assert [type(b) for b in blocks_of(model)] == [MetaFormerBlock] * len(config.depths)
         with mock.patch.object(DropPath, "residual", autospec=True, side_effect=DropPath.residual) as residual:
             model(torch.empty(2, *model.pretrained_cfg["input_size"], device="meta"))
         assert residual.call_count == 2 * len(config.depths)
+
+
+def test_the_blocks_forward_is_two_lines():
+    assert inspect.getsource(MetaFormerBlock.forward).split("\n") == [
+        "    def forward(self, x: Tensor) -> Tensor:",
+        "        x = self.drop_path1.residual(x, self.branch1, self.res_scale1(x))",
+        "        x = self.drop_path2.residual(x, self.branch2, self.res_scale2(x))",
+        "        return x",
+        "",
+    ]
+
+
+def test_number_of_published_architectures():
+    """What differs in parts or sizes; image sizes, input statistics and initial values of scales make no difference."""
+    parts = {
+        "depths", "dims", "token_mixer", "norm", "act", "mlp_ratio", "mlp_bias", "pool_size", "conv_kernel_size",
+        "conv_expansion", "head_dim", "qkv_bias", "proj_bias", "spatial_hidden", "stem", "downsample", "head",
+        "pos_embed", "class_token", "register_tokens",
+    }  # fmt: skip
+    found: dict[str, list[str]] = {}
+    for name in list_models():
+        config = model_config(name)
+        if name.endswith("_n4"):  # ours, never published
+            continue
+        scales = [[s is not None for s in config.per_stage(v)] for v in (config.layer_scale, config.res_scale)]
+        found.setdefault(repr((config.model_dump(include=parts), scales)), []).append(name)
+    twins = [names for names in found.values() if len(names) > 1]
+    assert sorted(twins) == [[f"{v}_{s}_patch16_224" for v in ("deit", "vit")] for s in ("base", "small", "tiny")]
+    assert len(found) == 87 and sum(len(names) for names in found.values()) == 90
 
 
 def test_blocks_know_the_kind_of_their_branches():
@@ -137,6 +182,33 @@ def test_grad_checkpointing_gives_equal_gradients(mode):
     assert residual.call_count == 10
 
 
+def test_stochastic_depth_of_a_model_with_one_stage():
+    model = isotropic(0.3)
+    assert [b.drop_path1.drop_prob for b in blocks_of(model)] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    found = set_drop_path(model, 0.6, profile="linear", mode="skip")
+    assert found.rates == pytest.approx([0.0, 0.2, 0.4, 0.6]) and len(found.blocks) == 4
+    tokens, dim = 1 + 2 + 16, 32
+    attention = tokens * dim * 4 * dim + 2 * tokens**2 * dim
+    mlp = tokens * dim * 8 * dim
+    macs = count_macs(model)
+    assert [macs.branch(b.drop_path1) for b in blocks_of(model)] == [attention] * 4
+    assert [macs.block(b) for b in found.blocks] == [attention + mlp] * 4
+    assert macs.total == 4 * (attention + mlp) + 16 * dim * 3 * 16**2 + dim * 5
+    set_drop_path(model, 0.2, rate_is="expected_macs")
+    assert drop_path_report(model).compute_saved == pytest.approx(0.2, abs=0.02)
+    model(images(8)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_spatial_mlp_skips_and_counts():
+    model = isotropic(0.9, drop_path_mode="skip", **MIXER)
+    assert [(b.drop_path1.kind, b.drop_path2.kind) for b in blocks_of(model)] == [("mlp", "mlp")] * 4
+    block = blocks_of(model)[0]
+    assert count_macs(model).branch(block.drop_path1) == 2 * 16 * 24 * 32
+    model(images(8)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_set_drop_path_finds_every_block():
     model = hybrid()
     assert len(set_drop_path(model, 0.2, mode="skip").blocks) == sum(model.depths)
@@ -158,10 +230,15 @@ def test_shapes(size):
     assert torch.equal(model(x), model.get_classifier()(model.forward_head(features, pre_logits=True)))
 
 
-@pytest.mark.parametrize("model", ["poolformer_n4", "caformer_n4"])
-def test_an_empty_batch_passes(model):
-    out = create_model(model)(torch.empty(0, 3, 32, 32))
-    assert out.shape == (0, 1000)
+@pytest.mark.parametrize("make", [
+    lambda: create_model("poolformer_n4", image_size=64, num_classes=5),
+    lambda: create_model("caformer_n4", image_size=64, num_classes=5),
+    isotropic,
+    lambda: isotropic(**MIXER),
+])  # fmt: skip
+def test_an_empty_batch_passes(make):
+    out = make()(torch.empty(0, 3, 64, 64))
+    assert out.shape == (0, 5)
     out.sum().backward()
 
 
@@ -196,6 +273,130 @@ def test_random_mixing_names_the_size_it_was_built_for():
     assert model.pretrained_cfg["fixed_input_size"] and not hybrid().pretrained_cfg["fixed_input_size"]
     with pytest.raises(ValueError, match="built for 16 positions, got 6 x 6; build the model with image_size"):
         model(images(size=96))
+
+
+# ---- models of one stage ----------------------------------------------------------------------------------------------
+
+
+def test_tokens_in_front_belong_to_the_model():
+    model = isotropic().eval()
+    assert not [n for n, _ in model.stages.named_parameters() if "token" in n.replace("token_mixer", "")]
+    seen = []
+    blocks_of(model)[0].register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    features = model.forward_features(images())
+    assert [x.shape for x in seen[0]] == [(2, 1 + 2 + 16, 32)] * 2 and features.shape == (2, 19, 32)
+    stem = model.stem(images().permute(0, 2, 3, 1))
+    positions = model.embed.pos_embed
+    torch.testing.assert_close(seen[0][0][:, 3:], stem.flatten(1, 2) + positions[:, 3:])  # type: ignore[index]
+    assert model.forward_head(features, pre_logits=True).shape == (2, 32)
+    assert torch.equal(model(images()), model.head.fc(model.head.norm(features)[:, 0]))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("order", ["pool_norm", "norm_pool"])
+def test_average_pooling_leaves_the_tokens_in_front_out(order):
+    model = isotropic(head={"pool": "avg", "order": order}).eval()
+    features = model.forward_features(images())
+    norm = model.head.norm
+    patches = features[:, 3:]
+    pooled = norm(patches).mean(dim=1) if order == "norm_pool" else norm(patches.mean(dim=1))
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), pooled)
+
+
+@pytest.mark.parametrize("settings", [{}, MIXER], ids=["vit", "mixer"])
+def test_models_with_positions_name_the_size_they_were_built_for(settings):
+    model = isotropic(**settings)
+    assert model.pretrained_cfg["fixed_input_size"]
+    with pytest.raises(ValueError, match="built for 4 x 4 positions, got 6 x 6; build the model with image_size"):
+        model(images(size=96))
+    assert isotropic(**settings, image_size=[96, 64])(torch.randn(1, 3, 96, 64)).shape == (1, 5)
+
+
+def test_intermediates_of_one_stage_are_those_of_its_blocks():
+    model = isotropic().eval()
+    outs = []
+    for block in blocks_of(model):
+        block.register_forward_hook(lambda _, args, out: outs.append(out))
+    last, features = model.forward_intermediates(images())
+    grids = [out[:, 3:].reshape(2, 4, 4, 32) for out in outs]
+    assert torch.equal(last, outs[-1]) and torch.equal(last, model.forward_features(images()))
+    assert len(features) == 4 and all(
+        torch.equal(f.permute(0, 2, 3, 1), g) for f, g in zip(features, grids, strict=True)
+    )
+    nhwc = model.forward_intermediates(images(), [0, -2], intermediates_only=True, output_fmt="NHWC")
+    assert [torch.equal(f, g) for f, g in zip(nhwc, (grids[0], grids[2]), strict=True)] == [True, True]
+    normed = model.forward_intermediates(images(), 2, norm=True, intermediates_only=True, output_fmt="NHWC")
+    for f, g in zip(normed, grids[2:], strict=True):
+        torch.testing.assert_close(f, model.head.norm(g))
+    outs.clear()
+    assert len(model.forward_intermediates(images(), [1], stop_early=True, intermediates_only=True)) == 1
+    assert len(outs) == 2
+    with pytest.raises(ValueError, match=r"indices must name blocks 0 to 3, got \[4\]"):
+        model.forward_intermediates(images(), [4])
+
+
+def test_intermediates_of_a_grid_without_tokens():
+    model = isotropic(**MIXER).eval()
+    last, features = model.forward_intermediates(images())
+    assert torch.equal(last, features[-1]) and last.shape == (2, 32, 4, 4)
+
+
+def test_grad_checkpointing_of_intermediates():
+    model = isotropic()
+    model.set_grad_checkpointing()
+    with mock.patch.object(DropPath, "residual", autospec=True, side_effect=DropPath.residual) as residual:
+        model.forward_intermediates(images(), intermediates_only=True)[-1].sum().backward()
+    assert residual.call_count == 16
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_feature_getter_of_one_stage(layout):
+    model = isotropic().eval()
+    expected = model.forward_intermediates(images(), [0, 2], intermediates_only=True, output_fmt=layout)
+    getter = FeatureGetterNet(copy.deepcopy(model), out_indices=(0, 2), output_fmt=layout)
+    assert all(torch.equal(a, b) for a, b in zip(getter(images()), expected, strict=True))
+    assert getter.feature_info.channels() == [32, 32] and getter.feature_info.reduction() == [16, 16]
+    assert getter.feature_info.module_name() == ["stages.0.blocks.0", "stages.0.blocks.2"]
+    assert len(blocks_of(getter)) == 3 and len(blocks_of(model)) == 4
+    assert all(model.get_submodule(info["module"]) is b for info, b in zip(model.feature_info, blocks_of(model)))
+
+
+def test_reset_classifier_and_pooling_with_a_class_token():
+    model = isotropic().eval()
+    features = model.forward_features(images())
+    kept = {k: v for k, v in model.state_dict().items() if not k.startswith("head.fc.")}
+    model.reset_classifier(7)
+    assert model(images()).shape == (2, 7) and model.head.global_pool == "token"
+    model.reset_classifier(0, "avg")
+    torch.testing.assert_close(model(images()), model.head.norm(features)[:, 3:].mean(dim=1))
+    model.reset_classifier(0, "")
+    assert torch.equal(model(images()), model.head.norm(features))
+    with pytest.raises(ValueError, match="needs pooled features: give global_pool='token'"):
+        model.reset_classifier(3)
+    with pytest.raises(ValueError, match="one of 'avg', 'token', '', got 'max'"):
+        model.reset_classifier(3, "max")
+    with pytest.raises(ValueError, match="one of 'avg', '', got 'token'"):
+        isotropic(**MIXER).reset_classifier(3, "token")
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_layer_decay_of_one_stage(coarse):
+    model = isotropic(**(MIXER if coarse else {}))
+    groups = timm.models.group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    assert set(groups) == {n for n, _ in model.named_parameters()}
+    assert {groups[n] for n in groups if n.startswith(("stem.", "embed."))} == {0}
+    assert [groups[f"stages.0.blocks.{i}.mlp.fc1.weight"] for i in range(4)] == [1, 2, 3, 4]
+    assert groups["head.norm.weight"] == 4 and groups["head.fc.weight"] == 5
+
+
+def test_learned_tokens_and_positions_do_not_decay():
+    model = isotropic()
+    assert model.no_weight_decay() == {"embed.cls_token", "embed.reg_token", "embed.pos_embed"}
+    assert isotropic(**MIXER).no_weight_decay() == set()
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    names = {n for n, p in model.named_parameters() if decay[id(p)] == 0}
+    assert names == {n for n, p in model.named_parameters() if p.ndim == 1 or n.startswith("embed.")}
 
 
 # ---- intermediate features --------------------------------------------------------------------------------------------

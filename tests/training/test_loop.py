@@ -606,7 +606,7 @@ def test_the_scaler_skips_an_overflow_and_is_restored(device: str, tmp_path: Pat
 def test_a_step_on_cuda() -> None:
     """bfloat16, channels_last, pinned batches, a fused optimizer: the config's defaults there, and the CPU's result."""
     world = World(rank=0, local_rank=0, size=1, device=torch.device("cuda", 0))
-    overrides = [*PLAIN, "model.in_chans=3", "ema.enabled=true"]
+    overrides = [*PLAIN, "optim.name=adamw", "optim.lr=1e-3", "model.in_chans=3", "ema.enabled=true"]
     setup = build_tiny(*overrides, "runtime.precision=bfloat16", world=world)
     host = build_tiny(*overrides)
     assert setup.channels_last and not setup.scaler.is_enabled()

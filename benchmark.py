@@ -1,0 +1,384 @@
+"""Speed and memory side by side, in one process, interleaved: `python benchmark.py drop-path`, `any-model`, `digits`."""
+
+import argparse
+import copy
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DropPath as TimmDropPath
+from torch import Tensor, nn
+
+from layers.drop_path import DropPath
+from layers.foreign import GraftedDropPath, find_owners, grafted
+from layers.stochastic_depth import drop_path_report, set_drop_path
+from models.config import MetaFormerConfig, PatchConfig
+from models.factory import create_model
+from models.metaformer import build_block
+
+RATES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
+# Small architectures of many families of timm, one a line.
+ARCHITECTURES = Path(__file__).parent / "benchmarks" / "architectures.txt"
+
+
+# ---- what is compared -----------------------------------------------------------------------------------------------
+
+
+class FlooredDropPath(DropPath):
+    """The scheme that DINOv2 describes: keep floor(B * keep_prob) samples, at least one, and scale by B / kept.
+
+    Written from its description, for any shape of activations; the rate is not exact at small batches.
+    """
+
+    def residual(self, x: Tensor, branch: Callable[[Tensor], Tensor], shortcut: Tensor | None = None) -> Tensor:
+        """As `DropPath.residual`."""
+        shortcut = x if shortcut is None else shortcut
+        if not self.training or self.drop_prob == 0.0:
+            return shortcut + branch(x)
+        batch = len(x)
+        count = max(int(batch * (1.0 - self.drop_prob)), 1)
+        self._count(batch, torch.tensor(count))
+        kept = torch.randperm(batch, device=x.device)[:count]
+        return torch.index_add(shortcut, 0, kept, branch(x[kept]).to(shortcut.dtype), alpha=batch / count)
+
+
+class TimmResidual(DropPath):
+    """timm's own `DropPath` in our block: the branch is computed, then masked."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.timm = TimmDropPath(self.drop_prob)
+
+    def residual(self, x: Tensor, branch: Callable[[Tensor], Tensor], shortcut: Tensor | None = None) -> Tensor:
+        """As `DropPath.residual`."""
+        self.timm.drop_prob = self.drop_prob
+        self.timm.train(self.training)
+        return (x if shortcut is None else shortcut) + self.timm(branch(x))
+
+
+def variants(model: nn.Module, rate: float, profile: str) -> dict[str, nn.Module]:
+    """One model with the same weights in each way of doing stochastic depth."""
+    built = {name: copy.deepcopy(model).train() for name in ("mask", "skip", "timm", "floored")}
+    for name, other in built.items():
+        set_drop_path(other, rate, profile=profile, mode="skip" if name == "skip" else "mask")  # type: ignore[arg-type]
+        if name == "skip":
+            set_drop_path(other, rate, profile=profile, mode="skip", break_even=0.0)  # type: ignore[arg-type]
+        if name in ("timm", "floored"):
+            for module in list(other.modules()):
+                for key, child in list(module.named_children()):
+                    if isinstance(child, DropPath):
+                        cls = TimmResidual if name == "timm" else FlooredDropPath
+                        setattr(module, key, cls(child.drop_prob).train())
+    return built
+
+
+def block_model(mixer: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """Four blocks of one kind of token mixer at the third stage's width, and its input without the batch."""
+    patch = PatchConfig(kernel_size=1, stride=1, padding=0)
+    config = MetaFormerConfig(
+        name=mixer, depths=[4], dims=[320], token_mixer=mixer, image_size=14, stem=patch, downsample=patch  # type: ignore[arg-type]
+    )  # fmt: skip
+    return nn.Sequential(*(build_block(config, 0, 0.0, "mask") for _ in range(4))), (14, 14, 320)
+
+
+def step_time(model: nn.Module, images: Tensor) -> float:
+    """Seconds of one forward and backward pass."""
+    model.zero_grad(set_to_none=True)
+    _wait(images)
+    start = time.perf_counter()
+    model(images).float().square().mean().backward()
+    _wait(images)
+    return time.perf_counter() - start
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds per step of each, its ratio to mask, realised rate, and on CUDA the peak memory in MiB."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    peaks: dict[str, float] = {}
+    for model in models.values():
+        step_time(model, images)
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.reset_counts()
+    for _ in range(rounds):
+        for name, model in models.items():
+            if images.is_cuda:
+                torch.cuda.reset_peak_memory_stats()
+            times[name].append(step_time(model, images))
+            if images.is_cuda:
+                peaks[name] = max(peaks.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**20)
+            model.zero_grad(set_to_none=True)
+    results = {}
+    for name, model in models.items():
+        drawn = [m for m in model.modules() if isinstance(m, DropPath) and m.samples_seen]
+        # ratio of paired rounds: what slows the machine down for a while slows both
+        ratios = [a / b for a, b in zip(times["mask"], times[name], strict=True)]
+        results[name] = {
+            "seconds": round(statistics.median(times[name]), 5),
+            "speedup_over_mask": round(statistics.median(ratios), 4),
+            "realised_rate": round(
+                sum(m.samples_dropped for m in drawn) / max(sum(m.samples_seen for m in drawn), 1), 4
+            ),
+        }
+        if peaks:
+            results[name]["peak_mb"] = round(peaks[name], 1)
+    return results
+
+
+def drop_path_benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Blocks and whole models over rates: mask, skip, timm's module and DINOv2's scheme."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    subjects: list[tuple[str, Callable[[], tuple[nn.Module, tuple[int, ...]]], int]] = []
+    if "blocks" in args.subjects:
+        for mixer in ("pooling", "sep_conv", "attention"):
+            subjects.append((f"{mixer} block", lambda mixer=mixer: block_model(mixer), args.block_batch))
+    for name in args.subjects:
+        if name != "blocks":
+            subjects.append((name, lambda name=name: (_whole(name), (3, 224, 224)), args.batch))
+    for title, make, batch in subjects:
+        model, shape = make()
+        model.to(device)
+        images = torch.randn(batch, *shape, device=device)
+        for profile in ["constant"] if "block" in title else args.profiles:
+            for rate in args.rates:
+                models = {k: v for k, v in variants(model, rate, profile).items() if k in args.variants or k == "mask"}
+                result = interleaved(models, images, args.rounds)
+                share = None
+                if "block" not in title:
+                    skipping = drop_path_report(models.get("skip", models["mask"])).compute_saved
+                    share = None if skipping is None else round(skipping, 4)
+                rows.append({"subject": title, "batch": batch, "profile": profile, "rate": rate,
+                             "compute_saved": share, **{k: v for k, v in result.items()}})  # fmt: skip
+                text = "  ".join(
+                    f"{k} {v['seconds'] * 1000:.1f} ms ({v['speedup_over_mask']:.3f}x)" for k, v in result.items()
+                )
+                print(f"{title:<16} {profile:<9} rate {rate:<4} {text}", flush=True)
+                del models
+                gc.collect()
+    return {"rows": rows}
+
+
+def _whole(name: str) -> nn.Module:
+    return create_model(name, num_classes=1000)
+
+
+# ---- any model ------------------------------------------------------------------------------------------------------
+
+
+def any_model_table(args: argparse.Namespace) -> dict[str, Any]:
+    """set_drop_path on timm's architectures: what skips how, rates against a fresh build, skip against mask."""
+    rows = []
+    for name in args.architectures or ARCHITECTURES.read_text().split():
+        row: dict[str, Any] = {"architecture": name}
+        try:
+            row |= _check_architecture(name)
+        except Exception as error:  # every refusal belongs into the table, whatever raised it
+            row["refused"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        gc.collect()
+    if args.markdown:
+        args.markdown.write_text(_markdown(rows))
+    return {"rows": rows}
+
+
+def _check_architecture(name: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4)
+    model.train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim <= 1:  # a layer scale of 1e-6 would hide any error
+                parameter.uniform_(0.5, 1.5)
+    size: tuple[int, int, int] = model.pretrained_cfg["input_size"]  # type: ignore[assignment, index]
+    keys = list(model.state_dict())
+    images = torch.randn(4, *size)
+    set_drop_path(model, 0.2, input_size=size)
+    rates = [s.drop_prob for o in find_owners(model) for s in o.slots.values() if isinstance(s, DropPath)]
+    try:
+        fresh = timm.create_model(name, num_classes=4, drop_path_rate=0.2)
+        built = [float(getattr(s, "drop_prob", 0.0) or 0.0) for o in find_owners(fresh) for s in o.slots.values()]
+        equal = len(built) == len(rates) and all(abs(a - b) < 1e-6 for a, b in zip(rates, built, strict=True))
+        agreement = "equal" if equal else "constant there" if len(set(built)) == 1 else "other order or rule there"
+        del fresh
+    except TypeError:
+        agreement = "takes no drop_path_rate"
+    for mode in ("mask", "batch", "skip"):
+        set_drop_path(model, 0.6, profile="constant", mode=mode, input_size=size)  # type: ignore[arg-type]
+        model.zero_grad()
+        model(images).sum().backward()
+    assert list(model.state_dict()) == keys, "state-dict keys changed"
+    applied = [m for m in grafted(model) if m.applied]
+    roles = [m.role for m in applied]
+    for module in model.modules():  # what another batch does to statistics is not what is compared
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+            module.eval()
+    deviation = _skip_against_mask(model, images)
+    return {
+        "class": type(model).__name__,
+        "modules": len(roles),
+        "branch": roles.count("branch"),
+        "block": roles.count("block") + roles.count("silent"),
+        "mask": roles.count("mask"),
+        "no_shortcut": len(list(grafted(model))) - len(applied),
+        "reasons": sorted({m.reason for m in applied if m.role == "mask" and m.reason}),
+        "rates": agreement,
+        "max_relative_deviation": deviation,
+    }
+
+
+class _MaskingDraw(GraftedDropPath):
+    """Applies the draw of a skipped branch or block as a mask: the same samples, everything computed."""
+
+    def select(self, x: Tensor) -> None:
+        super().select(x)
+        if self._draw is not None and self._draw.kept is not None:
+            mask = torch.zeros(len(x), dtype=x.dtype, device=x.device).index_fill(0, self._draw.kept, 1.0)
+            self._draw = type(self._draw)(len(x), None, mask * self._draw.scale)
+
+
+def _skip_against_mask(model: nn.Module, images: Tensor) -> float:
+    """Largest relative deviation of outputs and gradients between skipping and masking the same samples."""
+    masked = copy.deepcopy(model)
+    for module in grafted(masked):
+        module.__class__ = _MaskingDraw
+    results = []
+    for other in (model, masked):
+        other.zero_grad()
+        torch.manual_seed(1)
+        out = other(images)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in other.parameters())])
+    noise = 0.01 * max(float(b.abs().max()) for b in results[1] if b is not None)
+    worst = 0.0
+    for a, b in zip(*results, strict=True):
+        if (a is None) != (b is None):
+            return float("inf")
+        if a is not None and b is not None:
+            worst = max(worst, float((a - b).abs().max()) / (float(b.abs().max()) + noise))
+    return float(f"{worst:.2g}")
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    good = [r for r in rows if "refused" not in r]
+    lines = [
+        "# Stochastic depth on timm's architectures",
+        "",
+        "Made by `python benchmark.py any-model --markdown docs/any-model.md`. Each model was built at rate 0; "
+        "`set_drop_path` set its rates, forward and backward ran in the modes mask, batch and skip, and skip was compared",
+        "with masking the same samples, outputs and gradients, with randomised scales. Columns: drop-path modules that skip",
+        "per branch, with their whole block, or only mask; places in blocks without a shortcut; rates against a fresh build",
+        "at that rate; the largest deviation, relative to each tensor's largest value.",
+        "",
+        f"{len(good)} architectures of {len({r['class'] for r in good})} classes; {len(rows) - len(good)} refused.",
+        "",
+        "| architecture | class | branch | block | mask | no shortcut | rates | deviation | why masked |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in good:
+        lines.append(
+            f"| {r['architecture']} | {r['class']} | {r['branch']} | {r['block']} | {r['mask']} | {r['no_shortcut']} | "
+            f"{r['rates']} | {r['max_relative_deviation']:g} | {'; '.join(r['reasons'])} |"
+        )
+    refused = [r for r in rows if "refused" in r]
+    if refused:
+        lines += ["", "Refused:", ""] + [f"- `{r['architecture']}`: {r['refused']}" for r in refused]
+    return "\n".join(lines) + "\n"
+
+
+# ---- digits ---------------------------------------------------------------------------------------------------------
+
+
+def digits_seeds(args: argparse.Namespace) -> dict[str, Any]:
+    """The default training run over several seeds, and a support-vector machine on the same split."""
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+
+    from training.data import digits_split
+
+    train, val = digits_split()
+    inputs, targets = load_digits(return_X_y=True)
+    machines = {}
+    for c in (1, 10):
+        machine = SVC(C=c, gamma="scale").fit(inputs[train], targets[train])
+        machines[f"rbf_svm_c{c}"] = round(100 * float(machine.score(inputs[val], targets[val])), 2)
+    rows = []
+    for seed in range(args.seeds):
+        output = args.runs / f"digits-seed-{seed}"
+        command = [sys.executable, "train.py", f"seed={seed}", "--output", str(output), *args.overrides]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        summary = json.loads((output / "summary.json").read_text())
+        rows.append(
+            {"seed": seed, **{k: summary[k] for k in ("final_top1", "best_top1", "seconds", "images_per_second")}}
+        )
+        print(rows[-1], flush=True)
+    mean = {k: round(statistics.mean(r[k] for r in rows), 3) for k in ("final_top1", "best_top1", "seconds")}
+    print({**mean, **machines})
+    return {"rows": rows, "mean": mean, **machines}
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one benchmark and writes its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="JSON; default benchmarks/results/NAME.json")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("drop-path", help="mask, skip, timm's and DINOv2's scheme over rates")
+    one.add_argument(
+        "--subjects", nargs="+", default=["blocks", "poolformer_s12", "caformer_s18", "vit_small_patch16_224"]
+    )
+    one.add_argument("--variants", nargs="+", default=["mask", "skip", "timm", "floored"])
+    one.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    one.add_argument("--profiles", nargs="+", default=["linear", "constant"])
+    one.add_argument("--batch", type=int, default=16, help="of whole models")
+    one.add_argument("--block-batch", type=int, default=32)
+    one.add_argument("--rounds", type=int, default=7)
+    one.set_defaults(run=drop_path_benchmark)
+    two = commands.add_parser("any-model", help="set_drop_path on timm's architectures")
+    two.add_argument("--architectures", nargs="+")
+    two.add_argument("--markdown", type=Path)
+    two.set_defaults(run=any_model_table)
+    three = commands.add_parser("digits", help="the default run over seeds")
+    three.add_argument("--seeds", type=int, default=5)
+    three.add_argument("--runs", type=Path, default=Path("runs"))
+    three.add_argument("overrides", nargs="*")
+    three.set_defaults(run=digits_seeds)
+    args = parser.parse_args(argv)
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    about = {
+        "command": f"python benchmark.py {' '.join(argv if argv is not None else sys.argv[1:])}",
+        "commit": commit,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    result = {**about, **args.run(args)}
+    output = args.output or Path("benchmarks/results") / f"{args.command}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""models/export.py: every form computes what the model does, refuses what it cannot, and leaves nothing half-written."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from layers.mlp import StarReLU
+from layers.norm import Affine, GroupNorm1, LayerNorm
+from layers.scale import Scale
+from models import export
+from models.export import (
+    FORMATS,
+    TOLERANCE,
+    ExportError,
+    Format,
+    compare_speed,
+    example_images,
+    export_model,
+    fold_scales,
+    load_folded,
+    relative_error,
+)
+from models.factory import create_model
+from models.metaformer import MetaFormer, MetaFormerBlock
+from models.pretrained import timm_head
+from models.registry import list_models, model_config
+from models.strict_yaml import ConfigError
+from models.weights import load_weights
+
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs the export extra")
+OUTPUT: dict[Format, str] = {"timm": "out", "onnx": "out.onnx", "torch": "out.pt2", "folded": "out"}
+# every mixer, norm and scale; blocks are few, because those of a stage are alike
+SHORT = {"depths": [1, 1, 1, 1], "image_size": 64}
+KINDS = {
+    "poolformer_s12": SHORT,  # LayerScale behind pooling, group norms with bias
+    "poolformerv2_s12": SHORT,  # ResScale, group norms without
+    "identityformer_s12": SHORT,
+    "randformer_s12": SHORT,
+    "caformer_s18": SHORT,  # separable convolutions, attention, StarReLU
+    "deit3_small_patch16_224": {"depths": [2]},  # LayerScale behind attention with bias
+    "mixer_s16_224": {"depths": [2]},
+    "resmlp_12_224": {"depths": [2]},  # affine instead of norms
+}
+
+
+def built(name: str, **overrides) -> MetaFormer:
+    """A model whose vectors are all away from their initial values: at those, most folding is invisible."""
+    torch.manual_seed(0)
+    model = create_model(name, **overrides)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.numel() == parameter.shape[-1]:
+                parameter.copy_(torch.rand_like(parameter) + (-0.5 if key.endswith("bias") else 0.5))
+    return model.eval()
+
+
+def left(model: nn.Module) -> dict[str, int]:
+    """How many scales and norms with weights the blocks still hold."""
+    blocks = [m for m in model.modules() if isinstance(m, MetaFormerBlock)]
+    kinds = (Scale, StarReLU, GroupNorm1, LayerNorm, Affine)
+    found = [type(m).__name__ for block in blocks for m in block.modules() if isinstance(m, kinds)]
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images)
+
+
+# ---- folding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_folded_is_equal(name: str) -> None:
+    model = built(name, **KINDS[name])
+    images = example_images(model.config)(3)
+    assert relative_error(logits(model, images), logits(fold_scales(model), images)) < 1e-5
+
+
+def test_what_is_folded_and_what_stays() -> None:
+    assert left(fold_scales(built("poolformer_s12", **SHORT))) == {"GroupNorm1": 4}, "norm1 carries LayerScale"
+    assert left(fold_scales(built("caformer_s18", **SHORT))) == {"Scale": 4, "StarReLU": 2}, "ResScale, SepConv's"
+    assert left(fold_scales(built("poolformerv2_s12", **SHORT))) == {"GroupNorm1": 4, "Scale": 4}
+    assert left(fold_scales(built("deit3_small_patch16_224", depths=[2]))) == {}
+    assert left(fold_scales(built("mixer_s16_224", depths=[2]))) == {"LayerNorm": 2}
+
+
+def test_scales_that_cannot_be_folded_stay_and_count() -> None:
+    for overrides in ({"norm": "none", "layer_scale": 0.5}, {"norm": "none", "layer_scale": 0.5, "act": "star_relu"}):
+        model = built("poolformer_s12", **SHORT, **overrides)
+        folded = fold_scales(model)
+        assert left(folded)["Scale"] == 4, "pooling without a norm has nothing to take the scale"
+        images = example_images(model.config)(2)
+        assert relative_error(logits(model, images), logits(folded, images)) < 1e-5
+
+
+def test_folding_leaves_the_model_alone() -> None:
+    model = built("poolformer_s12", **SHORT).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    folded = fold_scales(model)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert not folded.training and not any(p.requires_grad for p in folded.parameters())
+
+
+def test_folding_keeps_the_dtype() -> None:
+    folded = fold_scales(built("caformer_n4").to(torch.float64))
+    assert {p.dtype for p in folded.parameters()} == {torch.float64}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_folds(name: str) -> None:
+    config = model_config(name)
+    model = built(name, depths=[1] * len(config.depths))
+    images = example_images(model.config)(1)
+    assert relative_error(logits(model, images), logits(fold_scales(model), images)) < 1e-5
+
+
+# ---- formats ----------------------------------------------------------------------------------------------------------
+
+
+def exported(fmt: Format, folder: Path, model: MetaFormer, **options) -> export.Exported:
+    return export_model(model, fmt, folder / OUTPUT[fmt], **options)
+
+
+def test_folded_folder(tmp_path: Path) -> None:
+    model = built("poolformer_s12", **SHORT, num_classes=7)
+    result = exported("folded", tmp_path, model)
+    images = example_images(model.config)(4)
+    again = load_folded(tmp_path / "out")
+    assert not again.training and torch.equal(logits(again, images), logits(fold_scales(model), images))
+    assert result.error < 1e-5
+    with pytest.raises(ConfigError, match="weights do not fit"):
+        create_model("poolformer_s12", checkpoint=tmp_path / "out", **SHORT, num_classes=7)
+
+
+def test_a_folder_that_is_not_folded_is_refused(tmp_path: Path) -> None:
+    model = built("caformer_n4")
+    exported("folded", tmp_path, model)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model": config["model"] | {"num_classes": 3}}))
+    with pytest.raises(ConfigError, match=r"do not fit the config beside them: head\.fc\.weight"):
+        load_folded(tmp_path / "out")
+    path.write_text(json.dumps(config | {"format": "other"}))
+    with pytest.raises(ConfigError, match="not a folded model"):
+        load_folded(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["caformer_n4", pytest.param("poolformer_n4", marks=pytest.mark.slow)])
+def test_torch_program(name: str, tmp_path: Path) -> None:
+    model = built(name, num_classes=7)
+    assert exported("torch", tmp_path, model).error < TOLERANCE["torch"]
+    extra = {"preprocessing.json": ""}
+    program = torch.export.load(tmp_path / "out.pt2", extra_files=extra).module()
+    for batch in (1, 2, 5):
+        images = example_images(model.config)(batch)
+        assert relative_error(logits(model, images), logits(program, images)) < TOLERANCE["torch"]
+    assert json.loads(extra["preprocessing.json"])["input_size"] == [3, 32, 32]
+
+
+@pytest.mark.slow
+def test_a_torch_program_runs_without_our_code(tmp_path: Path) -> None:
+    model = built("caformer_n4", num_classes=7)
+    exported("torch", tmp_path, model)
+    images = example_images(model.config)(2)
+    torch.save((images, logits(model, images)), tmp_path / "pair.pt")
+    script = """
+import sys, torch
+images, expected = torch.load("pair.pt")
+torch.testing.assert_close(torch.export.load("out.pt2").module()(images), expected)
+assert not {"models", "layers"} & {name.partition(".")[0] for name in sys.modules}
+"""
+    subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, check=True, env={"OMP_NUM_THREADS": "1"})
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ["caformer_n4", pytest.param("poolformer_n4", marks=pytest.mark.slow)])
+def test_onnx(name: str, tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime
+
+    model = built(name, num_classes=7)
+    result = exported("onnx", tmp_path, model)
+    assert result.error < TOLERANCE["onnx"] and "opset 20" in result.about
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    (given,), (returned,) = session.get_inputs(), session.get_outputs()
+    assert given.name == "images" and given.shape[1:] == [3, 32, 32] and isinstance(given.shape[0], str)
+    assert returned.name == "logits" and returned.shape[1:] == [7]
+    for batch in (1, 3, 5):
+        images = example_images(model.config)(batch)
+        (actual,) = session.run(None, {"images": images.numpy()})
+        assert relative_error(logits(model, images), torch.from_numpy(actual)) < TOLERANCE["onnx"]
+    properties = {p.key: p.value for p in onnx.load(tmp_path / "out.onnx").metadata_props}
+    assert json.loads(properties["preprocessing"])["mean"] == list(model.pretrained_cfg["mean"])
+    assert {p.name for p in tmp_path.iterdir()} == {"out.onnx"}, "weights are inside"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", ["torch", pytest.param("onnx", marks=needs_onnx)])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_exports(name: str, fmt: Format, tmp_path: Path) -> None:
+    assert exported(fmt, tmp_path, built(name, **KINDS[name])).error < TOLERANCE[fmt]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "poolformerv2_s12",
+        pytest.param("poolformer_s12", marks=pytest.mark.slow),
+        pytest.param("caformer_s18", marks=pytest.mark.slow),
+        pytest.param("convformer_s18", marks=pytest.mark.slow),
+        pytest.param("deit_tiny_patch16_224", marks=pytest.mark.slow),
+        pytest.param("mixer_s16_224", marks=pytest.mark.slow),
+        pytest.param("resmlp_12_224", marks=pytest.mark.slow),
+    ],
+)
+def test_timm_folder(name: str, tmp_path: Path) -> None:
+    config = model_config(name)
+    size: dict[str, Any] = {} if model_config(name).stem.stride == 16 else {"image_size": [64, 96]}
+    model = built(name, num_classes=7, in_chans=1, head=timm_head(config), crop_pct=0.9, mean=[0.4], std=[0.2], **size)
+    assert exported("timm", tmp_path, model).error < 1e-5
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = example_images(model.config)(2)
+    assert type(theirs).__module__.startswith("timm.")
+    assert relative_error(logits(model, images), logits(theirs, images)) < 1e-5
+    data = timm.data.resolve_model_data_config(theirs)  # type: ignore[attr-defined]
+    assert list(data["mean"]) == [0.4] and list(data["std"]) == [0.2] and data["crop_pct"] == 0.9
+    assert tuple(data["input_size"]) == (1, *model.config.height_width)
+    ours = create_model(name, checkpoint=tmp_path / "out", num_classes=7, in_chans=1, head=timm_head(config), **size)
+    assert relative_error(logits(model, images), logits(ours.eval(), images)) < 1e-6
+
+
+# ---- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("identityformer_s12", SHORT, r"timm \S+ has no model 'identityformer_s12'; use --format torch or onnx"),
+        ("poolformer_s12", {"image_size": 64}, r"head\.order=pool_norm head\.norm=layer_norm"),
+        ("poolformerv2_s12", SHORT, r"another network than this one: depths is \[1, 1, 1, 1\], timm's \[2, 2, 6, 2\]"),
+        ("poolformerv2_s12", {"image_size": 64, "act": "gelu"}, "act is gelu, timm's star_relu"),
+        ("poolformerv2_s12", {"image_size": 64, "pool_size": 5}, "pool_size is 5, timm's 3"),
+    ],
+)
+def test_timm_refuses_with_the_reason(name: str, overrides: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        exported("timm", tmp_path, built(name, **overrides))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fmt", ["torch", "folded"])
+def test_what_is_there_is_replaced_only_by_force(fmt: Format, tmp_path: Path) -> None:
+    first, second = built("caformer_n4", num_classes=3), built("caformer_n4", num_classes=4)
+    if fmt == "folded":
+        exported(fmt, tmp_path, first)
+    else:
+        (tmp_path / OUTPUT[fmt]).write_bytes(b"old")
+    with pytest.raises(ConfigError, match="exists already"):
+        exported(fmt, tmp_path, second)
+    result = exported(fmt, tmp_path, second, force=True)
+    assert result.run(example_images(second.config)(1)).shape == (1, 4)
+    assert {p.name for p in tmp_path.iterdir()} == {OUTPUT[fmt]}
+    if fmt == "folded":
+        assert load_weights(tmp_path / "out")[0]["head.fc.weight"].shape[0] == 4
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_force_replaces_no_other_kind_of_thing(fmt: Format, tmp_path: Path) -> None:
+    output = tmp_path / OUTPUT[fmt]
+    if output.suffix:
+        output.mkdir()
+    else:
+        output.write_text("mine")
+    with pytest.raises(ConfigError, match="--force does not replace it"):
+        exported(fmt, tmp_path, built("caformer_n4"), force=True)
+
+
+def test_force_deletes_no_other_files(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds other files \(notes\.txt\)"):
+        exported("folded", tmp_path, built("caformer_n4"), force=True)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "name"), [("torch", "out"), ("onnx", "out.pt2"), ("timm", "out.onnx"), ("folded", "a.pt2")]
+)
+def test_an_ending_of_another_format_is_refused(fmt: Format, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a file ending in|is a folder, not"):
+        export_model(built("caformer_n4"), fmt, tmp_path / name)
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    with pytest.raises(ConfigError, match=r"needs onnxruntime: pip install -e '\.\[export\]'"):
+        exported("onnx", tmp_path, built("caformer_n4"))
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x + 1e-3, lambda x: x * torch.nan, lambda x: x[:, 1:]])
+def test_an_export_that_differs_is_not_kept(wrong, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built("caformer_n4")
+    before = exported("folded", tmp_path, model).path / "config.json"
+    content = before.read_bytes()
+
+    def write(model: MetaFormer, draft: Path):
+        draft.mkdir()
+        return "wrong", lambda images: wrong(model(images))
+
+    monkeypatch.setitem(export._WRITERS, "folded", write)
+    with pytest.raises(ExportError, match="differ from the model's"):
+        exported("folded", tmp_path, model, force=True)
+    assert before.read_bytes() == content and {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_failure_of_the_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(model: MetaFormer, draft: Path):
+        draft.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(export._WRITERS, "torch", write)
+    with pytest.raises(ExportError, match="not written: No space left on device"):
+        exported("torch", tmp_path, built("caformer_n4"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = built("caformer_n4").train()
+    exported("folded", tmp_path, model)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_relative_error_knows_nan_and_shapes() -> None:
+    a = torch.tensor([1.0, -4.0])
+    assert relative_error(a, a + torch.tensor([0.0, 1.0])) == 0.25
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert not relative_error(a, a * torch.nan) <= 1.0 and not relative_error(a, a[:1]) <= 1.0
+
+
+def test_speed_is_measured_of_both() -> None:
+    calls: list[int] = []
+    before, after = compare_speed(built("caformer_n4"), lambda x: calls.append(len(x)) or x, batch=2, rounds=3)
+    assert before > 0 and after > 0 and calls == [2] * 5

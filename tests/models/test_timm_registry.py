@@ -1,0 +1,208 @@
+"""models/timm_registry.py: timm's own functions build, list, load, adapt and save our models under a prefix."""
+
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import timm.data
+import timm.models
+import timm.optim
+import timm.utils
+import torch
+from torch import Tensor
+
+import models.timm_registry
+from layers.drop_path import DropPath
+from models.factory import create_model
+from models.metaformer import MetaFormer
+from models.pretrained import timm_head
+from models.registry import list_models, model_config, register_model, unregister_model
+from models.strict_yaml import ConfigError
+from models.timm_registry import register_with_timm
+
+SMALL = "dpz_caformer_n4"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> list[str]:
+    return register_with_timm()
+
+
+def build(name: str = SMALL, **arguments) -> MetaFormer:
+    model = timm.create_model(name, **arguments)
+    assert isinstance(model, MetaFormer)
+    return model
+
+
+def test_every_model_is_known(registered: list[str]) -> None:
+    assert registered == sorted(f"dpz_{name}" for name in list_models())
+    assert set(timm.list_models("dpz_*")) == set(registered)
+    assert "dpz_caformer_s18" in timm.list_models("dpz_caf*") and "caformer_s18" not in timm.list_models("dpz_*")
+    assert timm.list_models(module="timm_registry") == timm.list_models("dpz_*")
+
+
+def test_a_second_call_changes_and_says_nothing(registered: list[str]) -> None:
+    before = timm.models.model_entrypoint(SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert register_with_timm() == registered
+    assert timm.models.model_entrypoint(SMALL) is before
+
+
+def test_the_module_holds_what_timm_lists_in_it() -> None:
+    module = sys.modules[models.timm_registry.__name__]
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_a_model_of_ones_own_follows_and_a_changed_one_replaces_it() -> None:
+    own = model_config("poolformer_n4")
+    try:
+        register_model(own.model_copy(update={"num_classes": 3}), name="mine_n4")
+        assert "dpz_mine_n4" in register_with_timm() and build("dpz_mine_n4").num_classes == 3
+        unregister_model("mine_n4")
+        register_model(own.model_copy(update={"num_classes": 4}), name="mine_n4")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            register_with_timm()
+        assert build("dpz_mine_n4").num_classes == 4
+    finally:
+        unregister_model("mine_n4")
+        timm.models._registry._model_entrypoints.pop("dpz_mine_n4", None)
+        timm.models._registry._clear_model_entries("dpz_mine_n4")
+        models.timm_registry._configs.pop("dpz_mine_n4", None)
+
+
+def test_a_clash_is_an_error_and_registers_nothing() -> None:
+    before = timm.list_models()
+    with pytest.raises(ConfigError, match="timm has a model 'caformer_b36' already; choose another prefix"):
+        register_with_timm("")
+    assert timm.list_models() == before
+
+
+@pytest.mark.parametrize("prefix", ["dpz.", "a/", "hub:", "dpz "])
+def test_a_prefix_that_timm_would_misread_is_an_error(prefix: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be a name in timm"):
+        register_with_timm(prefix)
+
+
+def test_arguments_reach_the_model() -> None:
+    model = build(
+        "dpz_caformer_s18", num_classes=5, drop_path_rate=0.2, in_chans=1, drop_path_mode="skip", depths=[1, 1, 2, 1]
+    )
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 5)
+    *_, last = (m for m in model.modules() if isinstance(m, DropPath))
+    assert last.drop_prob == 0.2 and last.mode == "skip" and model.depths == (1, 1, 2, 1)
+
+
+def test_img_size_is_our_image_size() -> None:
+    assert build("dpz_randformer_s12", img_size=64, depths=[1, 1, 1, 1])(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    assert build(img_size=(64, 32)).config.image_size == [64, 32]
+    with pytest.raises(ConfigError, match="in timm, image_size is called img_size"):
+        build(image_size=64)
+
+
+def test_an_unknown_argument_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="drop_path_rat: unknown key"):
+        build(drop_path_rat=0.1)
+
+
+def test_unpooled() -> None:
+    assert build(num_classes=0, global_pool="")(torch.randn(2, 3, 32, 32)).shape == (2, 64, 8, 8)
+    with pytest.raises(ValueError, match="global_pool"):
+        build(global_pool="max")
+
+
+def test_features_are_nchw() -> None:
+    torch.manual_seed(0)
+    net: Any = timm.create_model(
+        "dpz_poolformer_s12", features_only=True, out_indices=(1, 3), depths=[1, 1, 1, 1], in_chans=1
+    ).eval()
+    torch.manual_seed(0)
+    whole = create_model("poolformer_s12", depths=[1, 1, 1, 1], in_chans=1).eval()
+    images = torch.randn(2, 1, 64, 96)
+    with torch.no_grad():
+        got = net(images)
+        expected = whole.forward_intermediates(images, indices=[1, 3], intermediates_only=True)
+    assert [tuple(x.shape) for x in got] == [(2, 128, 8, 12), (2, 512, 2, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert net.feature_info.channels() == [128, 512] and net.feature_info.reduction() == [8, 32]
+
+
+def test_all_stages_are_the_default_features() -> None:
+    net = timm.create_model(SMALL, features_only=True)
+    assert [x.shape[1] for x in net(torch.randn(1, 3, 32, 32))] == [32, 64]
+
+
+def test_a_checkpoint_path_of_ours_loads(tmp_path) -> None:
+    ours = create_model("caformer_n4", num_classes=7, in_chans=1).eval()
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(ours.state_dict(), path)
+    loaded = build(num_classes=7, in_chans=1, checkpoint_path=str(path)).eval()
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.equal(loaded(images), ours(images))
+
+
+@pytest.mark.parametrize("name", ["caformer_s18", "deit_tiny_patch16_224"])
+def test_pretrained_weights_in_timms_layout_load_with_other_classes_and_channels(name: str, tmp_path) -> None:
+    config = model_config(name)
+    theirs = timm.create_model(name).eval()
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(theirs.state_dict(), path)
+    overlay = {"pretrained_cfg_overlay": {"file": str(path)}, "pretrained": True}
+    same = build(f"dpz_{name}", head=timm_head(config), **overlay).eval()
+    images = torch.randn(1, 3, *config.height_width)
+    with torch.no_grad():
+        torch.testing.assert_close(same(images), theirs(images), rtol=1e-4, atol=1e-5)
+    adapted = build(f"dpz_{name}", num_classes=3, in_chans=1, **overlay)
+    conv = next(v for v in theirs.state_dict().values() if v.ndim == 4)
+    torch.testing.assert_close(adapted.stem.conv.weight, conv.sum(1, keepdim=True))
+    assert torch.equal(adapted.stages[0].blocks[0].norm1.weight, same.stages[0].blocks[0].norm1.weight)  # type: ignore
+    assert adapted(images[:, :1]).shape == (1, 3)
+
+
+def test_tags_are_timms() -> None:
+    assert "dpz_caformer_s18.sail_in22k_ft_in1k_384" in timm.list_models("dpz_caformer_s18*", pretrained=True)
+    cfg = timm.models.get_pretrained_cfg("dpz_caformer_s18.sail_in22k_ft_in1k_384")
+    assert cfg is not None and cfg.input_size == (3, 384, 384)
+    assert cfg.hf_hub_id == "timm/caformer_s18.sail_in22k_ft_in1k_384" and cfg.classifier == "head.fc.fc2"
+    assert not timm.models.is_model_pretrained("dpz_identityformer_s12")
+
+
+def test_a_training_script_of_timm(tmp_path) -> None:
+    """The calls of timm's train.py, in its order."""
+    model = build(num_classes=5, in_chans=1, drop_path_rate=0.2)
+    data = timm.data.resolve_data_config({"in_chans": 1}, model=model)
+    assert data["input_size"][1:] == (32, 32) and data["crop_pct"] == model.config.crop_pct
+    model.set_grad_checkpointing()
+    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.7)
+    assert len({group["lr_scale"] for group in optimizer.param_groups}) > 2
+    average = timm.utils.ModelEmaV3(model, decay=0.9)
+    images, targets = torch.randn(8, 1, 32, 32), torch.arange(8) % 5
+    losses = []
+    for _ in range(5):
+        loss = torch.nn.functional.cross_entropy(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update(model)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    saver = timm.utils.CheckpointSaver(model, optimizer, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=1.0)
+    again = build(num_classes=5, in_chans=1, checkpoint_path=str(tmp_path / "last.pth.tar"))
+    assert same(again.state_dict(), model.state_dict())
+
+
+def test_timm_saves_and_loads_a_folder_of_ours(tmp_path) -> None:
+    model = build("dpz_convformer_n4", num_classes=5, in_chans=1, drop_path_rate=0.2).eval()
+    timm.models.save_for_hf(model, str(tmp_path / "hub"), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.equal(again(images), model(images))
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(v, b[k]) for k, v in a.items())
