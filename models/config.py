@@ -29,7 +29,7 @@ class PatchConfig(Section):
     kernel_size: Size = Field(description="Kernel size in positions.")
     stride: Size = Field(description="Stride in positions.")
     padding: Annotated[int, Field(ge=0)] = Field(description="Zero padding in positions.")
-    norm: Norm = Field("none", description="Norm after the stem's convolution, or before a downsampling one.")
+    norm: Norm = Field(default="none", description="Norm after the stem's convolution, or before a downsampling one.")
 
 
 class HeadConfig(Section):

@@ -5,7 +5,7 @@ import json
 import math
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -414,9 +414,9 @@ def test_checkpointing_drops_the_same_samples_again() -> None:
 def test_torch_func_goes_through() -> None:
     model = Residual("mask")
     x = torch.randn(5, 3)
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
 
-    def loss(p: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    def loss(p: dict[str, Tensor], images: Tensor) -> Tensor:
         return torch.func.functional_call(model, p, (images,)).square().sum()
 
     torch.manual_seed(0)

@@ -357,7 +357,9 @@ def test_feature_getter_of_one_stage(layout):
     assert getter.feature_info.channels() == [32, 32] and getter.feature_info.reduction() == [16, 16]
     assert getter.feature_info.module_name() == ["stages.0.blocks.0", "stages.0.blocks.2"]
     assert len(blocks_of(getter)) == 3 and len(blocks_of(model)) == 4
-    assert all(model.get_submodule(info["module"]) is b for info, b in zip(model.feature_info, blocks_of(model)))
+    assert all(
+        model.get_submodule(info["module"]) is b for info, b in zip(model.feature_info, blocks_of(model), strict=True)
+    )
 
 
 def test_reset_classifier_and_pooling_with_a_class_token():
@@ -384,7 +386,7 @@ def test_layer_decay_of_one_stage(coarse):
     model = isotropic(**(MIXER if coarse else {}))
     groups = timm.models.group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
     assert set(groups) == {n for n, _ in model.named_parameters()}
-    assert {groups[n] for n in groups if n.startswith(("stem.", "embed."))} == {0}
+    assert all(groups[n] == 0 for n in groups if n.startswith(("stem.", "embed.")))
     assert [groups[f"stages.0.blocks.{i}.mlp.fc1.weight"] for i in range(4)] == [1, 2, 3, 4]
     assert groups["head.norm.weight"] == 4 and groups["head.fc.weight"] == 5
 

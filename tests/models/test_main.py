@@ -1,0 +1,165 @@
+"""models/__main__.py: the tables count what the models hold, the picture is drawn the same each time."""
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.__main__ import count_parts, draw_zoo, families, find, main, stage_table, zoo_table
+from models.factory import create_model
+from models.registry import list_models, model_config
+
+ROOT = Path(__file__).resolve().parents[2]
+FEW = ["caformer_s18", "poolformer_s12", "randformer_s12", "deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2",
+       "mixer_s16_224", "resmlp_12_224"]  # fmt: skip
+
+
+def whole(name: str) -> tuple[int, int]:
+    """Parameters and multiply-accumulates of a model counted all at once."""
+    with torch.device("meta"):
+        model = create_model(name).eval()
+        images = torch.empty(1, model.config.in_chans, *model.config.height_width)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(
+    "name", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in list_models() if n not in FEW)]
+)
+def test_parts_sum_to_the_whole_model(name: str) -> None:
+    parts = count_parts(model_config(name))
+    assert (sum(p.params for p in parts), sum(p.macs for p in parts)) == whole(name)
+    assert all(p.params >= 0 and p.macs >= 0 for p in parts)
+
+
+def test_parts() -> None:
+    stem, one, two, three, four, head = count_parts(model_config("caformer_s18"))
+    assert [p.blocks for p in (one, two, three, four)] == [3, 3, 9, 3]
+    assert [p.positions for p in (one, two, three, four)] == [(56, 56), (28, 28), (14, 14), (7, 7)]
+    assert [p.channels for p in (stem, one, two, three, four, head)] == [64, 64, 128, 320, 512, 1000]
+    assert [p.mixer for p in (one, four)] == ["sep_conv", "attention"]
+    with torch.device("meta"):
+        model = create_model("caformer_s18")
+    assert three.params == sum(p.numel() for p in model.stages[2].parameters())
+    assert head.params == sum(p.numel() for p in model.head.parameters()) and head.positions is None
+    assert stem.macs == 7 * 7 * 3 * 64 * 56 * 56
+
+
+def test_the_table() -> None:
+    lines = zoo_table(find(["caformer_s18", "caformer_n4"])).splitlines()
+    assert lines[0].split() == [
+        "name",
+        "params",
+        "M",
+        "MACs",
+        "G",
+        "input",
+        "top-1",
+        "drop",
+        "path",
+        "published",
+        "weights",
+    ]
+    assert lines[1].split()[:6] == ["caformer_s18", "26.3", "4.11", "3x224x224", "83.6", "0.15"]
+    assert lines[1].endswith("sail_in22k") and lines[2].split()[4:] == ["-", "-"]
+    assert lines[0].index("  top-1") + len("  top-1") == lines[1].index("83.6") + len("83.6"), "right-aligned"
+
+
+def test_the_stages() -> None:
+    lines = stage_table(model_config("randformer_s12")).splitlines()
+    assert lines[0] == "randformer_s12, images of 3x224x224, 1000 classes"
+    assert [line.split()[0] for line in lines[1:]] == ["part", "stem", *["stage"] * 4, "head", "total"]
+    assert "random_mixing  group_norm_no_bias" in lines[5] and lines[-1].split() == [
+        "total",
+        "12",
+        "12.13",
+        "1.89",
+        "100.0%",
+    ]
+    shares = [float(line.split()[-1].rstrip("%")) for line in lines[2:-1]]
+    assert sum(shares) == pytest.approx(100, abs=0.4)
+
+
+def test_patterns(tmp_path: Path) -> None:
+    assert [c.name for c in find(["caformer_s*", "poolformer_s12", "caformer_s18"])] == [
+        "caformer_s18", "caformer_s36", "poolformer_s12"]  # fmt: skip
+    assert [c.name for c in find([])] == list_models()
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((ROOT / "configs/models/caformer_n4.yaml").read_text())
+    assert [c.name for c in find([str(mine)])] == ["mine"]
+
+
+def test_a_tag_has_its_own_size_and_no_figures_of_other_weights() -> None:
+    (config,) = find(["caformer_s18.sail_in1k_384"])
+    assert config.name == "caformer_s18.sail_in1k_384" and config.image_size == 384
+    assert zoo_table([config]).splitlines()[1].split()[2:6] == ["13.37", "3x384x384", "-", "-"]
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["caformer_n4", "convformer_n4"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main(["caformer_n4", "--stages"]) == 0
+    assert "stage 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["caformer_s19"], "did you mean 'caformer_s18'?"),
+        (["cafromer_s1*"], "no model matches 'cafromer_s1*'; did you mean"),
+        (["nowhere.yaml"], "no such file"),
+        (["caformer_s18.nope"], "has no published weights 'nope'"),
+        (["--picture", "zoo.png"], "a name ending in .svg"),
+        (["caformer_n4", "--picture", "zoo.svg"], "no published top-1"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") <= 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_families() -> None:
+    found = families(find([]))
+    assert found["caformer"] == [(4.1, 83.6), (8.0, 84.5), (13.2, 85.2), (23.2, 85.5)]
+    best = [max(top1 for _, top1 in points) for points in found.values()]
+    assert best == sorted(best, reverse=True) and len(best) >= 6
+
+
+def test_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "zoo.svg"
+    assert main(["--picture", str(path)]) == 0
+    assert capsys.readouterr().out.strip() == str(path)
+    root = ElementTree.fromstring(path.read_text())
+    assert root.tag.endswith("svg")
+    assert path.read_text() == draw_zoo(find([])), "the same bytes each time"
+    fewer = draw_zoo(find(["caformer_*", "poolformer_*"]))
+    assert len(fewer) < len(path.read_text())
+
+
+def test_the_picture_in_the_docs_is_up_to_date() -> None:
+    # what is drawn, not the bytes: those change with matplotlib
+    drawn = draw_zoo(find([])).count("<use ")
+    assert (ROOT / "docs/pictures/zoo.svg").read_text().count("<use ") == drawn, "make pictures"
+
+
+@pytest.mark.slow
+def test_as_a_module_all_is_listed_without_matplotlib() -> None:
+    script = "import sys, runpy; sys.argv = ['models']\ntry: runpy.run_module('models', run_name='__main__')\n"
+    script += "except SystemExit as end: assert not end.code\nassert 'matplotlib' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == list_models()

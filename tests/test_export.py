@@ -1,0 +1,181 @@
+"""export.py as a user runs it: what it writes and prints, and what each mistake costs."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+from export import main, parse_args, parse_overrides
+from models.export import load_folded
+from models.factory import create_model
+from models.metaformer import MetaFormer
+from models.strict_yaml import ConfigError
+from models.weights import save_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
+    with contextlib.chdir(cwd), redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main([str(a) for a in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def best(tmp_path: Path) -> tuple[Path, MetaFormer]:
+    """A folder as a run leaves it, of a model that differs from the zoo's."""
+    torch.manual_seed(0)
+    model = create_model("caformer_n4", num_classes=7, in_chans=1, depths=[1, 1], image_size=16).eval()
+    save_weights(tmp_path / "best", model.state_dict(), {"model": model.config.model_dump()})
+    return tmp_path / "best", model
+
+
+def test_a_runs_folder_says_which_model_it_is(best, tmp_path: Path) -> None:
+    folder, model = best
+    code, out, err = run("--checkpoint", folder, "--format", "folded", "--output", "out", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "out (0." in out and "largest relative error" in out and "at batch 1 and 3" in out
+    again = load_folded(tmp_path / "out")
+    images = torch.randn(2, 1, 16, 16)
+    assert again.config == model.config
+    torch.testing.assert_close(again(images), model(images))
+
+
+def test_a_torch_program_and_its_speed(best, tmp_path: Path) -> None:
+    folder, model = best
+    code, out, err = run(
+        "--model", "caformer_n4", "--checkpoint", folder, "--format", "torch", "--output", "new/out.pt2", "--benchmark",
+        "num_classes=7", "in_chans=1", "depths=[1,1]", "image_size=16", cwd=tmp_path,
+    )  # fmt: skip
+    assert (code, err) == (0, "") and "weights from" in out
+    assert "batch 8" in out.splitlines()[-1] and "images/s" in out.splitlines()[-1]
+    images = torch.randn(5, 1, 16, 16)
+    program = torch.export.load(tmp_path / "new" / "out.pt2").module()
+    torch.testing.assert_close(program(images), model(images))
+
+
+@pytest.mark.slow
+def test_onnx_says_its_opset_and_nothing_else(best, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    command = [
+        sys.executable,
+        str(ROOT / "export.py"),
+        "--checkpoint",
+        str(best[0]),
+        "--format",
+        "onnx",
+        "--output",
+        "a.onnx",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 2 and "ONNX opset 20" in done.stdout and "onnxruntime" in done.stdout
+
+
+def test_a_yaml_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text((ROOT / "configs/models/poolformer_n4.yaml").read_text())
+    code, out, err = run("--model", "mine.yaml", "--format", "folded", "--output", "out", cwd=tmp_path)
+    assert code == 0 and out.startswith("out (")
+    assert err.startswith("warning: no --checkpoint") and err.count("\n") == 1
+
+
+def test_force(best, tmp_path: Path) -> None:
+    arguments = ("--checkpoint", best[0], "--format", "folded", "--output", "out")
+    assert run(*arguments, cwd=tmp_path)[0] == 0
+    code, out, err = run(*arguments, cwd=tmp_path)
+    assert (code, out) == (
+        2,
+        "",
+    ) and err == "error: --output out exists already; name another, or replace it with --force\n"
+    assert run(*arguments, "--force", cwd=tmp_path)[0] == 0
+
+
+FOLDED = ("--format", "folded", "--output", "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (FOLDED, "give --model NAME|YAML, or --checkpoint"),
+        (("--model", "caformer_n5", *FOLDED), "did you mean 'caformer_n4'?"),
+        (("--model", "nowhere.yaml", *FOLDED), "no such file"),
+        (("--model", "caformer_n4", *FOLDED, "depth=[1,1]"), "depth: unknown key; did you mean 'depths'?"),
+        (("--model", "caformer_n4", *FOLDED, "head.ordr=x"), "ordr"),
+        (("--model", "caformer_n4", *FOLDED, "num_classes"), "expected KEY=VALUE"),
+        (("--model", "caformer_n4", *FOLDED, "num_classes=many"), "num_classes"),
+        (("--model", "caformer_n4", *FOLDED, "checkpoint=best"), "this is what --checkpoint is for"),
+        (("--model", "caformer_n4", *FOLDED, "name=best"), "this is what --model is for"),
+        (("--model", "caformer_n4", *FOLDED, "depths=[1"), "on the command line: depths=[1"),
+        (("--model", "caformer_n4", *FOLDED, "--checkpoint", "nowhere"), "nowhere: no such file or folder"),
+        (("--model", "caformer_n4", *FOLDED, "--checkpoint", "best", "pretrained=true"), "two sources of weights"),
+        (("--model", "poolformer_n4", *FOLDED, "--checkpoint", "best"), "another architecture"),
+        (("--model", "caformer_n4", *FOLDED, "--checkpoint", "best"), "do not fit"),
+        (("--checkpoint", "best/model.safetensors", *FOLDED), "does not say which model it is of"),
+        (("--checkpoint", "damaged", *FOLDED), "damaged"),
+        (("--checkpoint", "evil.pt", "--model", "caformer_n4", *FOLDED), "only tensors and plain Python values are read"),
+        (("--model", "caformer_n4", "--format", "onnx", "--output", "out.pt2"), "is a file ending in .onnx"),
+        (("--model", "caformer_n4", "--format", "timm", "--output", "out.onnx"), "is a folder"),
+        (("--model", "caformer_n4", "--format", "timm", "--output", "out"), "has no model 'caformer_n4'; use --format torch"),
+    ],
+)  # fmt: skip
+def test_mistakes(arguments: tuple[str, ...], message: str, best, tmp_path: Path) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/config.json").write_bytes((best[0] / "config.json").read_bytes())
+    content = bytearray((best[0] / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "damaged/model.safetensors").write_bytes(content)
+    torch.save({"weight": Evil()}, tmp_path / "evil.pt")
+    code, out, err = run(*arguments, cwd=tmp_path)
+    errors = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert code == 2 and errors[0].startswith("error: ") and len(errors) <= 3
+    assert message in err
+    assert "Traceback" not in out + err and not (tmp_path / "executed").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"best", "damaged", "evil.pt"}
+
+
+class Evil:
+    """Leaves a file where it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_a_folded_export_is_not_exported_again(best, tmp_path: Path) -> None:
+    run("--checkpoint", best[0], *FOLDED, cwd=tmp_path)
+    code, _, err = run("--checkpoint", "out", "--format", "torch", "--output", "a.pt2", cwd=tmp_path)
+    assert code == 2 and "is an export (folded)" in err
+
+
+def test_an_unwritable_place_is_a_failure(best, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = run("--checkpoint", best[0], "--format", "folded", "--output", "file/out", cwd=tmp_path)
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--format", "pickle", "--output", "out"], ["--format", "torch"]])
+def test_the_command_line_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_args(arguments)
+    assert end.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_overrides() -> None:
+    words = ["head.order=pool_norm", "head.norm=layer_norm", "num_classes=5", "layer_scale=1e-5"]
+    assert parse_overrides(words) == {
+        "head": {"order": "pool_norm", "norm": "layer_norm"}, "num_classes": 5, "layer_scale": 1e-5}  # fmt: skip
+    with pytest.raises(ConfigError, match="is not a section"):
+        parse_overrides(["head=1", "head.order=x"])
+
+
+@pytest.mark.slow
+def test_a_timm_folder(tmp_path: Path) -> None:
+    arguments = ("--model", "poolformerv2_s12", "--format", "timm", "--output", "out", "num_classes=5")
+    code, out, _ = run(*arguments, cwd=tmp_path)
+    assert code == 0 and "local-dir:FOLDER" in out
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_classes"] == 5
