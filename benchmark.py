@@ -339,9 +339,10 @@ def digits_seeds(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Runs one benchmark and writes its JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, help="JSON; default benchmarks/results/NAME.json")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--output", type=Path, help="JSON; default benchmarks/results/NAME.json")
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("drop-path", help="mask, skip, timm's and DINOv2's scheme over rates")
+    one = commands.add_parser("drop-path", help="mask, skip, timm's and DINOv2's scheme over rates", parents=[common])
     one.add_argument(
         "--subjects", nargs="+", default=["blocks", "poolformer_s12", "caformer_s18", "vit_small_patch16_224"]
     )
@@ -352,11 +353,11 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--block-batch", type=int, default=32)
     one.add_argument("--rounds", type=int, default=7)
     one.set_defaults(run=drop_path_benchmark)
-    two = commands.add_parser("any-model", help="set_drop_path on timm's architectures")
+    two = commands.add_parser("any-model", help="set_drop_path on timm's architectures", parents=[common])
     two.add_argument("--architectures", nargs="+")
     two.add_argument("--markdown", type=Path)
     two.set_defaults(run=any_model_table)
-    three = commands.add_parser("digits", help="the default run over seeds")
+    three = commands.add_parser("digits", help="the default run over seeds", parents=[common])
     three.add_argument("--seeds", type=int, default=5)
     three.add_argument("--runs", type=Path, default=Path("runs"))
     three.add_argument("overrides", nargs="*")

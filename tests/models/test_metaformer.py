@@ -385,7 +385,7 @@ def test_reset_classifier_and_pooling_with_a_class_token():
 def test_layer_decay_of_one_stage(coarse):
     model = isotropic(**(MIXER if coarse else {}))
     groups = timm.models.group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
-    assert set(groups) == {n for n, _ in model.named_parameters()}
+    assert set(groups) == {n for n, _ in model.named_parameters()}  # type: ignore[arg-type]
     assert all(groups[n] == 0 for n in groups if n.startswith(("stem.", "embed.")))
     assert [groups[f"stages.0.blocks.{i}.mlp.fc1.weight"] for i in range(4)] == [1, 2, 3, 4]
     assert groups["head.norm.weight"] == 4 and groups["head.fc.weight"] == 5

@@ -175,6 +175,7 @@ def test_a_training_script_of_timm(tmp_path) -> None:
     """The calls of timm's train.py, in its order."""
     model = build(num_classes=5, in_chans=1, drop_path_rate=0.2)
     data = timm.data.resolve_data_config({"in_chans": 1}, model=model)
+    assert getattr(model, "in_chans") == 1  # noqa: B009  (where newer timm looks for the channels)
     assert data["input_size"][1:] == (32, 32) and data["crop_pct"] == model.config.crop_pct
     model.set_grad_checkpointing()
     optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.7)
