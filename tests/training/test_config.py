@@ -138,7 +138,7 @@ def test_further_model_keys_are_overrides_of_the_model(path: Path) -> None:
          "expected 'linear', 'linear_from_first', 'constant', 'stagewise' or 'cosine' or a list, got \"stagewize\"; "
          "did you mean 'stagewise'?"),
         ("drop_path.mode=skp", "expected 'mask', 'skip' or 'batch', got \"skp\"; did you mean 'skip'?"),
-        ("drop_path.break_even=2", "must be at most 1, got 2"),
+        ("drop_path.break_even=2", "must be at most 1 or a section of keys, got 2"),
         ("data.dataset=folder", "dataset 'folder' needs a root, for example data.root=/path/to/imagenet"),
         ("data.root=x", "has no effect with dataset 'digits'; leave it out or set it to null"),
         ("data.batch_size=0", "must be at least 1, got 0"),
