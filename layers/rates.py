@@ -52,6 +52,8 @@ def drop_path_rates(
         raise ValueError(f"rate_is must be one of {', '.join(RATE_IS)}, got {rate_is!r}")
     weights, total = _weights(rate_is, count, block_macs, total_macs)
 
+    if not isinstance(profile, (str, Sequence)):
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)} or a list of rates, got {profile!r}")
     if not isinstance(profile, str):
         rates = [check_drop_prob(r, f"drop-path rate {i} of the list") for i, r in enumerate(profile)]
         if len(rates) != count:

@@ -7,7 +7,7 @@ is a pure function of the optimizer step, so resuming a run needs nothing of it 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 Kind = Literal["constant", "ramp", "early", "late", "cosine", "piecewise"]
@@ -52,6 +52,7 @@ class DropPathSchedule:
             raise ValueError(f"schedule shape must be linear or constant, got {self.shape!r}")
         if self.kind in ("ramp", "cosine", "early", "late") and (self.cutoff is None or self.cutoff < 1):
             raise ValueError(f"schedule {self.kind!r} needs a cutoff of at least 1 step, got {self.cutoff!r}")
+        self._refuse_what_has_no_effect()
         multipliers = [self.start, self.end, *(m for _, m in self.points)]
         if not all(0.0 <= m <= 1.0 for m in multipliers):
             raise ValueError(f"schedule multipliers must be in [0, 1], got {multipliers}")
@@ -59,6 +60,14 @@ class DropPathSchedule:
             steps = [s for s, _ in self.points]
             if not steps or steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps)):
                 raise ValueError(f"schedule 'piecewise' needs points at rising steps from 0, got steps {steps}")
+
+    def _refuse_what_has_no_effect(self) -> None:
+        ramp = {"cutoff", "start", "end"}
+        used = {"ramp": ramp, "cosine": ramp, "early": {"cutoff", "shape"}, "late": {"cutoff"}, "piecewise": {"points"}}
+        for setting in fields(self)[1:]:
+            given = getattr(self, setting.name) != setting.default
+            if given and setting.name not in used.get(self.kind, set()):
+                raise ValueError(f"schedule {setting.name} has no effect with kind {self.kind!r}")
 
     def __call__(self, step: int) -> float:
         """The multiplier at an optimizer step, counted from 0."""

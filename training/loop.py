@@ -267,14 +267,14 @@ def build_schedule(section: DropPathSection, steps_per_epoch: int, epochs: int) 
     cutoff_epochs = schedule.cutoff_epochs
     if schedule.kind in ("ramp", "cosine") and cutoff_epochs is None:
         cutoff_epochs = epochs
-    return DropPathSchedule(
-        kind=schedule.kind,
-        cutoff=None if cutoff_epochs is None else max(1, round(cutoff_epochs * steps_per_epoch)),
-        shape=schedule.shape or "linear",
-        start=0.0 if schedule.start is None else schedule.start,
-        end=1.0 if schedule.end is None else schedule.end,
-        points=[(round(epoch * steps_per_epoch), m) for epoch, m in schedule.points or []],
-    )
+    given: dict[str, Any] = {
+        "cutoff": None if cutoff_epochs is None else max(1, round(cutoff_epochs * steps_per_epoch)),
+        "shape": schedule.shape,
+        "start": schedule.start,
+        "end": schedule.end,
+        "points": schedule.points and tuple((round(epoch * steps_per_epoch), m) for epoch, m in schedule.points),
+    }
+    return DropPathSchedule(kind=schedule.kind, **{key: value for key, value in given.items() if value is not None})
 
 
 def _resolved(config: TrainConfig, model: MetaFormer, depth: StochasticDepth, num_classes: int) -> TrainConfig:

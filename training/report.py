@@ -2,7 +2,7 @@
 
     python -m training.report RUN                                  writes RUN/report.html again
     python -m training.report --compare RUN1 RUN2 --output FILE    overlays runs
-    python -m training.report --pictures DIR                       drop_path_rates.svg and drop_path_batch.svg
+    python -m training.report --pictures DIR                       rates by depth, by depth and time, and a batch
 
 A page is made from files alone (config.yaml, environment.json, metrics.csv, summary.json, drop_path.csv), so it can be
 made again anywhere, and from what a killed run left behind. Accuracies are percentages; `seconds` counts from the
@@ -25,10 +25,12 @@ from typing import Any, get_args
 
 import jinja2
 import matplotlib
+import numpy as np
 import torch
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -37,6 +39,7 @@ from torch import Tensor
 
 from layers.drop_path import DropPath
 from layers.rates import ProfileName, drop_path_rates
+from layers.schedule import DropPathSchedule
 from models.strict_yaml import ConfigError, load_yaml, nearest
 from training.run_folder import METRICS, RunFolder
 
@@ -702,7 +705,10 @@ _STAGE_GAP = 0.8  # in blocks
 
 
 def write_pictures(folder: Path) -> list[Path]:
-    """Writes drop_path_rates.svg and drop_path_batch.svg, the same bytes each time, and returns their paths.
+    """Writes drop_path_rates.svg, drop_path_batch.svg and drop_path_schedules.svg, the same bytes each time.
+
+    Returns:
+        Their paths.
 
     Raises:
         ConfigError: The folder cannot be made or written to.
@@ -711,7 +717,11 @@ def write_pictures(folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
-    pictures = {"drop_path_rates.svg": draw_rates, "drop_path_batch.svg": draw_batch}
+    pictures = {
+        "drop_path_rates.svg": draw_rates,
+        "drop_path_batch.svg": draw_batch,
+        "drop_path_schedules.svg": draw_schedules,
+    }
     return [_write(folder / name, _picture(name, draw)) for name, draw in pictures.items()]
 
 
@@ -890,6 +900,68 @@ def draw_batch() -> Figure:
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def draw_heat_map(axes: Axes, rates: Sequence[float], schedule: DropPathSchedule, steps: int) -> AxesImage:
+    """Drop-path rate of each block (upwards) at each optimizer step (to the right), as colour from 0 to 1.
+
+    Args:
+        axes: Where to draw.
+        rates: Nominal rate of each block, in order.
+        schedule: Multiplier of all rates over steps.
+        steps: Optimizer steps of the run.
+    """
+    shown = sorted({round(i * (steps - 1) / 199) for i in range(200)})
+    values = np.outer(rates, [schedule(step) for step in shown])
+    image = axes.imshow(
+        values,
+        aspect="auto",
+        origin="lower",
+        cmap="Blues",
+        vmin=0.0,
+        vmax=max(rates) or 1.0,
+        extent=(0, steps, 0.5, len(rates) + 0.5),
+        interpolation="nearest",
+    )
+    axes.set_yticks([1, len(rates)], ["first", "last"])
+    axes.tick_params(length=0, labelsize=8, colors=_GREY)
+    axes.set_xticks([0, steps // 2, steps])
+    axes.set_xlim(0, steps)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return image
+
+
+def draw_schedules() -> Figure:
+    """Rate by block and step for each kind of schedule: linear over depth, half of the run as the cutoff."""
+    steps, rates = 1000, drop_path_rates(_RATES_RATE, _S24_DEPTHS)
+    half = steps // 2
+    kinds = {
+        "constant": (DropPathSchedule(), "the whole run alike"),
+        "early": (DropPathSchedule(kind="early", cutoff=half), "falls to 0 at the cutoff"),
+        "late": (DropPathSchedule(kind="late", cutoff=half), "0 until the cutoff"),
+        "ramp": (DropPathSchedule(kind="ramp", cutoff=steps), "rises evenly"),
+        "cosine": (DropPathSchedule(kind="cosine", cutoff=steps), "rises along half a cosine"),
+        "piecewise": (
+            DropPathSchedule(kind="piecewise", points=[(0, 0.0), (300, 1.0), (700, 1.0), (999, 0.2)]),
+            "linear between points",
+        ),
+    }
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    grid = figure.subplots(2, 3)
+    image = None
+    for axes, (name, (schedule, words)) in zip(grid.flat, kinds.items(), strict=True):
+        image = draw_heat_map(axes, rates, schedule, steps)
+        axes.set_title(f"{name}: {words}", loc="left", fontsize=10)
+    for axes in grid[1]:
+        axes.set_xlabel("optimizer step", fontsize=9, color=_GREY)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("block", fontsize=9, color=_GREY)
+    assert image is not None
+    bar = figure.colorbar(image, ax=grid, shrink=0.6, label="drop-path rate")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    figure.suptitle("Drop-path rate over depth and training time", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

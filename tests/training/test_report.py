@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.figure import Figure
 
 from layers.rates import drop_path_rates
+from layers.schedule import DropPathSchedule
 from models.strict_yaml import ConfigError
 from training import report
 from training.run_folder import METRICS
@@ -327,7 +329,7 @@ def test_pictures_are_the_same_bytes_each_time(tmp_path: Path, capsys: pytest.Ca
     assert report.main(["--pictures", str(first)]) == 0
     torch.rand(3)  # the draws must not depend on the state around them
     assert report.main(["--pictures", str(second)]) == 0
-    names = ["drop_path_rates.svg", "drop_path_batch.svg"]
+    names = ["drop_path_rates.svg", "drop_path_batch.svg", "drop_path_schedules.svg"]
     assert capsys.readouterr().out.split() == [str(folder / name) for folder in (first, second) for name in names]
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes()
@@ -336,6 +338,17 @@ def test_pictures_are_the_same_bytes_each_time(tmp_path: Path, capsys: pytest.Ca
         assert "<text" not in svg  # text as paths: the same on every machine
         assert not re.search(r"\d\d:\d\d|matplotlib v", svg, flags=re.IGNORECASE)
         assert len(svg) < 300_000
+
+
+def test_heat_map_shows_the_rate_of_each_block_at_each_step() -> None:
+    schedule = DropPathSchedule(kind="early", cutoff=100)
+    image = report.draw_heat_map(Figure().subplots(), [0.0, 0.2, 0.4], schedule, 200)
+    values = image.get_array()
+    assert values is not None and values.shape == (3, 200)
+    assert values[2, 0] == pytest.approx(0.4) and values[1, 0] == pytest.approx(0.2)
+    assert values[2, 50] == pytest.approx(0.4 * (1 - 50 / 99)) and not values[:, 100:].any()
+    panels = [axes.get_title(loc="left").partition(":")[0] for axes in report.draw_schedules().axes if axes.images]
+    assert panels == ["constant", "early", "late", "ramp", "cosine", "piecewise"]
 
 
 def test_picture_of_rates_has_every_bar() -> None:
