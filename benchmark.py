@@ -19,7 +19,7 @@ import torch
 from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
 
-from layers.drop_path import DropPath
+from layers.drop_path import BREAK_EVEN, DropPath
 from layers.foreign import GraftedDropPath, find_owners, grafted
 from layers.stochastic_depth import drop_path_report, set_drop_path
 from models.config import MetaFormerConfig, PatchConfig
@@ -91,6 +91,24 @@ def block_model(mixer: str) -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(*(build_block(config, 0, 0.0, "mask") for _ in range(4))), (14, 14, 320)
 
 
+class Branches(nn.Module):
+    """Four residual branches of one kind, norm and mixer or MLP, for the break-even rate of that kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        blocks = list(block_model("pooling" if kind == "mlp" else kind)[0].children())
+        name = "mlp" if kind == "mlp" else "token_mixer"
+        self.branches = nn.ModuleList(nn.Sequential(block.norm1, block.get_submodule(name)) for block in blocks)
+        self.drop_paths = nn.ModuleList(DropPath(kind=kind) for _ in blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        for branch, drop_path in zip(self.branches, self.drop_paths, strict=True):
+            assert isinstance(drop_path, DropPath)
+            x = drop_path.residual(x, branch)
+        return x
+
+
 def step_time(model: nn.Module, images: Tensor) -> float:
     """Seconds of one forward and backward pass."""
     model.zero_grad(set_to_none=True)
@@ -148,19 +166,22 @@ def drop_path_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     if "blocks" in args.subjects:
         for mixer in ("pooling", "sep_conv", "attention"):
             subjects.append((f"{mixer} block", lambda mixer=mixer: block_model(mixer), args.block_batch))
+    if "branches" in args.subjects:
+        for kind in BREAK_EVEN:
+            subjects.append((f"{kind} branch", lambda kind=kind: (Branches(kind), (14, 14, 320)), args.block_batch))
     for name in args.subjects:
-        if name != "blocks":
+        if name not in ("blocks", "branches"):
             subjects.append((name, lambda name=name: (_whole(name), (3, 224, 224)), args.batch))
     for title, make, batch in subjects:
         model, shape = make()
         model.to(device)
         images = torch.randn(batch, *shape, device=device)
-        for profile in ["constant"] if "block" in title else args.profiles:
+        for profile in ["constant"] if " " in title else args.profiles:
             for rate in args.rates:
                 models = {k: v for k, v in variants(model, rate, profile).items() if k in args.variants or k == "mask"}
                 result = interleaved(models, images, args.rounds)
                 share = None
-                if "block" not in title:
+                if " " not in title:
                     skipping = drop_path_report(models.get("skip", models["mask"])).compute_saved
                     share = None if skipping is None else round(skipping, 4)
                 rows.append({"subject": title, "batch": batch, "profile": profile, "rate": rate,
@@ -342,9 +363,16 @@ def main(argv: list[str] | None = None) -> int:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output", type=Path, help="JSON; default benchmarks/results/NAME.json")
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("drop-path", help="mask, skip, timm's and DINOv2's scheme over rates", parents=[common])
+    one = commands.add_parser(
+        "drop-path",
+        help="blocks, branches or models: mask, skip, timm's and DINOv2's scheme over rates",
+        parents=[common],
+    )
     one.add_argument(
-        "--subjects", nargs="+", default=["blocks", "poolformer_s12", "caformer_s18", "vit_small_patch16_224"]
+        "--subjects",
+        nargs="+",
+        help="blocks, branches, or models of the zoo",
+        default=["blocks", "poolformer_s12", "caformer_s18", "vit_small_patch16_224"],
     )
     one.add_argument("--variants", nargs="+", default=["mask", "skip", "timm", "floored"])
     one.add_argument("--rates", nargs="+", type=float, default=list(RATES))
