@@ -96,7 +96,7 @@ class Branches(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        blocks = list(block_model("pooling" if kind == "mlp" else kind)[0].children())
+        blocks: list[Any] = list(block_model("pooling" if kind == "mlp" else kind)[0].children())
         name = "mlp" if kind == "mlp" else "token_mixer"
         self.branches = nn.ModuleList(nn.Sequential(block.norm1, block.get_submodule(name)) for block in blocks)
         self.drop_paths = nn.ModuleList(DropPath(kind=kind) for _ in blocks)
