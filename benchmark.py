@@ -71,7 +71,9 @@ def variants(model: nn.Module, rate: float, profile: str) -> dict[str, nn.Module
     built = {name: copy.deepcopy(model).train() for name in ("mask", "skip", "timm", "floored")}
     for name, other in built.items():
         set_drop_path(other, rate, profile=profile, mode="skip" if name == "skip" else "mask")  # type: ignore[arg-type]
-        if name == "skip":
+        if name == "skip" and "pretrained_cfg" not in vars(
+            model
+        ):  # blocks and branches: where does skipping begin to pay
             set_drop_path(other, rate, profile=profile, mode="skip", break_even=0.0)  # type: ignore[arg-type]
         if name in ("timm", "floored"):
             for module in list(other.modules()):
