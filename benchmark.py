@@ -266,21 +266,20 @@ def _check_architecture(name: str) -> dict[str, Any]:
     }
 
 
-class _MaskingDraw(GraftedDropPath):
+class MaskingDraw(GraftedDropPath):
     """Applies the draw of a skipped branch or block as a mask: the same samples, everything computed."""
 
-    def select(self, x: Tensor) -> None:
-        super().select(x)
-        if self._draw is not None and self._draw.kept is not None:
-            mask = torch.zeros(len(x), dtype=x.dtype, device=x.device).index_fill(0, self._draw.kept, 1.0)
-            self._draw = type(self._draw)(len(x), None, mask * self._draw.scale)
+    def select(self, x: Tensor, groups: int = 1) -> None:
+        super().select(x, groups)
+        if self._draw is not None:
+            self._draw = self._draw.as_mask()
 
 
 def _skip_against_mask(model: nn.Module, images: Tensor) -> float:
     """Largest relative deviation of outputs and gradients between skipping and masking the same samples."""
     masked = copy.deepcopy(model)
     for module in grafted(masked):
-        module.__class__ = _MaskingDraw
+        module.__class__ = MaskingDraw
     results = []
     for other in (model, masked):
         other.zero_grad()

@@ -126,7 +126,9 @@ class DropPath(nn.Module):
         self._drop_prob = check_drop_prob(drop_prob)
         self.kind = kind
         self._break_even = BREAK_EVEN.get(kind, 0.0)
+        # What the branch holds, found at the first call that skips.
         self._has_batch_norm: bool | None = None
+        self._has_fixed_conv = False
         self.mode = mode
         self._refresh()
 
@@ -288,6 +290,8 @@ class DropPath(nn.Module):
         # argsort and narrow, not randperm(b)[:n]: inductor crashes on the latter
         order = torch.rand(batch, device=x.device).argsort()
         scale = self._scale(shortcut.dtype)
+        if torch.compiler.is_compiling() and self._masks_compiled(branch):
+            return _add_masked(shortcut, branch(x), (order.argsort() < kept_count) * scale)
         count = int(kept_count.item())
         if torch.compiler.is_compiling():
             torch._check(count >= 0)
@@ -302,18 +306,30 @@ class DropPath(nn.Module):
         return shortcut.index_add(0, kept, out * scale)
 
     def _mixes_batch(self, branch: Branch) -> bool:
-        """Whether the branch holds a batch norm, looked up once: skipping changes the statistics it sees."""
-        if self._has_batch_norm is None:
-            owner = branch if isinstance(branch, nn.Module) else getattr(branch, "__self__", None)
-            modules = owner.modules() if isinstance(owner, nn.Module) else ()
-            self._has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
-            if self._has_batch_norm:
-                warnings.warn(
-                    f"mode {self._mode!r}: the batch norm inside this residual branch sees the kept samples only; "
-                    "with fewer than two kept samples the branch is masked instead of skipped",
-                    stacklevel=4,
-                )
-        return self._has_batch_norm
+        """Whether the branch holds a batch norm: skipping changes the statistics it sees."""
+        self._look_into(branch)
+        return bool(self._has_batch_norm)
+
+    def _masks_compiled(self, branch: Branch) -> bool:
+        """Whether compiled code masks this branch: it does not know how many samples are kept, which batch norms and
+        inductor's convolutions want to know (`layers.token_mixers.DepthwiseConv` tells more)."""
+        self._look_into(branch)
+        return bool(self._has_fixed_conv or self._has_batch_norm)
+
+    def _look_into(self, branch: Branch) -> None:
+        """Finds out once what the branch's owner holds."""
+        if self._has_batch_norm is not None:
+            return
+        owner = branch if isinstance(branch, nn.Module) else getattr(branch, "__self__", None)
+        modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
+        self._has_fixed_conv = any(is_fixed_conv(m) for m in modules)
+        self._has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
+        if self._has_batch_norm:
+            warnings.warn(
+                f"mode {self._mode!r}: the batch norm inside this residual branch sees the kept samples only; "
+                "with fewer than two kept samples the branch is masked instead of skipped",
+                stacklevel=5,
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # Follow .to(device), so that compiled code finds the count where the mask is drawn.
@@ -326,6 +342,11 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """Settings that differ from timm's are always shown."""
         return f"drop_prob={round(self._drop_prob, 4):.4g}, mode={self._mode}"
+
+
+def is_fixed_conv(module: nn.Module) -> bool:
+    """Whether a module is a convolution that inductor compiles for a known number of samples only."""
+    return isinstance(module, nn.modules.conv._ConvNd) and not getattr(module, "any_batch", False)
 
 
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Stochastic depth in residual blocks that are not ours, timm's and torchvision's: the one file that knows such blocks.
 
 Their drop-path modules are found by class name, by attribute name where an identity (or nothing) stands for rate 0, and
-replaced by `GraftedDropPath`. A block's own forward is left alone. To skip, the kept samples are selected in a hook in
+replaced by `GraftedDropPath`; blocks that have no place for one, or a wrong one, get it behind the last module of each
+branch (`BRANCH_ENDS`). A block's own forward is left alone. To skip, the kept samples are selected in a hook in
 front of the first module of a branch, and the grafted module at the branch's end scatters the result into zeros of the
 full batch. Where a branch begins is found by watching one forward pass, and every conversion is then run against masking
 with the same kept set, outputs and gradients, on a copy with randomised scales. What does not agree falls back to
@@ -11,20 +12,38 @@ skipping the whole block, and what does not agree then either is masked.
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from layers.drop_path import DropPath, Mode
+from layers.drop_path import DropPath, Mode, is_fixed_conv
 
 Role = Literal["mask", "branch", "block", "silent"]
 
 CLASS_NAMES = ("DropPath", "StochasticDepth")
 ATTRIBUTE = re.compile(r"drop_path|stochastic_depth")
-# Containers of branches that run side by side inside one block (timm's parallel ViT).
-PARALLEL = ("attns", "ffns")
+# Containers of what shares the rate of the block around it: branches side by side (timm's parallel ViT), and the
+# transformer inside a MobileViT block.
+NESTED = ("attns", "ffns", "transformer")
+# Blocks that update the class token alone (CaiT, XCiT, VOLO). Their authors never drop them, so they count as no block.
+CLASS_ATTENTION = ("LayerScaleBlockClassAttn", "ClassAttentionBlock", "ClassBlock")
+# Residual blocks without a place for stochastic depth: by module and class, the last module of each branch, and the
+# attribute that says whether there is a shortcut ("": always).
+BRANCH_ENDS: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
+    ("torchvision.models.resnet", "BasicBlock"): (("bn2",), ""),
+    ("torchvision.models.resnet", "Bottleneck"): (("bn3",), ""),
+    ("torchvision.models.regnet", "ResBottleneckBlock"): (("f",), ""),
+    ("torchvision.models.vision_transformer", "EncoderBlock"): (("dropout", "mlp"), ""),
+    ("torchvision.models.mobilenetv2", "InvertedResidual"): (("conv",), "use_res_connect"),
+    ("torchvision.models.mobilenetv3", "InvertedResidual"): (("block",), "use_res_connect"),
+    ("torchvision.models.mnasnet", "_InvertedResidual"): (("layers",), "apply_residual"),
+    # timm's own place drops the block's input there: see MISPLACED
+    ("timm.models.resnest", "ResNestBottleneck"): (("bn3",), ""),
+}
+MISPLACED = ("ResNestBottleneck",)
+"""Classes whose own forward applies drop path to something else than a branch (timm 1.0.31)."""
 # Modules tried as the beginning of a branch: children in the order of their calls, then deeper ones.
 CANDIDATES = 12
 TOLERANCE = 1e-4
@@ -46,31 +65,47 @@ class GraftedDropPath(DropPath):
         self.tried = False  # whether `convert_to_skip` has looked at it
         self.applied = True  # whether a forward pass calls it at all: blocks without a shortcut do not
         self._draw: _Draw | None = None
+        self._batch = 0  # of the block around it, where its branch begins with windows of samples
 
     @property
     def skips(self) -> bool:
         """Whether dropped samples are left out of the computation."""
         return self._skips and self.role != "mask"
 
-    def select(self, x: Tensor) -> Tensor | None:
-        """Draws, remembers the draw for the branch's end, and returns the kept samples; `None`: take all."""
+    def select(self, x: Tensor, groups: int = 1) -> Tensor | None:
+        """Draws, remembers the draw for the branch's end, and returns the kept samples; `None`: take all.
+
+        `groups` rows of x, one behind the other, are one sample.
+        """
         self._draw = None
-        if not (self.training and self.skips) or self.rate == 0.0:
+        if not (self.training and self.skips) or not x.shape[0]:
             return None
-        batch = x.shape[0]
+        batch = x.shape[0] // groups
         count_tensor, order = self.draw(batch, x.device)
-        count = int(count_tensor)
         self._count(batch, count_tensor)
         scale = self._scale(x.dtype)
-        if count == 0 and batch > 0 and not self._has_batch_norm:
+        if torch.compiler.is_compiling() and (self._has_fixed_conv or self._has_batch_norm):
+            self._draw = _Draw(batch, None, (order.argsort() < count_tensor) * scale)
+            return None
+        if self._has_batch_norm:  # with too few to take statistics of, all are computed and the others multiplied by 0
+            computed_tensor = torch.where(count_tensor < 2, batch, count_tensor)
+        else:
             # The block's own code may not take an empty batch: one sample is computed and multiplied by 0, so that
             # every parameter gets its (zero) gradient.
-            self._draw = _Draw(batch, order[:1], torch.zeros_like(scale))
-        elif count == batch or (self._has_batch_norm and count < 2):
-            self._draw = _Draw(batch, None, (order.argsort() < count) * scale)
-        else:
-            self._draw = _Draw(batch, order[:count], scale)
-        return None if self._draw.kept is None else x.index_select(0, self._draw.kept)
+            computed_tensor = count_tensor.clamp(min=1)
+        computed = int(computed_tensor.item())
+        if torch.compiler.is_compiling():
+            torch._check(computed >= 1)
+            torch._check(computed <= batch)
+        elif computed == batch:
+            self._draw = _Draw(batch, None, None if self.rate == 0.0 else (order.argsort() < count_tensor) * scale)
+            return None
+        kept = order.narrow(0, 0, computed)
+        self._draw = _Draw(batch, kept, (torch.arange(computed, device=x.device) < count_tensor) * scale)
+        if groups == 1:
+            return x.index_select(0, kept)
+        grouped = x.reshape(batch, groups, *x.shape[1:]).index_select(0, kept)  # (B', groups, ...)
+        return grouped.reshape(computed * groups, *x.shape[1:])
 
     def draw(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Number of kept samples (0-dim, CPU) and a random order of the samples, of which the first are kept."""
@@ -93,31 +128,89 @@ class _Draw:
     """One draw on its way from the beginning of a branch or block to its end."""
 
     batch: int
-    kept: Tensor | None  # indices; None: all samples were computed and `scale` is (B,)
-    scale: Tensor
+    kept: Tensor | None  # indices of the samples that are computed; None: all
+    scale: Tensor | None  # their factors, 1 / keep_prob or 0; None: nothing is dropped
 
     def scaled(self, out: Tensor) -> Tensor:
-        """The branch's output, divided by keep_prob, for those samples that are computed."""
-        scale = self.scale.to(out.dtype)
-        return out * (scale.view(-1, *(1,) * (out.ndim - 1)) if self.kept is None else scale)
+        """The branch's output for those samples that are computed, each by its factor."""
+        return out if self.scale is None else out * self.scale.to(out.dtype).view(-1, *(1,) * (out.ndim - 1))
+
+    def as_mask(self) -> "_Draw":
+        """The same draw for a branch that is computed in full."""
+        if self.kept is None or self.scale is None:
+            return self
+        return replace(self, kept=None, scale=self.scale.new_zeros(self.batch).index_copy(0, self.kept, self.scale))
 
     def scatter(self, out: Tensor) -> Tensor:
-        """The branch's scaled output for the kept samples, (B', ...) -> (B, ...) with zeros for the dropped."""
+        """The branch's scaled output for the computed samples, (B', ...) -> (B, ...) with zeros for the others."""
         out = self.scaled(out)
         return out if self.kept is None else out.new_zeros(self.batch, *out.shape[1:]).index_add(0, self.kept, out)
 
 
-class SelectKept:
-    """Forward pre-hook of the first module of a branch."""
+class NoteBatch:
+    """Forward pre-hook of a block in which a branch begins with windows of samples: says how many samples there are."""
 
     def __init__(self, drop_path: GraftedDropPath) -> None:
         self.drop_path = drop_path
 
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.drop_path._batch = args[0].shape[0]
+
+
+class SelectKept:
+    """Forward pre-hook of the first module of a branch, whose first argument holds samples or windows of samples."""
+
+    def __init__(self, drop_path: GraftedDropPath, *, windows: bool = False) -> None:
+        self.drop_path = drop_path
+        self.windows = windows
+
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not isinstance(args[0], Tensor):
             return None
-        selected = self.drop_path.select(args[0])
+        groups = args[0].shape[0] // self.drop_path._batch if self.windows else 1
+        selected = self.drop_path.select(args[0], groups)
         return None if selected is None else (selected, *args[1:])
+
+
+class SkipModule:
+    """Hooks of one module, where the code around it wants the full batch: computes it for the kept samples only."""
+
+    def __init__(self, drop_path: GraftedDropPath, *, windows: bool = False) -> None:
+        self.select = SelectKept(drop_path, windows=windows)
+        self.kept: Tensor | None = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Hands on the kept samples, and leaves a mask of the full batch for the branch's end."""
+        selected = self.select(module, args)
+        drop_path = self.select.drop_path
+        self.kept = None if selected is None or drop_path._draw is None else drop_path._draw.kept
+        if drop_path._draw is not None:
+            drop_path._draw = drop_path._draw.as_mask()
+        return selected
+
+    def after(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        """The kept samples' results in their places, zeros in the others."""
+        kept, self.kept = self.kept, None
+        draw = self.select.drop_path._draw
+        if kept is None or draw is None:
+            return None
+        groups = out.shape[0] // kept.shape[0]
+        full = out.new_zeros(draw.batch, groups, *out.shape[1:])
+        full = full.index_add(0, kept, out.reshape(kept.shape[0], groups, *out.shape[1:]))
+        return full.reshape(draw.batch * groups, *out.shape[1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}
+
+
+class ApplyAfter:
+    """Forward hook of a branch's last module, in a block that has no place of its own for stochastic depth."""
+
+    def __init__(self, drop_path: GraftedDropPath) -> None:
+        self.drop_path = drop_path
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return self.drop_path(out)
 
 
 class BlockSkip:
@@ -174,6 +267,8 @@ def find_owners(model: nn.Module) -> list[Owner]:
     owners = []
     for name, module in model.named_modules():
         slots: dict[str, nn.Module | None] = {}
+        if type(module).__name__ in CLASS_ATTENTION:
+            continue
         for key, child in module.named_children():
             named = isinstance(child, nn.Identity) and ATTRIBUTE.search(key)
             if isinstance(child, DropPath) or type(child).__name__ in CLASS_NAMES or named:
@@ -181,23 +276,31 @@ def find_owners(model: nn.Module) -> list[Owner]:
         for key, value in vars(module).items():
             if value is None and ATTRIBUTE.fullmatch(key):  # timm's ResNet at rate 0
                 slots[key] = None
+        if ends := branch_ends(module):
+            slots = {f"drop_path_{end}": getattr(module, f"drop_path_{end}", None) for end in ends}
         if slots:
             # without the part that torch.compile puts into the name: names tell blocks and stages apart
             owners.append(Owner(".".join(p for p in name.split(".") if p != "_orig_mod"), module, slots))
     return owners
 
 
+def branch_ends(module: nn.Module) -> tuple[str, ...]:
+    """Names of the last modules of a block's branches, where the block has no (good) place for stochastic depth."""
+    ends, shortcut = BRANCH_ENDS.get((type(module).__module__, type(module).__name__), ((), ""))
+    return ends if not shortcut or getattr(module, shortcut) else ()
+
+
 def block_names(owners: Sequence[Owner]) -> list[str]:
     """For each owner the name of the residual block it belongs to: owners of one block share a drop-path rate.
 
-    A block is named by its last index, that of parallel branches left out; owners of different classes that sit in one
-    indexed container (timm's DaViT) are one block.
+    A block is named by its last index, that of parts which share its rate (`NESTED`) left out; owners of different
+    classes that sit in one indexed container (timm's DaViT) are one block.
     """
     names = []
     for owner in owners:
         parts = owner.name.split(".")
         for i, part in enumerate(parts):
-            if part in PARALLEL:
+            if part in NESTED:
                 parts = parts[:i]
                 break
         while len(parts) > 1 and not parts[-1].isdigit():
@@ -215,9 +318,19 @@ def block_names(owners: Sequence[Owner]) -> list[str]:
     return merged
 
 
+def class_attention_blocks(model: nn.Module) -> int:
+    """Number of blocks that are left alone since they update the class token only (`CLASS_ATTENTION`)."""
+    return sum(type(module).__name__ in CLASS_ATTENTION for module in model.modules())
+
+
 def is_foreign(model: nn.Module) -> bool:
     """Whether a model has places for stochastic depth that are not ours."""
     return any(not isinstance(child, DropPath) for owner in find_owners(model) for child in owner.slots.values())
+
+
+def misplaced(owner: Owner) -> bool:
+    """Whether a block's own drop path is at work and drops something else than a branch."""
+    return type(owner.module).__name__ in MISPLACED and isinstance(getattr(owner.module, "drop_path", None), nn.Module)
 
 
 def foreign_rate(module: nn.Module | None) -> float:
@@ -228,12 +341,16 @@ def foreign_rate(module: nn.Module | None) -> float:
 def graft(model: nn.Module) -> None:
     """Puts a `GraftedDropPath` into every place for one. State-dict keys and evaluation stay as they are."""
     for owner in find_owners(model):
+        if misplaced(owner):
+            owner.module.drop_path = None  # type: ignore[assignment]
         for key, child in owner.slots.items():
             if not isinstance(child, DropPath):
                 grafted = GraftedDropPath(foreign_rate(child))
                 owner.module.__dict__.pop(key, None)
                 grafted.train(owner.module.training)
                 setattr(owner.module, key, grafted)
+                if end := key.removeprefix("drop_path_") if branch_ends(owner.module) else "":
+                    owner.module.get_submodule(end).register_forward_hook(ApplyAfter(grafted))
 
 
 # ---- converting to skip ---------------------------------------------------------------------------------------------
@@ -310,20 +427,64 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Convers
     return conversions
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where a branch begins.
+
+    Attributes:
+        part: The first module of it.
+        windows: Whether that is given windows of samples.
+        alone: Whether only this one module is skipped, since the code behind it wants the full batch.
+    """
+
+    part: str
+    windows: bool = False
+    alone: bool = False
+
+
 @dataclass
 class _Call:
-    """One call of an owner in the probe: its arguments, and the modules it called before each slot."""
+    """One call of an owner in the probe: its arguments, and how it called its slots.
+
+    Attributes:
+        slots: By slot, its calls; a slot that serves two branches is called twice.
+        parts: Other parts called since the last slot was, and the rows they were given.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    candidates: dict[str, list[str]] = field(default_factory=dict)
+    slots: dict[str, list["_SlotCall"]] = field(default_factory=dict)
+    parts: list[tuple[str, int]] = field(default_factory=list)
     times: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the first argument; 0 where it is no tensor."""
+        return len(self.args[0]) if self.args and isinstance(self.args[0], Tensor) else 0
 
     @property
     def shapes(self) -> tuple[Any, ...]:
         """Shapes and types of the arguments, as part of a key."""
         values = (*self.args, *self.kwargs.values())
         return tuple(tuple(v.shape) if isinstance(v, Tensor) else repr(type(v)) for v in values)
+
+
+@dataclass(frozen=True)
+class _SlotCall:
+    """One call of a slot: the rows it was given, and the parts at which its branch may begin, in the order to try."""
+
+    rows: int
+    entries: list[_Entry]
+
+
+def _slot_call(rows: int, call: _Call) -> _SlotCall:
+    entries = []
+    for part, given in sorted(call.parts, key=lambda part: part[0].count(".")):  # outer ones first; the sort is stable
+        if given == rows:
+            entries.append(_Entry(part))
+        elif rows and rows == call.rows and given % rows == 0:
+            entries.append(_Entry(part, windows=True))
+    return _SlotCall(rows, entries[:CANDIDATES])
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:
@@ -343,7 +504,7 @@ def _watch(model: nn.Module, owners: list[Owner], input_size: Sequence[int]) -> 
             if owner.name in calls:
                 calls[owner.name].times += 1
             else:
-                calls[owner.name] = _Call(_clone(args), _clone(kwargs), {"": []})
+                calls[owner.name] = _Call(_clone(args), _clone(kwargs))
 
         return hook
 
@@ -353,10 +514,10 @@ def _watch(model: nn.Module, owners: list[Owner], input_size: Sequence[int]) -> 
             if call is None or call.times > 1:
                 return
             if part in owner.slots:
-                call.candidates[part] = call.candidates.pop("")
-                call.candidates[""] = []
-            elif args and isinstance(args[0], Tensor):
-                call.candidates[""].append(part)
+                call.slots.setdefault(part, []).append(_slot_call(len(args[0]), call))
+                call.parts.clear()
+            elif args and isinstance(args[0], Tensor) and args[0].ndim:
+                call.parts.append((part, len(args[0])))
 
         return hook
 
@@ -374,48 +535,60 @@ def _watch(model: nn.Module, owners: list[Owner], input_size: Sequence[int]) -> 
 
 
 class _FixedDraw(GraftedDropPath):
-    """For trials: keeps samples 0 and 2 of three."""
+    """For trials: keeps samples 0 and 2 of every three."""
 
     def draw(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        assert batch == 3
-        return torch.tensor(2), torch.tensor([2, 0, 1], device=device)
+        kept = [i for i in reversed(range(batch)) if i % 3 != 1]
+        return torch.tensor(len(kept)), torch.tensor(kept + list(range(1, batch, 3)), device=device)
 
     def _draw_mask(self, x: Tensor) -> Tensor:
-        return torch.tensor([True, self.drop_prob == 0.0, True], device=x.device)
+        return (torch.arange(len(x), device=x.device) % 3 != 1) | (self.drop_prob == 0.0)
 
 
 def _try(owner: Owner, call: _Call) -> dict[str, Any]:
     """How an owner of this structure can skip: the first module of each branch, or the block, or a reason."""
     if call.times > 1:
         return {"reason": "called more than once in a forward pass"}
-    unused = [slot for slot in owner.slots if slot not in call.candidates]
+    unused = [slot for slot in owner.slots if slot not in call.slots]
     if unused:
         return {"reason": f"{', '.join(unused)} is not applied: the block has no shortcut"}
-    entries: dict[str, str] = {}
+    entries: dict[str, list[_Entry]] = {}
     whole = True
     for slot in owner.slots:
-        parts = sorted(call.candidates[slot], key=lambda part: part.count("."))  # stable: in the order of their calls
-        for i, entry in enumerate(parts[:CANDIDATES]):
-            if not _disagreement(owner, call, {slot: entry}):
-                entries[slot] = entry
-                # what was called before may belong to the branch: a norm behind the attention would agree as well
-                whole = whole and not any(_has_matrix(owner.module, part) for part in parts[:i])
-                break
-    if whole and len(entries) == len(owner.slots):
+        found: list[_Entry] = []
+        for slot_call in call.slots[slot]:
+            for i, entry in enumerate(slot_call.entries):
+                if not _disagreement(owner, call, {slot: [entry]}):
+                    found.append(entry)
+                    # what was called before may belong to the branch: a norm behind the attention would agree as well
+                    whole = whole and not any(_has_matrix(owner.module, e.part) for e in slot_call.entries[:i])
+                    break
+            else:
+                alone = [replace(e, alone=True) for e in slot_call.entries if _has_matrix(owner.module, e.part)]
+                if alone and not _disagreement(owner, call, {slot: alone[:1]}):
+                    found.append(alone[0])
+                    whole = whole and all(e.part.startswith(f"{alone[0].part}.") for e in alone[1:])
+        if len(found) == len(call.slots[slot]):
+            entries[slot] = found
+    complete = len(entries) == len(owner.slots)
+    if whole and complete and not _disagreement(owner, call, entries):
         return {"entries": entries}
     failure = _disagreement(owner, call, None)
     if not failure:
         return {"block": True, "reason": "its branches cannot be skipped one by one"}
-    if len(entries) == len(owner.slots):
+    if complete and not _disagreement(owner, call, entries):
         return {"entries": entries}
-    return {"entries": entries, "reason": f"neither branches nor block agree with masking: {failure}"}
+    entries = {slot: found for slot, found in entries.items() if len(found) == 1}
+    often = [f"{slot} is called {len(calls)} times" for slot, calls in call.slots.items() if len(calls) > 1]
+    why = "; ".join([*often, f"neither branches nor block agree with masking: {failure}"])
+    return {"entries": entries, "reason": why}
 
 
 def _has_matrix(module: nn.Module, part: str) -> bool:
     return any(p.ndim > 1 and min(p.shape[:2]) > 1 for p in module.get_submodule(part).parameters())
 
 
-def _disagreement(owner: Owner, call: _Call, entries: dict[str, str] | None) -> str:
+def _disagreement(owner: Owner, call: _Call, entries: dict[str, list[_Entry]] | None) -> str:
     """Runs a copy, skipping and masking with the same kept set; returns what differs, or an empty string.
 
     `entries` gives the first module of the branches to skip; `None` skips the block.
@@ -446,10 +619,10 @@ def _disagreement(owner: Owner, call: _Call, entries: dict[str, str] | None) -> 
     if entries is None:
         _hook_block(trial, list(grafted(trial)))
     else:
-        for slot, entry in entries.items():
+        for slot, found in entries.items():
             module = trial.get_submodule(slot)
             assert isinstance(module, GraftedDropPath)
-            _hook_branch(trial, entry, module)
+            _hook_branch(trial, found, module)
     try:
         result = _run(trial, call)
     except Exception as error:
@@ -471,14 +644,20 @@ def _run(module: nn.Module, call: _Call) -> list[Tensor | None]:
     """Output, and the gradients of a fixed random projection of it, of inputs and parameters."""
     args, kwargs = _clone(call.args, grad=True), _clone(call.kwargs, grad=True)
     with torch.enable_grad():
-        out = module(*args, **kwargs)
-        if not isinstance(out, Tensor):
-            raise TypeError("the block does not return one tensor")
-        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        returned = module(*args, **kwargs)
+        outs = [out for out in (returned if isinstance(returned, (tuple, list)) else [returned]) if _has_gradient(out)]
+        if not outs:
+            raise TypeError("the block returns no tensor")
+        generator = torch.Generator().manual_seed(1)
+        projected = [(out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outs]
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
         inputs += [p for p in module.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad((out * weight).sum(), inputs, allow_unused=True)
-    return [out.detach(), *(None if g is None else g for g in gradients)]
+        gradients = torch.autograd.grad(torch.stack(projected).sum(), inputs, allow_unused=True)
+    return [*(out.detach() for out in outs), *gradients]
+
+
+def _has_gradient(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> None:
@@ -487,6 +666,7 @@ def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> Non
     conversion.reason = found.get("reason", "")
     for slot in slots.values():
         slot._has_batch_norm, slot.tried, slot.reason = norms, True, conversion.reason
+        slot._has_fixed_conv = any(is_fixed_conv(m) for m in owner.module.modules())
     if found.get("block"):
         _hook_block(owner.module, list(slots.values()))
     else:
@@ -497,9 +677,18 @@ def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> Non
     conversion.roles = {key: slot.role for key, slot in slots.items()}
 
 
-def _hook_branch(owner: nn.Module, entry: str, drop_path: GraftedDropPath) -> None:
+def _hook_branch(owner: nn.Module, entries: Sequence[_Entry], drop_path: GraftedDropPath) -> None:
     drop_path.role = "branch"
-    owner.get_submodule(entry).register_forward_pre_hook(SelectKept(drop_path))
+    if any(entry.windows for entry in entries):
+        owner.register_forward_pre_hook(NoteBatch(drop_path))
+    for entry in entries:
+        first = owner.get_submodule(entry.part)
+        if entry.alone:
+            skip = SkipModule(drop_path, windows=entry.windows)
+            first.register_forward_pre_hook(skip.before)
+            first.register_forward_hook(skip.after)
+        else:
+            first.register_forward_pre_hook(SelectKept(drop_path, windows=entry.windows))
 
 
 def _hook_block(owner: nn.Module, drop_paths: Sequence[GraftedDropPath]) -> None:

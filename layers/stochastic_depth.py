@@ -19,6 +19,7 @@ from layers.foreign import (
     GraftedDropPath,
     Owner,
     block_names,
+    class_attention_blocks,
     convert_to_skip,
     find_owners,
     foreign_rate,
@@ -26,6 +27,7 @@ from layers.foreign import (
     grafted,
     is_foreign,
     mark_applied,
+    misplaced,
 )
 from layers.rates import Profile, RateIs, drop_path_rates
 from layers.schedule import DropPathSchedule
@@ -170,7 +172,7 @@ def set_drop_path(
             module.reset_counts()
     if any(m._skips and not m.tried for m in grafted(inner)):
         _try_out(convert_to_skip, inner, input_size)
-    result = StochasticDepth(blocks, rates, schedule or DropPathSchedule(), _foreign_notes(blocks))
+    result = StochasticDepth(blocks, rates, schedule or DropPathSchedule(), _foreign_notes(inner, blocks))
     result.set_step(0)
     return result
 
@@ -191,7 +193,7 @@ def _input_size(model: nn.Module) -> Sequence[int] | None:
     return config.get("input_size") if isinstance(config, Mapping) else None
 
 
-def _foreign_notes(blocks: Sequence[Block]) -> list[str]:
+def _foreign_notes(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
     """What became of the drop-path modules of a foreign model, a line per kind."""
     notes: dict[str, int] = {}
     for block in blocks:
@@ -204,9 +206,12 @@ def _foreign_notes(blocks: Sequence[Block]) -> list[str]:
                 elif module.role == "mask":
                     what = f"masks, since {module.reason}"
                 else:
-                    what = f"skips per {module.role}"
+                    what = f"skips per {module.role}" + (f", since {module.reason}" if module.reason else "")
                 notes[what] = notes.get(what, 0) + 1
-    return [f"{count} drop-path modules: {what}" for what, count in notes.items()]
+    lines = [f"{count} drop-path modules: {what}" for what, count in notes.items()]
+    if untouched := class_attention_blocks(model):
+        lines.append(f"{untouched} class-attention blocks: left alone, as their authors do")
+    return lines
 
 
 def break_even_of(blocks: Sequence[Block]) -> dict[str, float]:
@@ -405,7 +410,7 @@ def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = Non
         nominal = max((m.drop_prob for m in modules), default=0.0)
         rows.append(BlockReport(block.name, nominal, _describe_mode(modules), realised, share, saved))
     problems += _suspicions(inner, blocks, rows)
-    notes += _sharing(blocks, rows, problems) + _foreign_notes(blocks)
+    notes += _sharing(blocks, rows, problems) + _foreign_notes(inner, blocks)
     expected_depth = math.fsum(1.0 - r.nominal_rate for r in rows)
     saved_total = None if macs is None else math.fsum(r.saved_share or 0.0 for r in rows)
     return DropPathReport(rows, expected_depth, saved_total, problems, notes)
@@ -417,6 +422,9 @@ def _foreign_blocks(model: nn.Module) -> tuple[list[Block], list[str]]:
     blocks: dict[str, Block] = {}
     for owner, name in zip(owners, block_names(owners), strict=True):
         block = blocks.setdefault(name, Block(name, {}))
+        if misplaced(owner):
+            kind = type(owner.module).__name__
+            problems.append(f"{owner.name}: {kind} drops its input, not its branch; set_drop_path mends that")
         for key, child in owner.slots.items():
             rate = foreign_rate(child)
             if not 0.0 <= rate <= 1.0:

@@ -103,6 +103,59 @@ class SpatialMlp(nn.Module):
         return x.transpose(1, 2).reshape(batch, height, width, dim)
 
 
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution of (B, H, W, C) with stride 1 and no bias, which keeps H and W.
+
+    torch.compile does not know how many samples mode `skip` keeps, predicts the memory layout of a convolution's output
+    wrongly for such a batch, and stops with an assertion (torch 2.14). While training compiled code it therefore runs as an
+    operator of our own, whose layout is always that of its input.
+
+    Args:
+        dim: Channels C.
+        kernel_size: Odd size of the kernel.
+    """
+
+    any_batch = True  # tells layers.drop_path that compiled code may skip around this convolution
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return _depthwise_conv(x, self.weight.to(x.dtype))
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, C, H, W), channels_last in memory
+
+
+@torch.library.custom_op("drop_path_zoo::depthwise_conv", mutates_args=())
+def _depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
+    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=weight.shape[0])  # (B, C, H, W)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+@torch.library.custom_op("drop_path_zoo::depthwise_conv_backward", mutates_args=())
+def _depthwise_conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    grad, image = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)  # (B, C, H, W)
+    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, image, weight, None, [1, 1], padding, [1, 1], False, [0, 0], weight.shape[0], [True, True, False]
+    )
+    return grad_x.permute(0, 2, 3, 1).contiguous(), grad_weight.contiguous()
+
+
+_depthwise_conv.register_fake(lambda x, weight: torch.empty_like(x, memory_format=torch.contiguous_format))
+_depthwise_conv_backward.register_fake(
+    lambda grad, x, weight: (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+    )
+)
+_depthwise_conv.register_autograd(
+    lambda ctx, grad: _depthwise_conv_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
 class SepConv(nn.Module):
     """Inverted separable convolution of MobileNetV2 with StarReLU: the token mixer of ConvFormer.
 
@@ -119,12 +172,11 @@ class SepConv(nn.Module):
         hidden = int(expansion_ratio * dim)
         self.pwconv1 = nn.Linear(dim, hidden, bias=False)
         self.act1 = StarReLU()
-        self.dwconv = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False)
+        self.dwconv = DepthwiseConv(hidden, kernel_size)
         self.pwconv2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act1(self.pwconv1(x)).permute(0, 3, 1, 2)  # (B, 2C, H, W), channels_last in memory
-        return self.pwconv2(self.dwconv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
+        return self.pwconv2(self.dwconv(self.act1(self.pwconv1(x))))
 
 
 class Attention(nn.Module):

@@ -1,11 +1,11 @@
-"""What tests of files written durably share: kills at any operation, and disks that fill up."""
+"""What tests share: kills at any operation and disks that fill up, for files written durably; counts of compilations."""
 
 import errno
 import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,3 +80,17 @@ def fill_disk(monkeypatch) -> Callable[[Callable[[], object], Path], int]:
         raise AssertionError("the disk never had room enough")
 
     return fill
+
+
+@pytest.fixture
+def compilations() -> Iterator[Callable[[], tuple[int, int]]]:
+    """Counts the graphs that torch.compile made so far, and the graph breaks.
+
+    With what the training run sets for torch.compile: the number of kept samples stays a number in the graph.
+    """
+    counters = torch._dynamo.utils.counters
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        torch._dynamo.reset()
+        counters.clear()
+        yield lambda: (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+        torch._dynamo.reset()
