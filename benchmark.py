@@ -3,6 +3,7 @@
 import argparse
 import copy
 import gc
+import itertools
 import json
 import os
 import platform
@@ -16,18 +17,19 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
 
 from layers.drop_path import BREAK_EVEN, DropPath
-from layers.foreign import GraftedDropPath, find_owners, grafted
+from layers.foreign import GraftedDropPath, find_owners, foreign_rate, grafted, misplaced
 from layers.stochastic_depth import drop_path_report, set_drop_path
 from models.config import MetaFormerConfig, PatchConfig
 from models.factory import create_model
 from models.metaformer import build_block
 
 RATES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
-# Small architectures of many families of timm, one a line.
+# Small architectures of many families of timm and torchvision, one a line.
 ARCHITECTURES = Path(__file__).parent / "benchmarks" / "architectures.txt"
 
 
@@ -66,15 +68,12 @@ class TimmResidual(DropPath):
         return (x if shortcut is None else shortcut) + self.timm(branch(x))
 
 
-def variants(model: nn.Module, rate: float, profile: str) -> dict[str, nn.Module]:
+def variants(model: nn.Module, rate: float, profile: str, break_even: float | None) -> dict[str, nn.Module]:
     """One model with the same weights in each way of doing stochastic depth."""
     built = {name: copy.deepcopy(model).train() for name in ("mask", "skip", "timm", "floored")}
     for name, other in built.items():
-        set_drop_path(other, rate, profile=profile, mode="skip" if name == "skip" else "mask")  # type: ignore[arg-type]
-        if name == "skip" and "pretrained_cfg" not in vars(
-            model
-        ):  # blocks and branches: where does skipping begin to pay
-            set_drop_path(other, rate, profile=profile, mode="skip", break_even=0.0)  # type: ignore[arg-type]
+        mode = "skip" if name == "skip" else "mask"
+        set_drop_path(other, rate, profile=profile, mode=mode, break_even=break_even)  # type: ignore[arg-type]
         if name in ("timm", "floored"):
             for module in list(other.modules()):
                 for key, child in list(module.named_children()):
@@ -126,37 +125,55 @@ def _wait(tensor: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds per step of each, its ratio to mask, realised rate, and on CUDA the peak memory in MiB."""
+def peak_memory(model: nn.Module, images: Tensor) -> float:
+    """MiB that one forward and backward pass allocates at its highest point, beside weights and images."""
+    model.zero_grad(set_to_none=True)
+    if images.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step_time(model, images)
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step_time(model, images)
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # type: ignore[attr-defined]
+    return round(max(itertools.accumulate(changes)) / 2**20, 1)
+
+
+def realised_rate(model: nn.Module, batch: int, draws: int = 400) -> float:
+    """Share of samples that the model's drop-path modules drop, read off their outputs, over blocks."""
+    ones, zeros = torch.ones(batch, 1), torch.zeros(batch, 1)
+    modules = [m for m in model.modules() if isinstance(m, DropPath)]
+    with torch.no_grad():
+        kept = sum(
+            int(m.residual(ones, lambda x: x, zeros).count_nonzero()) for m in modules for _ in range(draws)
+        )  # fmt: skip
+    return round(1.0 - kept / (batch * draws * len(modules)), 4)
+
+
+def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
+    """Median seconds per step of each, its ratio to mask with quartiles, peak memory and realised rate."""
     times: dict[str, list[float]] = {name: [] for name in models}
-    peaks: dict[str, float] = {}
     for model in models.values():
         step_time(model, images)
-        for module in model.modules():
-            if isinstance(module, DropPath):
-                module.reset_counts()
     for _ in range(rounds):
         for name, model in models.items():
-            if images.is_cuda:
-                torch.cuda.reset_peak_memory_stats()
             times[name].append(step_time(model, images))
-            if images.is_cuda:
-                peaks[name] = max(peaks.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**20)
             model.zero_grad(set_to_none=True)
     results = {}
     for name, model in models.items():
-        drawn = [m for m in model.modules() if isinstance(m, DropPath) and m.samples_seen]
         # ratio of paired rounds: what slows the machine down for a while slows both
         ratios = [a / b for a, b in zip(times["mask"], times[name], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         results[name] = {
             "seconds": round(statistics.median(times[name]), 5),
-            "speedup_over_mask": round(statistics.median(ratios), 4),
-            "realised_rate": round(
-                sum(m.samples_dropped for m in drawn) / max(sum(m.samples_seen for m in drawn), 1), 4
-            ),
+            "speedup_over_mask": round(middle, 4),
+            "quartiles": [round(low, 4), round(high, 4)],
+            "peak_mb": statistics.median(peak_memory(model, images) for _ in range(3)),
+            "realised_rate": realised_rate(model, len(images)),
         }
-        if peaks:
-            results[name]["peak_mb"] = round(peaks[name], 1)
+        model.zero_grad(set_to_none=True)
     return results
 
 
@@ -178,34 +195,52 @@ def drop_path_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         model, shape = make()
         model.to(device)
         images = torch.randn(batch, *shape, device=device)
+        break_even = 0.0 if title.endswith(" branch") else None  # of branches it is what we look for
         for profile in ["constant"] if " " in title else args.profiles:
             for rate in args.rates:
-                models = {k: v for k, v in variants(model, rate, profile).items() if k in args.variants or k == "mask"}
+                built = variants(model, rate, profile, break_even)
+                models = {k: v for k, v in built.items() if k in args.variants or k == "mask"}
                 result = interleaved(models, images, args.rounds)
-                share = None
-                if " " not in title:
-                    skipping = drop_path_report(models.get("skip", models["mask"])).compute_saved
-                    share = None if skipping is None else round(skipping, 4)
-                rows.append({"subject": title, "batch": batch, "profile": profile, "rate": rate,
-                             "compute_saved": share, **{k: v for k, v in result.items()}})  # fmt: skip
+                dropped = dropped_compute(model, rate, profile, shape)
+                row = {"subject": title, "batch": batch, "profile": profile, "rate": rate, "compute_dropped": dropped}
+                if dropped and "skip" in result:  # of the time that the dropped compute took, the share that is saved
+                    saved = (1.0 - 1.0 / result["skip"]["speedup_over_mask"]) / dropped
+                    row["dropped_compute_saved"] = round(saved, 3)
+                rows.append({**row, **result})
                 text = "  ".join(
-                    f"{k} {v['seconds'] * 1000:.1f} ms ({v['speedup_over_mask']:.3f}x)" for k, v in result.items()
+                    f"{k} {v['seconds'] * 1000:.1f} ms ({v['speedup_over_mask']:.3f}x, {v['peak_mb']:.0f} MiB)"
+                    for k, v in result.items()
                 )
                 print(f"{title:<16} {profile:<9} rate {rate:<4} {text}", flush=True)
-                del models
+                del built, models
                 gc.collect()
     return {"rows": rows}
+
+
+def dropped_compute(model: nn.Module, rate: float, profile: str, shape: tuple[int, ...]) -> float:
+    """Share of the model's multiply-accumulates in branches that are dropped, whether or not time is saved by it."""
+    trial = copy.deepcopy(model)
+    set_drop_path(trial, rate, profile=profile, mode="skip", break_even=0.0)  # type: ignore[arg-type]
+    saved = drop_path_report(trial, input_size=shape).compute_saved
+    return round(saved or 0.0, 4)
 
 
 def _whole(name: str) -> nn.Module:
     return create_model(name, num_classes=1000)
 
 
+RULES = {
+    "CrossVit": "two rows of blocks side by side there, which count their depth once",
+    "NextViT": "three branches of a block share out its rate there",
+    "MobileNetV3": "rate * i / L there, the last convolution counted as a block",
+}
+"""Families whose own rule is neither linear over blocks nor constant."""
+
 # ---- any model ------------------------------------------------------------------------------------------------------
 
 
 def any_model_table(args: argparse.Namespace) -> dict[str, Any]:
-    """set_drop_path on timm's architectures: what skips how, rates against a fresh build, skip against mask."""
+    """set_drop_path on others' architectures: what skips how, rates against a fresh build, skip against mask."""
     rows = []
     for name in args.architectures or ARCHITECTURES.read_text().split():
         row: dict[str, Any] = {"architecture": name}
@@ -221,27 +256,29 @@ def any_model_table(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def _build(name: str, rate: float | None = None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A model of timm, or of torchvision where the name begins with `torchvision/`, and its input size."""
+    source, _, inner = name.rpartition("/")
+    if source == "torchvision":
+        more: dict[str, Any] = {} if rate is None else {"stochastic_depth_prob": rate}
+        return torchvision.models.get_model(inner, num_classes=4, **more), (3, 224, 224)
+    more = {} if rate is None else {"drop_path_rate": rate}
+    model = timm.create_model(name, num_classes=4, **more)
+    return model, model.pretrained_cfg["input_size"]  # type: ignore[index, return-value]
+
+
 def _check_architecture(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=4)
+    model, size = _build(name)
     model.train()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim <= 1:  # a layer scale of 1e-6 would hide any error
                 parameter.uniform_(0.5, 1.5)
-    size: tuple[int, int, int] = model.pretrained_cfg["input_size"]  # type: ignore[assignment, index]
     keys = list(model.state_dict())
     images = torch.randn(4, *size)
     set_drop_path(model, 0.2, input_size=size)
-    rates = [s.drop_prob for o in find_owners(model) for s in o.slots.values() if isinstance(s, DropPath)]
-    try:
-        fresh = timm.create_model(name, num_classes=4, drop_path_rate=0.2)
-        built = [float(getattr(s, "drop_prob", 0.0) or 0.0) for o in find_owners(fresh) for s in o.slots.values()]
-        equal = len(built) == len(rates) and all(abs(a - b) < 1e-6 for a, b in zip(rates, built, strict=True))
-        agreement = "equal" if equal else "constant there" if len(set(built)) == 1 else "other order or rule there"
-        del fresh
-    except TypeError:
-        agreement = "takes no drop_path_rate"
+    agreement = _compare_rates(model, name, 0.2)
     for mode in ("mask", "batch", "skip"):
         set_drop_path(model, 0.6, profile="constant", mode=mode, input_size=size)  # type: ignore[arg-type]
         model.zero_grad()
@@ -264,6 +301,27 @@ def _check_architecture(name: str) -> dict[str, Any]:
         "rates": agreement,
         "max_relative_deviation": deviation,
     }
+
+
+def _compare_rates(model: nn.Module, name: str, rate: float) -> str:
+    """How the rates that `set_drop_path` gave differ from those of a fresh build at that rate, in words."""
+    try:
+        fresh, _ = _build(name, rate)
+    except TypeError:
+        return "takes no rate there"
+    ours = [[s.drop_prob for s in o.slots.values() if isinstance(s, DropPath)] for o in find_owners(model)]
+    built = [[foreign_rate(s) for s in o.slots.values()] for o in find_owners(fresh)]
+    if any(misplaced(o) for o in find_owners(fresh)):  # its own place is another one than ours
+        built = [[foreign_rate(getattr(o.module, "drop_path", None))] for o in find_owners(fresh)]
+    pairs = [p for a, b in zip(ours, built, strict=True) for p in zip(a, b, strict=True)]
+    if all(abs(a - b) < 1e-6 for a, b in pairs):
+        return "equal"
+    if len({b for _, b in pairs}) == 1:
+        return "constant there"
+    blocks = len(pairs)
+    if all(abs(b - rate * i / blocks) < 1e-6 for i, (_, b) in enumerate(pairs)):
+        return f"rate * i / {blocks} there, so that no block reaches the rate"
+    return RULES.get(type(model).__name__, "another rule there")
 
 
 class MaskingDraw(GraftedDropPath):
@@ -300,7 +358,7 @@ def _skip_against_mask(model: nn.Module, images: Tensor) -> float:
 def _markdown(rows: list[dict[str, Any]]) -> str:
     good = [r for r in rows if "refused" not in r]
     lines = [
-        "# Stochastic depth on timm's architectures",
+        "# Stochastic depth on architectures of timm and torchvision",
         "",
         "Made by `python benchmark.py any-model --markdown docs/any-model.md`. Each model was built at rate 0; "
         "`set_drop_path` set its rates, forward and backward ran in the modes mask, batch and skip, and skip was compared",
@@ -381,8 +439,11 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--batch", type=int, default=16, help="of whole models")
     one.add_argument("--block-batch", type=int, default=32)
     one.add_argument("--rounds", type=int, default=7)
+    one.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default all")
     one.set_defaults(run=drop_path_benchmark)
-    two = commands.add_parser("any-model", help="set_drop_path on timm's architectures", parents=[common])
+    two = commands.add_parser(
+        "any-model", help="set_drop_path on architectures of timm and torchvision", parents=[common]
+    )
     two.add_argument("--architectures", nargs="+")
     two.add_argument("--markdown", type=Path)
     two.set_defaults(run=any_model_table)
@@ -392,6 +453,8 @@ def main(argv: list[str] | None = None) -> int:
     three.add_argument("overrides", nargs="*")
     three.set_defaults(run=digits_seeds)
     args = parser.parse_args(argv)
+    if "threads" in args:
+        torch.set_num_threads(args.threads)
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     about = {
