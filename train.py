@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         world = init_world(config.runtime.device)
         if not world.is_main:
             logging.disable(logging.INFO)
+            logging.getLogger("models").setLevel(logging.ERROR)  # what became of the weights, the main process says
         return run(args, config, folder, world)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

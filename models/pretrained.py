@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from huggingface_hub import constants as hub
+from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor
@@ -19,6 +21,7 @@ from layers.patch_embed import TokenEmbed
 from models.config import MetaFormerConfig
 from models.metaformer import MetaFormer
 from models.strict_yaml import ConfigError, nearest
+from models.weights import check_dense
 
 StateDict = dict[str, Tensor]
 
@@ -218,7 +221,8 @@ def load_into(
 
     Args:
         model: Receives the weights.
-        state: In our layout, timm's, or one of the original repositories'.
+        state: In our layout, timm's, or one of the original repositories', with or without the prefixes of DDP and
+            torch.compile.
         origin: Where they come from, for messages.
         replace_classifier: Leave the model's own classifier in place where the weights have other classes.
         adapt_input: Fit the first convolution to the model's input channels by timm's rule: for one channel its weights
@@ -230,14 +234,21 @@ def load_into(
     Raises:
         ConfigError: They do not fit; the model is unchanged.
     """
+    check_dense(state, origin)
+    state, prefix = _unwrapped(state)
     own, layout = model.state_dict(), original_layout(state)
     in_timm_shapes = not layout and any(_is_pointwise(k) and v.ndim == 4 for k, v in state.items())
     state = from_original(state) if layout else from_timm(state)
     lines = [f"weights from {origin}" + (f", in the layout of {layout}" if layout else "")]
+    lines[0] += f", without {prefix!r} before all names" if prefix else ""
     if in_timm_shapes and (keys := timm_head(model.config)):
         what = "normalises before pooling" if "order" in keys else "has a norm of eps 1e-5"
         lines.append(f"the head {what}, as the original; the same weights with head={keys} give timm's logits")
 
+    misfit = f"{origin}: weights do not fit {model.config.name or 'the model'}: "
+    for key, value in own.items():
+        if key in state and value.is_floating_point() and not state[key].is_floating_point():
+            raise ConfigError(f"{misfit}{key} holds {state[key].dtype}, expected floating-point numbers")
     conv = model.pretrained_cfg["first_conv"] + ".weight"
     if adapt_input and conv in state and _differs_in_channels(state[conv], own[conv]):
         before, after = state[conv].shape[1], own[conv].shape[1]
@@ -245,7 +256,8 @@ def load_into(
         lines.append(f"first convolution adapted from {before} to {after} input channels")
     lines += _adapt_positions(state, model)
     old = state.get(model.pretrained_cfg["classifier"] + ".weight")
-    if replace_classifier and (old is None or old.shape[0] != model.num_classes):
+    other_classes = old is not None and old.ndim == 2 and old.shape[0] != model.num_classes
+    if replace_classifier and (old is None or other_classes):
         lines += _replace_classifier(state, model, own)
 
     faults = [f"{k} has shape {_shape(state[k])}, expected {_shape(v)}" for k, v in own.items()
@@ -255,16 +267,25 @@ def load_into(
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         hint = ""
-        if len(faults) <= 2 and old is not None and "head.fc." in faults[0]:
+        if len(faults) <= 2 and old is not None and other_classes and "head.fc." in faults[0]:
             hint = f"\nthe weights have {old.shape[0]} classes: build with num_classes={old.shape[0]}, or name another "
             hint += "number to replace the classifier"
         elif len(faults) == 1 and conv in state and _differs_in_channels(state[conv], own[conv]):
             hint = f"\nthe weights have {state[conv].shape[1]} input channels: name in_chans to adapt them"
-        elif ".token_mixer.fc1." in faults[0]:
-            hint = f"\na spatial MLP takes images of one size: {model.config.image_size} is not that of the weights"
-        raise ConfigError(f"{origin}: weights do not fit {model.config.name or 'the model'}: {faults[0]}{more}{hint}")
+        elif mixer := re.search(r"\.token_mixer\.(fc1|random_matrix).* has shape", faults[0]):
+            kind = "a spatial MLP" if mixer[1] == "fc1" else "random mixing"
+            hint = f"\n{kind} takes images of one size: {model.config.image_size} is not that of the weights"
+        raise ConfigError(f"{misfit}{faults[0]}{more}{hint}")
     model.load_state_dict(state)
     return lines
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> tuple[StateDict, str]:
+    """The names without what DistributedDataParallel and torch.compile put in front of all of them, and that prefix."""
+    prefix = ""
+    while found := [w for w in ("module.", "_orig_mod.") if state and all(k.startswith(prefix + w) for k in state)]:
+        prefix += found[0]
+    return {key.removeprefix(prefix): value for key, value in state.items()}, prefix
 
 
 def _adapt_positions(state: StateDict, model: MetaFormer) -> list[str]:
@@ -272,7 +293,7 @@ def _adapt_positions(state: StateDict, model: MetaFormer) -> list[str]:
     key, embed = "embed.pos_embed", model.embed
     if key not in state or not isinstance(embed, TokenEmbed) or embed.pos_embed is None:
         return []
-    if state[key].shape[1] == embed.pos_embed.shape[1]:
+    if state[key].ndim != 3 or state[key].shape[1] == embed.pos_embed.shape[1]:
         return []
     prefix = embed.num_prefix_tokens if embed.embeds_all else 0
     side = math.isqrt(max(0, state[key].shape[1] - prefix))
@@ -357,5 +378,8 @@ def load_timm_pretrained(config: MetaFormerConfig) -> tuple[StateDict, str]:
         source = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub raises what its transport raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"published weights {name} could not be loaded: {reason}") from error
+        hint = f"looked in {hub.HF_HUB_CACHE}; on a machine without a network set HF_HUB_OFFLINE=1"
+        if isinstance(error, SafetensorError):
+            hint = f"delete the damaged models--timm--{name} in {hub.HF_HUB_CACHE}"
+        raise ConfigError(f"published weights {name} could not be loaded: {reason} ({hint})") from error
     return dict(source.state_dict()), f"timm {name}"

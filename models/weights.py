@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +25,15 @@ from models.strict_yaml import ConfigError, nearest
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-WEIGHTS_HASH = "weights_sha256"  # a key of config.json: safetensors has no checksum of its own
+# Keys of config.json: safetensors has no checksum of its own, nor has JSON.
+WEIGHTS_HASH = "weights_sha256"
+CONFIG_HASH = "config_sha256"  # of all other keys
+TORCH_SUFFIXES = (
+    ".pt",
+    ".pth",
+    ".pth.tar",
+    ".bin",
+)  # .pth.tar, which is no tar: sail-sg's files and timm's checkpoints
 
 
 class CheckpointError(RuntimeError):
@@ -56,7 +65,7 @@ def save_weights(folder: Path, state_dict: Mapping[str, torch.Tensor], config: d
     Args:
         folder: New, empty, or written by this function before.
         state_dict: Tensors by name.
-        config: What is needed to build the model; goes to JSON. Its key `weights_sha256` is ours.
+        config: What is needed to build the model; goes to JSON. Its keys `weights_sha256` and `config_sha256` are ours.
 
     Raises:
         ConfigError: When the folder holds other files, which replacing it would delete.
@@ -75,7 +84,9 @@ def save_weights(folder: Path, state_dict: Mapping[str, torch.Tensor], config: d
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    text = json.dumps({**config, WEIGHTS_HASH: weights_sha256(tensors)}, indent=2, allow_nan=False)
+    content = {**config, WEIGHTS_HASH: weights_sha256(tensors)}
+    content[CONFIG_HASH] = _config_sha256(json.loads(json.dumps(content)))
+    text = json.dumps(content, indent=2, allow_nan=False)
     try:
         with together(bool, final):
             make_folder(final.parent)
@@ -94,8 +105,9 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | 
     """Reads a folder of `save_weights`, or a file with a state dict, onto the CPU.
 
     Args:
-        path: A folder with model.safetensors and perhaps config.json, a .safetensors file, or a .pt/.pth file holding
-            a state dict, on its own or under the key "state_dict" or "model".
+        path: A folder with model.safetensors and perhaps config.json (or that file in it, which is the same), another
+            .safetensors file, or a file of torch.save (.pt, .pth, .pth.tar, .bin) holding a state dict, on its own or
+            under the key "state_dict" or "model".
 
     Returns:
         The tensors by name, and the folder's config (None for a file, or when there is no config.json).
@@ -104,6 +116,8 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | 
         ConfigError: When there is nothing to read, or it is damaged, or holds anything but tensors and plain values.
     """
     path = Path(path)
+    if path.name == WEIGHTS and (settled(path.parent) / CONFIG).exists():
+        path = path.parent  # what is said there of the file holds for it under either name
     found = settled(path)
     if found.is_dir():
         return _load_folder(found, path)
@@ -111,7 +125,8 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | 
         raise ConfigError(f"{path}: no such file or folder{nearest_beside(path)}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path), None
-    if path.suffix in (".pt", ".pth"):
+    if path.name.endswith(TORCH_SUFFIXES):
+        _check_zip(path)
         try:
             state = read_tensors(path)
         except CheckpointError as error:
@@ -120,11 +135,45 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | 
             if isinstance(state.get(key), dict):
                 state = state[key]
                 break
-        wrong = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
-        if wrong:
-            raise ConfigError(f"{path}: not a state dict: {str(wrong[0])!r} is not a tensor")
+        check_dense(state, path)
         return dict(state), None
-    raise ConfigError(f"{path}: cannot read weights from {path.suffix or 'this'}; allowed: .safetensors, .pt, .pth")
+    allowed = ", ".join((".safetensors", *TORCH_SUFFIXES))
+    raise ConfigError(f"{path}: cannot read weights from {path.suffix or 'this'}; allowed: {allowed}")
+
+
+def check_dense(state: Mapping[Any, Any], origin: object) -> None:
+    """Refuses what is not a dict of dense tensors by name.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{origin}: not a state dict: its key {key!r} is not text")
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(f"{origin}: not a state dict: {key!r} is not a tensor")
+        if not _is_dense(value) or value.is_meta:
+            what = "on the meta device, without values" if value.is_meta else str(value.layout)
+            raise ConfigError(
+                f"{origin}: {key} must be a dense tensor, is {'quantized' if value.is_quantized else what}"
+            )
+
+
+def _check_zip(path: Path) -> None:
+    """Refuses a file of torch.save that does not match its own checksums, which torch does not look at.
+
+    torch's format before 1.6 is no zip and has none.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged zip can raise nearly anything
+        raise ConfigError(f"{path}: refused: cut short or damaged ({type(error).__name__})") from error
+    if damaged is not None:
+        raise ConfigError(f"{path}: refused: damaged: {damaged} in it does not match its checksum")
 
 
 def _load_folder(folder: Path, named: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
@@ -142,10 +191,27 @@ def _load_folder(folder: Path, named: Path) -> tuple[dict[str, torch.Tensor], di
         if not isinstance(config, dict):
             raise ConfigError(f"{named / CONFIG}: must be a JSON object, got {type(config).__name__}")
     state = _read_safetensors(folder / WEIGHTS)
-    expected = config.pop(WEIGHTS_HASH, None) if config else None
-    if expected is not None and expected != weights_sha256(state):
-        raise ConfigError(f"{named / WEIGHTS}: damaged: its hash is not {WEIGHTS_HASH} of {CONFIG} beside it")
+    hashes = (WEIGHTS_HASH, CONFIG_HASH)
+    # Ours: timm's config has neither hash and no section `model`. One damaged byte leaves a sign of it.
+    if config and (isinstance(config.get("model"), dict) or not config.keys().isdisjoint(hashes)):
+        missing = next((key for key in hashes if key not in config), None)
+        if missing is not None:
+            raise ConfigError(
+                f"{named / CONFIG}: damaged, or not as it was written: {missing} is missing; "
+                f"a copy of {WEIGHTS} on its own is loaded unchecked"
+            )
+        if config[CONFIG_HASH] != _config_sha256(config):
+            raise ConfigError(f"{named / CONFIG}: damaged, or not as it was written: its hash is not {CONFIG_HASH}")
+        if config[WEIGHTS_HASH] != weights_sha256(state):
+            raise ConfigError(f"{named / WEIGHTS}: damaged: its hash is not {WEIGHTS_HASH} of {CONFIG} beside it")
+        config = {key: value for key, value in config.items() if key not in hashes}
     return state, config
+
+
+def _config_sha256(config: Mapping[str, Any]) -> str:
+    """SHA-256 of what a config.json says, in any order and with any white space, but for this hash itself."""
+    content = {key: value for key, value in config.items() if key != CONFIG_HASH}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -155,9 +221,13 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise ConfigError(f"{path}: not a readable safetensors file (cut short or damaged?): {error}") from error
 
 
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized
+
+
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on the CPU in contiguous layout, or a ValueError when it has none."""
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+    if not isinstance(tensor, torch.Tensor) or not _is_dense(tensor):
         raise ValueError(f"{name}: a state dict of dense tensors is needed, got {type(tensor).__name__}")
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
@@ -216,6 +286,12 @@ def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(file.fileno())
 
 
+# timm's training script keeps its arguments beside the weights; this reads them without running anything either.
+_SAVE_ALONE = """
+save its weights alone: python -c "import argparse, torch; torch.serialization.add_safe_globals([argparse.Namespace]); \
+torch.save(torch.load({!r}, weights_only=True)['state_dict'], 'weights.pth')\""""
+
+
 def read_tensors(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -223,7 +299,8 @@ def read_tensors(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         # torch's own message advises loading it unsafely; ours names what is in the way.
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds {found[1]}; only tensors and plain Python values are read" if found else "cannot be read"
-        raise CheckpointError(f"{path}: refused: {what} ({type(error).__name__})") from error
+        hint = _SAVE_ALONE.format(str(path)) if found and found[1] == "argparse.Namespace" else ""
+        raise CheckpointError(f"{path}: refused: {what} ({type(error).__name__}){hint}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: must hold a dict, holds {type(state).__name__}")
     return state

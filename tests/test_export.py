@@ -116,7 +116,7 @@ FOLDED = ("--format", "folded", "--output", "out")
         (("--model", "caformer_n4", *FOLDED, "--checkpoint", "best", "pretrained=true"), "two sources of weights"),
         (("--model", "poolformer_n4", *FOLDED, "--checkpoint", "best"), "another architecture"),
         (("--model", "caformer_n4", *FOLDED, "--checkpoint", "best"), "do not fit"),
-        (("--checkpoint", "best/model.safetensors", *FOLDED), "does not say which model it is of"),
+        (("--checkpoint", "alone.safetensors", *FOLDED), "does not say which model it is of"),
         (("--checkpoint", "damaged", *FOLDED), "damaged"),
         (("--checkpoint", "evil.pt", "--model", "caformer_n4", *FOLDED), "only tensors and plain Python values are read"),
         (("--model", "caformer_n4", "--format", "onnx", "--output", "out.pt2"), "is a file ending in .onnx"),
@@ -131,12 +131,13 @@ def test_mistakes(arguments: tuple[str, ...], message: str, best, tmp_path: Path
     content[-1] ^= 1
     (tmp_path / "damaged/model.safetensors").write_bytes(content)
     torch.save({"weight": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "alone.safetensors").write_bytes(content)
     code, out, err = run(*arguments, cwd=tmp_path)
     errors = [line for line in err.splitlines() if not line.startswith("warning: ")]
     assert code == 2 and errors[0].startswith("error: ") and len(errors) <= 3
     assert message in err
     assert "Traceback" not in out + err and not (tmp_path / "executed").exists()
-    assert {p.name for p in tmp_path.iterdir()} == {"best", "damaged", "evil.pt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"alone.safetensors", "best", "damaged", "evil.pt"}
 
 
 class Evil:

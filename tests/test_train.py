@@ -217,11 +217,13 @@ def test_fine_tuning_replaces_the_head_and_says_so(finished: Path, tmp_path: Pat
             (tmp_path / "data" / split / str(label)).mkdir(parents=True)
             for i in range(8):
                 Image.new("L", (8, 8), 40 * label + i).save(tmp_path / "data" / split / str(label) / f"{i}.png")
-    result = run(*TINY, "data.dataset=folder", f"data.root={tmp_path / 'data'}", "data.batch_size=16", "optim.epochs=1",
-                 f"model.checkpoint={finished / 'best'}", "model.num_classes=5", "drop_path.rate=0.2",
-                 "--output", tmp_path / "tuned", cwd=tmp_path)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "classifier of 10 classes replaced by a new one of 5" in result.stdout
+    settings = [*TINY, "data.dataset=folder", f"data.root={tmp_path / 'data'}", "data.batch_size=16", "optim.epochs=1",
+                f"model.checkpoint={finished / 'best'}", "model.num_classes=5", "drop_path.rate=0.2"]  # fmt: skip
+    result = run(*settings, "--output", tmp_path / "tuned", cwd=tmp_path)
+    two = run(*settings, "--dry-run", cwd=tmp_path, processes=2)
+    for done in (result, two):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("classifier of 10 classes replaced by a new one of 5") == 1
     assert summary(tmp_path / "tuned")["steps"] == 2
 
 

@@ -33,7 +33,7 @@ from models.metaformer import MetaFormer, MetaFormerBlock
 from models.pretrained import timm_head
 from models.registry import list_models, model_config
 from models.strict_yaml import ConfigError
-from models.weights import load_weights
+from models.weights import load_weights, save_weights
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs the export extra")
@@ -148,12 +148,12 @@ def test_folded_folder(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_folded_is_refused(tmp_path: Path) -> None:
     model = built("caformer_n4")
     exported("folded", tmp_path, model)
-    path = tmp_path / "out" / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"model": config["model"] | {"num_classes": 3}}))
+    state, config = load_weights(tmp_path / "out")
+    assert config is not None
+    save_weights(tmp_path / "out", state, config | {"model": config["model"] | {"num_classes": 3}})
     with pytest.raises(ConfigError, match=r"do not fit the config beside them: head\.fc\.weight"):
         load_folded(tmp_path / "out")
-    path.write_text(json.dumps(config | {"format": "other"}))
+    save_weights(tmp_path / "out", state, config | {"format": "other"})
     with pytest.raises(ConfigError, match="not a folded model"):
         load_folded(tmp_path / "out")
 

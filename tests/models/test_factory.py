@@ -2,26 +2,32 @@
 
 import logging
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 
 from configs import CONFIGS
 from layers.drop_path import DropPath
-from models.factory import count_parameters, create_model
+from models.config import HeadConfig, MetaFormerConfig, PatchConfig, override_config
+from models.factory import count_parameters, create_model, trained_config
 from models.metaformer import MetaFormerBlock
-from models.registry import register_model, unregister_model
+from models.registry import model_config, register_model, unregister_model
 from models.strict_yaml import ConfigError
-from models.weights import save_weights
+from models.timm_registry import register_with_timm
+from models.weights import load_weights, save_weights
 
 SMALL = "caformer_n4"
 
 
-def saved(folder, **overrides):
+def saved(folder, name=SMALL, **overrides):
     """A folder as a run writes it to `best`, and the model in it."""
-    model = create_model(SMALL, **overrides)
+    model = create_model(name, **overrides)
     save_weights(folder / "best", model.state_dict(), {"model": model.config.model_dump()})
     return folder / "best", model
 
@@ -158,12 +164,16 @@ def test_other_channels_are_refused_unless_named(tmp_path):
 
 def test_weights_of_another_architecture(tmp_path):
     path, _ = saved(tmp_path, num_classes=5)
-    with pytest.raises(ConfigError, match=r"weights of 'caformer_n4', another architecture than 'poolformer_n4'"):
-        create_model("poolformer_n4", checkpoint=path, num_classes=5)
+    alone = shutil.copy(path / "model.safetensors", tmp_path / "alone.safetensors")
+    for named in (path, path / "model.safetensors"):
+        with pytest.raises(ConfigError, match=r"weights of 'caformer_n4', another architecture than 'poolformer_n4'"):
+            create_model("poolformer_n4", checkpoint=named, num_classes=5)
     with pytest.raises(ConfigError, match=r"weights do not fit poolformer_n4: .* \(and \d+ more\)"):
-        create_model("poolformer_n4", checkpoint=path / "model.safetensors", num_classes=5)
-    with pytest.raises(ConfigError, match=r"stages\.1\.blocks\.1\..* is not in the model \(and 7 more\)"):
+        create_model("poolformer_n4", checkpoint=alone, num_classes=5)
+    with pytest.raises(ConfigError, match=r"weights do not fit caformer_n4: depths was \[2, 2\], is \[2, 1\]$"):
         create_model(SMALL, checkpoint=path, num_classes=5, depths=[2, 1])
+    with pytest.raises(ConfigError, match=r"stages\.1\.blocks\.1\..* is not in the model \(and 7 more\)"):
+        create_model(SMALL, checkpoint=alone, num_classes=5, depths=[2, 1])
 
 
 def test_equal_shapes_of_another_token_mixer_are_refused(tmp_path):
@@ -173,11 +183,115 @@ def test_equal_shapes_of_another_token_mixer_are_refused(tmp_path):
         create_model(SMALL, token_mixer="pooling", checkpoint=path)
 
 
-def test_settings_that_shapes_do_not_tell_are_said(tmp_path, caplog):
-    path, _ = saved(tmp_path)
-    caplog.set_level(logging.INFO, logger="models")
-    create_model(SMALL, checkpoint=path, head_dim=32)
-    assert caplog.messages == [f"weights from {path}", "head_dim is 32, the weights were trained with 16"]
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("caformer_n4", {"head_dim": 32}, "head_dim was 16, is 32"),
+        ("caformer_n4", {"act": "gelu"}, "act was star_relu, is gelu"),
+        ("poolformer_n4", {"act": "relu"}, "act was gelu, is relu"),
+        ("poolformer_n4", {"pool_size": 5}, "pool_size was 3, is 5"),
+        ("poolformer_n4", {"norm": "layer_norm"}, "norm was group_norm, is layer_norm"),
+        ("poolformer_n4", {"norm": ["group_norm", "affine"]}, r"norm was group_norm, is \['group_norm', 'affine'\]"),
+        ("poolformer_n4", {"stem": {"stride": 4}}, "stem.stride was 2, is 4"),
+        ("poolformer_n4", {"stem": {"padding": 0}}, "stem.padding was 1, is 0"),
+        ("poolformer_n4", {"downsample": {"stride": 1}}, "downsample.stride was 2, is 1"),
+        ("convformer_n4", {"conv_kernel_size": 5}, "conv_kernel_size was 3, is 5"),
+        ("deit_tiny_patch16_224", {"pos_embed": "none"}, "pos_embed was all, is none"),
+    ],
+)
+def test_what_shapes_do_not_tell_is_refused(tmp_path, name, override, message):
+    path, _ = saved(tmp_path, name)
+    with pytest.raises(ConfigError, match=rf"best: weights do not fit {name}: {message}$"):
+        create_model(name, checkpoint=path, **override)
+
+
+FREE = {"name", "num_classes", "in_chans", "image_size", "layer_scale", "res_scale", "drop_rate", "pretrained"}
+SAID = {"crop_pct", "interpolation", "mean", "std"}
+PATCH = {"kernel_size": 5, "stride": 4, "padding": 2, "norm": "affine"}
+OTHER = {  # another value of every other key of the schema, by a model in which it has an effect
+    SMALL: {
+        "depths": [2, 3], "dims": [32, 96], "token_mixer": "sep_conv", "norm": "affine", "act": "gelu", "mlp_ratio": 3.0,
+        "mlp_bias": True, "conv_kernel_size": 5, "conv_expansion": 3.0, "head_dim": 32, "qkv_bias": True,
+        "proj_bias": True, "stem": PATCH, "downsample": PATCH,
+        "head": {"order": "norm_pool", "norm": "affine", "norm_eps": 0.1, "kind": "mlp"},
+    },
+    "poolformer_n4": {"pool_size": 5},
+    "deit_tiny_patch16_224": {"pos_embed": "patches", "head": {"pool": "avg"}},
+    "vit_wee_patch16_reg1_gap_256": {"class_token": True, "register_tokens": 2},
+    "mixer_s32_224": {"spatial_hidden": None},
+    "convformer_s18": {"head": {"mlp_norm_eps": 0.1}},
+}  # fmt: skip
+
+
+def test_every_key_of_the_schema_is_compared(tmp_path):
+    compared = set()
+    for name, others in OTHER.items():
+        config = model_config(name)
+        shape = {"depths": [1] * len(config.depths), "image_size": config.image_size}
+        weights = create_model(name, **shape).state_dict()
+        for key, value in others.items():
+            for part, other in value.items() if isinstance(value, dict) else [("", value)]:
+                said = override_config(config, {**shape, key: {part: other} if part else other}, "").model_dump()
+                save_weights(tmp_path / "best", weights, {"model": said})
+                with pytest.raises(ConfigError, match=rf"best: weights do not fit {name}: {key}\.?{part} was "):
+                    create_model(name, checkpoint=tmp_path / "best", **shape)
+                compared.add(f"{key}.{part}".strip("."))
+    sections = {"stem": PatchConfig, "downsample": PatchConfig, "head": HeadConfig}
+    keys = {f"{key}.{part}" for key, section in sections.items() for part in section.model_fields}
+    assert compared == keys | MetaFormerConfig.model_fields.keys() - sections.keys() - FREE - SAID - {"published"}
+
+
+def test_only_what_the_user_names_of_the_head_may_differ(tmp_path, caplog):
+    name, head = "poolformer_n4", {"order": "pool_norm", "norm": "layer_norm"}
+    path, _ = saved(tmp_path, name, head=head)
+    with pytest.raises(
+        ConfigError,
+        match=r"head.order was pool_norm, is norm_pool \(and 1 more\)\n.* name it: head={'order': 'norm_pool'}$",
+    ):
+        create_model(name, checkpoint=path)
+    caplog.set_level(logging.WARNING, logger="models")
+    create_model(name, checkpoint=path, head=head)
+    assert caplog.messages == []
+    create_model(name, checkpoint=path, head={"order": "norm_pool", "norm": "group_norm"})
+    assert caplog.messages == [
+        "head.order is norm_pool, in the model of the weights it was pool_norm",
+        "head.norm is group_norm, in the model of the weights it was layer_norm",
+    ]
+
+
+def test_other_images_are_said(tmp_path, caplog):
+    path, _ = saved(tmp_path, in_chans=1, mean=[0.3], std=[0.2], layer_scale=None, drop_rate=0.5)
+    caplog.set_level(logging.WARNING, logger="models")
+    create_model(SMALL, checkpoint=path, in_chans=1, mean=[0.3], std=[0.2], image_size=64)
+    assert caplog.messages == []
+    create_model(SMALL, checkpoint=path, in_chans=1, crop_pct=0.9)
+    assert caplog.messages == [
+        "crop_pct is 0.9, in the model of the weights it was 1.0",
+        "mean is [0.5], in the model of the weights it was [0.3]",
+        "std is [0.5], in the model of the weights it was [0.2]",
+    ]
+    caplog.clear()
+    create_model(SMALL, checkpoint=path, in_chans=3)
+    assert caplog.messages == ["first convolution adapted from 1 to 3 input channels"]
+
+
+def test_as_many_positions_in_other_rows_are_refused(tmp_path):
+    shape: dict = {"depths": [1], "image_size": [32, 128]}
+    for name in ("deit_tiny_patch16_224", "resmlp_12_224"):
+        path, _ = saved(tmp_path, name, **shape)
+        for size in ([128, 32], 64):
+            with pytest.raises(ConfigError, match=re.escape(f"image_size was [32, 128], is {size}")):
+                create_model(name, checkpoint=path, depths=[1], image_size=size)
+        assert create_model(name, checkpoint=path, **shape) is not None
+    path, _ = saved(tmp_path, image_size=[32, 128])  # has no positions of its own
+    assert create_model(SMALL, checkpoint=path, image_size=64) is not None
+
+
+def test_what_was_changed_is_seen_in_plain_python(tmp_path):
+    path, _ = saved(tmp_path, num_classes=5)
+    code = f"import models; models.create_model({SMALL!r}, checkpoint={str(path)!r}, num_classes=3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent)
+    assert (done.returncode, done.stderr) == (0, "classifier of 5 classes replaced by a new one of 3\n")
 
 
 def test_a_model_of_ones_own_takes_the_weights_of_its_origin(tmp_path):
@@ -187,6 +301,61 @@ def test_a_model_of_ones_own_takes_the_weights_of_its_origin(tmp_path):
         assert equal(create_model("mine", checkpoint=path).state_dict(), source.state_dict())
     finally:
         unregister_model("mine")
+
+
+# ---- the model that weights are of ------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_our_model_in_timm_is_a_checkpoint(tmp_path, caplog):
+    register_with_timm()
+    size: dict = {"num_classes": 5, "in_chans": 1, "img_size": 48}
+    theirs = timm.create_model("dpz_convformer_n4", depths=[1, 2], **size)
+    timm.models.save_for_hf(theirs, str(tmp_path / "hub"), safe_serialization=True)
+    caplog.clear()
+    _, said = load_weights(tmp_path / "hub")
+    config = trained_config(said or {}, "hub")
+    assert config is not None and config.name == "convformer_n4" and config.depths == [1, 2]
+    assert (config.num_classes, config.in_chans, config.height_width) == (5, 1, (48, 48))
+    ours = create_model("convformer_n4", checkpoint=tmp_path / "hub", num_classes=5, in_chans=1, depths=[1, 2])
+    assert equal(ours.state_dict(), theirs.state_dict()) and caplog.messages == []
+    with pytest.raises(ConfigError, match=r"weights do not fit convformer_n4: depths was \[1, 2\], is \[2, 2\]"):
+        create_model("convformer_n4", checkpoint=tmp_path / "hub", num_classes=5, in_chans=1)
+    with pytest.raises(ConfigError, match="weights of 'convformer_n4', another architecture than 'caformer_n4'"):
+        create_model("caformer_n4", checkpoint=tmp_path / "hub", num_classes=5)
+
+
+def test_the_model_of_a_folder(tmp_path):
+    _, source = saved(tmp_path, num_classes=5, depths=[1, 3])
+    assert trained_config(load_weights(tmp_path / "best")[1] or {}, "best") == source.config
+    theirs = {
+        "architecture": "poolformer_s12",
+        "num_classes": 5,
+        "model_args": {"in_chans": 1},
+        "pretrained_cfg": {
+            "input_size": [3, 96, 64],
+            "crop_pct": 0.5,
+            "interpolation": "random",
+            "mean": [0.5],
+            "tag": "x",
+        },
+    }
+    config, shipped = trained_config(theirs, "folder"), model_config("poolformer_s12")
+    assert config is not None and (config.num_classes, config.in_chans, config.image_size) == (5, 1, [96, 64])
+    assert (config.crop_pct, config.mean, config.interpolation) == (0.5, [0.5], shipped.interpolation)
+    assert (config.head.order, config.head.norm, config.depths) == ("pool_norm", "layer_norm", shipped.depths)
+    assert trained_config({}, "folder") is None and trained_config({"architecture": 3, "model": "x"}, "folder") is None
+    for said, message in (
+        (
+            {"architecture": "caformer_s81"},
+            "weights of 'caformer_s81', which is not in the zoo; did you mean 'caformer_s18'",
+        ),
+        ({"architecture": "samvit_base_patch16_224"}, "which is not in the zoo"),
+        ({"architecture": "caformer_s18", "num_classes": "5"}, "model caformer_s18: num_classes: expected an integer"),
+        ({"model": {"depths": "many"}}, "model: depths: expected a list"),
+        ({"model": {"layers": 3}}, "model: "),
+    ):
+        with pytest.raises(ConfigError, match=f"^folder: .*{message}"):
+            trained_config(said, "folder")
 
 
 class Malicious:

@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
@@ -13,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs import CONFIGS
 from models.factory import create_model
 from models.metaformer import MetaFormer
 from models.pretrained import from_original, from_timm, load_into, published_config, timm_head, to_timm
@@ -384,11 +389,13 @@ def test_published_layouts_load_and_follow_the_originals(name, tmp_path, caplog)
     made = randomised(create_model(name, **shape))
     assert isinstance(made, MetaFormer)
     published = in_original_layout(made)
-    torch.save({"state_dict": published}, tmp_path / "published.pth")
+    # the files' names: poolformer_s12.pth.tar, convformer_s18.pth
+    repository, suffix = ("poolformer", ".pth.tar") if name == "poolformer_s12" else ("metaformer", ".pth")
+    file = tmp_path / f"{name}{suffix}"
+    torch.save({"state_dict": published} if suffix == ".pth" else published, file)
     caplog.set_level(logging.INFO)
-    ours = create_model(name, checkpoint=tmp_path / "published.pth", **shape).eval()
-    repository = "sail-sg/poolformer" if name == "poolformer_s12" else "sail-sg/metaformer"
-    assert caplog.messages == [f"weights from {tmp_path / 'published.pth'}, in the layout of {repository}"]
+    ours = create_model(name, checkpoint=file, **shape).eval()
+    assert caplog.messages == [f"weights from {file}, in the layout of sail-sg/{repository}"]
     x = torch.randn(2, 3, 64, 64)
     if name == "poolformer_s12":
         expected = original_poolformer(published, x)
@@ -412,6 +419,20 @@ def test_random_mixing_weights_stay_frozen(tmp_path):
 def test_other_layouts_are_not_mistaken_for_an_originals():
     with pytest.raises(ValueError, match="sail-sg/poolformer or sail-sg/metaformer"):
         from_original(create_model("poolformer_n4").state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_what_ddp_and_compile_put_before_names_is_taken_off(prefix):
+    made = create_model("poolformer_s12", num_classes=2, depths=[1, 1, 1, 1])
+    ours = create_model("poolformer_s12", num_classes=2, depths=[1, 1, 1, 1])
+    for state, layout in ((made.state_dict(), ""), (in_original_layout(made), ", in the layout of sail-sg/poolformer")):
+        wrapped = {prefix + key: value for key, value in state.items()}
+        lines = load_into(ours, wrapped, "there", replace_classifier=False)
+        assert lines == [f"weights from there{layout}, without {prefix!r} before all names"]
+        assert all(torch.equal(v, made.state_dict()[k]) for k, v in ours.state_dict().items())
+        wrapped["stem.extra"] = torch.ones(1)  # not before all
+        with pytest.raises(ConfigError, match=r"weights do not fit poolformer_s12: stem\.conv\.weight is missing"):
+            load_into(ours, wrapped, "there", replace_classifier=False)
 
 
 # ---- fitting weights to a model -----------------------------------------------------------------------------------------
@@ -478,19 +499,74 @@ def test_classifier_left_out_and_brought_in():
         (lambda s: s.pop("stages.1.blocks.1.norm2.weight"), r"stages.1.blocks.1.norm2.weight is missing"),
         (lambda s: s.update(extra=torch.ones(1)), r"extra is not in the model"),
         (lambda s: s.update({"head.norm.weight": torch.ones(3)}), r"head.norm.weight has shape \[3\], expected \[64\]"),
-        (lambda s: s.clear(), r"stem.norm.weight is missing \(and 47 more\)"),
+        (lambda s: s.clear(), r"stem.norm.weight is missing \(and \d+ more\)"),
+        (
+            lambda s: s.update({"head.fc.weight": torch.tensor(1.0)}),
+            r"head.fc.weight has shape \[\], expected \[5, 64\]",
+        ),
+        (lambda s: s.update({"head.fc.bais": s.pop("head.fc.bias")}), r"head.fc.bias is missing \(and 1 more\)"),
+        (
+            lambda s: s.update({k: v.to(torch.complex64) for k, v in s.items()}),
+            r"\S+ holds torch.complex64, expected fl",
+        ),
+        (
+            lambda s: s.update({"head.fc.bias": torch.ones(5, dtype=torch.int64)}),
+            r"head.fc.bias holds torch.int64, exp",
+        ),
     ],
-    ids=["missing", "unknown", "shape", "empty"],
+    ids=["missing", "unknown", "shape", "empty", "scalar", "name", "complex", "integer"],
 )
 def test_what_does_not_fit_changes_nothing(fault, message):
     ours = create_model("caformer_n4", num_classes=5)
     before = {k: v.clone() for k, v in ours.state_dict().items()}
     state = dict(create_model("caformer_n4", num_classes=5).state_dict())
     fault(state)
-    with pytest.raises(ConfigError, match=message) as error:
-        load_into(ours, state, "there", replace_classifier=False)
-    assert str(error.value).startswith("there: weights do not fit caformer_n4: ") and "\n" not in str(error.value)
+    for adapt in (False, True):
+        with pytest.raises(ConfigError, match=f"^there: weights do not fit caformer_n4: {message}[^\n]*$"):
+            load_into(ours, state, "there", replace_classifier=adapt, adapt_input=adapt)
+        assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("head.fc.weight", torch.ones(5, 64).to_sparse(), "there: head.fc.weight must be a dense tensor, is torch.spa"),
+        (
+            "head.fc.weight",
+            torch.ones(5, 64, device="meta"),
+            "there: head.fc.weight must be a dense tensor, is on the m",
+        ),
+        (1, torch.ones(1), "there: not a state dict: its key 1 is not text"),
+    ],
+    ids=["sparse", "meta", "key"],
+)
+def test_what_is_no_dense_tensor_changes_nothing(key, value, message):
+    ours = create_model("caformer_n4", num_classes=5)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    state = {**create_model("caformer_n4", num_classes=5).state_dict(), key: value}
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        load_into(ours, state, "there", replace_classifier=True)
     assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [[], [4], [1, 4], [1, 1, 4, 192]])
+def test_positions_of_another_form_are_refused(shape):
+    ours = create_model("deit_tiny_patch16_224", depths=[1])
+    state = {**ours.state_dict(), "embed.pos_embed": torch.ones(shape)}
+    with pytest.raises(ConfigError, match=re.escape(f"embed.pos_embed has shape {shape}, expected [1, 197, 192]")):
+        load_into(ours, state, "there", replace_classifier=False)
+
+
+def test_random_mixing_of_another_image_size_is_refused():
+    shape: dict = {"depths": [1, 1, 1, 1], "num_classes": 5}
+    state = create_model("randformer_s12", image_size=64, **shape).state_dict()
+    ours = create_model("randformer_s12", image_size=96, **shape)
+    with pytest.raises(
+        ConfigError,
+        match=r"random_matrix has shape \[16, 16\], expected \[36, 36\] .*\n"
+        "random mixing takes images of one size: 96 is not that of the weights$",
+    ):
+        load_into(ours, state, "there", replace_classifier=False)
 
 
 def test_other_input_channels_are_refused_unless_asked():
@@ -533,7 +609,12 @@ def test_pretrained_poolformer(published, caplog, head):
         "the head normalises before pooling, as the original; the same weights with "
         "head={'order': 'pool_norm', 'norm': 'layer_norm'} give timm's logits"
     ]
-    assert caplog.messages == ["weights from timm poolformer_s12.sail_in1k", *([] if head else said)]
+    changed = [
+        "head.order is pool_norm, in the model of the weights it was norm_pool",
+        "head.norm is layer_norm, in the model of the weights it was group_norm",
+    ]
+    assert caplog.messages == ["weights from timm poolformer_s12.sail_in1k", *(changed if head else said)]
+    assert [record.levelname for record in caplog.records] == ["INFO", *["WARNING"] * (2 if head else 1)]
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         difference = relative(ours(x), theirs(x))
@@ -609,16 +690,115 @@ def test_models_without_published_weights_say_so():
         create_model("identityformer_s12", pretrained=True)
 
 
-def test_offline_costs_one_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read from the environment at import
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("poolformerv2_s12", {"token_mixer": "identity"}, "token_mixer was pooling, is identity"),
+        ("poolformerv2_s12", {"pool_size": 5}, "pool_size was 3, is 5"),
+        ("poolformerv2_s12", {"stem": {"stride": 2}}, "stem.stride was 4, is 2"),
+        ("vit_small_patch16_224.dino", {"head_dim": 32}, "head_dim was 64, is 32"),
+    ],
+)
+def test_published_weights_are_for_the_published_architecture(published, name, override, message):
+    published(nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match=f"^published weights of {name}: weights do not fit [^:]*: {message}$"):
+        create_model(name, pretrained=True, **override)
+    assert published.asked == []  # found before anything is fetched
+
+
+def test_published_weights_in_a_yaml_of_ones_own(published, tmp_path):
+    text = (CONFIGS / "models" / "poolformer_s12.yaml").read_text()
+    (tmp_path / "poolformer_s12.yaml").write_text(text.replace("act: gelu", "act: relu"))
+    with pytest.raises(ConfigError, match="act was gelu, is relu"):
+        create_model(str(tmp_path / "poolformer_s12.yaml"), pretrained=True)
+    theirs = timm.create_model("poolformer_s12")
+    published(theirs)
+    (tmp_path / "poolformer_s12.yaml").write_text(text)
+    ours = create_model(str(tmp_path / "poolformer_s12.yaml"), pretrained=True, mean=[0.5], std=[0.5])
+    assert torch.equal(ours.stem.conv.weight, theirs.state_dict()["stem.conv.weight"])
+
+
+# ---- the hub's cache ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    """Puts weights where Hugging Face keeps what it has downloaded, without a network; returns the file."""
+    # both are read from the environment at import
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(name: str, model: nn.Module) -> Path:
+        folder = tmp_path / "hub" / f"models--timm--{name}"
+        file = folder / "snapshots" / ("0" * 40) / "model.safetensors"
+        file.parent.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0" * 40)
+        safetensors.torch.save_file(model.state_dict(), file)
+        return file
+
+    return put
+
+
+def test_weights_in_the_hubs_cache(cached, caplog):
+    caplog.set_level(logging.INFO, logger="models")
+    name = "deit_tiny_patch16_224"
+    theirs = randomised(timm.create_model(name))
+    cached(f"{name}.fb_in1k", theirs)
+    ours = create_model(name, pretrained=True).eval()
+    assert caplog.messages == [f"weights from timm {name}.fb_in1k"]
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert relative(ours(x), theirs(x)) < 1e-5
+    caplog.clear()
+    ours = create_model(name, pretrained=True, num_classes=5, in_chans=1).eval()
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", f"weights from timm {name}.fb_in1k"),
+        ("WARNING", "first convolution adapted from 3 to 1 input channels"),
+        ("WARNING", "classifier of 1000 classes replaced by a new one of 5"),
+    ]
+    grey = theirs.state_dict()["patch_embed.proj.weight"].sum(dim=1, keepdim=True)
+    assert torch.equal(ours.stem.conv.weight, grey) and ours(x[:, :1]).shape == (1, 5)
+
+
+def test_a_tag_in_the_hubs_cache(cached):
+    name = "vit_tiny_patch16_224.augreg_in21k"
+    theirs = randomised(timm.create_model(name))
+    cached(name, theirs)
+    ours = create_model(name, pretrained=True)
+    assert ours.num_classes == 21843 and ours.pretrained_cfg["tag"] == "augreg_in21k"
+    assert torch.equal(ours.head.fc.weight, theirs.state_dict()["head.weight"])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^published weights vit_tiny_patch16_224\.augreg_in21k_ft_in1k could not"):
+        create_model("vit_tiny_patch16_224", pretrained=True)  # another tag's are not taken instead
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, -1])
+def test_damage_in_the_hubs_cache_costs_one_line(cached, tmp_path, size):
+    file = cached("deit_tiny_patch16_224.fb_in1k", timm.create_model("deit_tiny_patch16_224"))
+    file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(
-        ConfigError, match=r"^published weights poolformer_s12\.sail_in1k could not be loaded: "
+        ConfigError,
+        match=r"^published weights deit_tiny_patch16_224\.fb_in1k could not be loaded: .* \(delete the damaged "
+        rf"models--timm--deit_tiny_patch16_224\.fb_in1k in {tmp_path / 'hub'}\)$",
     ) as error:
-        create_model("poolformer_s12", pretrained=True)
+        create_model("deit_tiny_patch16_224", pretrained=True)
     assert "\n" not in str(error.value)
-    assert "cache" in str(error.value) or "offline" in str(error.value)
+
+
+def test_offline_costs_one_line(tmp_path):
+    """As a user has it: from the environment, in a process of its own."""
+    code = (
+        "import models\ntry: models.create_model('poolformer_s12', pretrained=True)\nexcept ValueError as e: print(e)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=CONFIGS.parent, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("published weights poolformer_s12.sail_in1k could not be loaded: ")
+    assert done.stdout.count("\n") == 1 and "cannot find the requested files in the local cache" in done.stdout
+    assert done.stdout.endswith(f" (looked in {tmp_path}/hub; on a machine without a network set HF_HUB_OFFLINE=1)\n")
 
 
 # ---- folders of timm --------------------------------------------------------------------------------------------------
@@ -642,6 +822,16 @@ def test_a_folder_of_timm_is_a_checkpoint(name, tmp_path, caplog):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert relative(ours(x), theirs(x)) < 1e-5
+
+
+def test_a_folder_of_timm_with_another_head_is_said(tmp_path, caplog):
+    name = "poolformer_s12"
+    folder = timm_folder(tmp_path / "theirs", timm.create_model(name, num_classes=5), name)
+    caplog.set_level(logging.WARNING, logger="models")
+    create_model(name, checkpoint=folder, num_classes=5)
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("the head normalises before pooling")
+    with pytest.raises(ConfigError, match=r"head\.norm was layer_norm, is group_norm\n.*head={'norm': 'group_norm'}$"):
+        create_model(name, checkpoint=folder, num_classes=5, head={"order": "pool_norm"})
 
 
 def test_a_folder_of_another_architecture_is_refused_although_its_shapes_fit(tmp_path):

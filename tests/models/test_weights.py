@@ -1,10 +1,14 @@
 """Weights and the files they are in: every damage is named, and no kill or full disk costs what was there before."""
 
+import argparse
 import hashlib
 import json
 import os
 import pickle
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +17,7 @@ import safetensors.torch
 import torch
 
 from models import weights as weights_module
+from models.registry import model_config
 from models.strict_yaml import ConfigError
 from models.weights import (
     CheckpointError,
@@ -124,9 +129,11 @@ def test_weights_round_trip_and_replace(tmp_path, weights):
     assert_same(state, weights)
     assert loaded == config
     assert json.loads((folder / "config.json").read_text())["weights_sha256"] == weights_sha256(weights)
-    state, none = load_weights(folder / "model.safetensors")
-    assert_same(state, weights)
-    assert none is None
+    shutil.copy(folder / "model.safetensors", tmp_path / "alone.safetensors")
+    for path, said in ((folder / "model.safetensors", config), (tmp_path / "alone.safetensors", None)):
+        state, found = load_weights(path)
+        assert_same(state, weights)
+        assert found == said
 
 
 def test_weights_into_a_linked_folder_keep_the_link(tmp_path, weights):
@@ -172,6 +179,53 @@ def test_every_damage_to_weights_is_refused(tmp_path, weights):
             load_weights(file.parent)
 
 
+def test_every_damage_to_a_config_is_refused(tmp_path):
+    file = tmp_path / "best" / "config.json"
+    save_weights(file.parent, {"w": torch.ones(1)}, {"model": model_config("caformer_n4").model_dump()})
+    good = file.read_bytes()
+    content, harmless = json.loads(good), 0
+    for position, byte in enumerate(good):
+        for other in (byte ^ 1, byte ^ 32):
+            bad = good[:position] + bytes([other]) + good[position + 1 :]
+            file.write_bytes(bad)
+            try:
+                load_weights(file.parent)
+            except ConfigError as error:
+                assert "config.json" in str(error) or "model.safetensors: damaged" in str(error)
+            else:
+                assert json.loads(bad) == content  # 1E-05 for 1e-05
+                harmless += 1
+    assert 0 < harmless < len(good)
+
+
+def test_a_config_that_lacks_a_hash_is_refused(tmp_path, weights):
+    file = tmp_path / "best" / "config.json"
+    save_weights(file.parent, weights, {"model": {"name": "tiny"}})
+    content = json.loads(file.read_text())
+    for lost in (("weights_sha256",), ("config_sha256",), ("weights_sha256", "config_sha256")):
+        file.write_text(json.dumps({key: value for key, value in content.items() if key not in lost}))
+        with pytest.raises(
+            ConfigError, match=rf"config\.json: damaged, or not as it was written: {lost[0]} is missing"
+        ):
+            load_weights(file.parent)
+    file.write_text(json.dumps(content, sort_keys=True))  # written anew, but saying the same
+    assert load_weights(file.parent)[1] == {"model": {"name": "tiny"}}
+
+
+def test_naming_the_file_in_a_folder_spares_no_check(tmp_path, weights):
+    file = tmp_path / "best" / "model.safetensors"
+    save_weights(file.parent, weights, {"mark": 1})
+    os.rename(file.parent, tmp_path / ".old-best")  # killed between its two renames
+    assert load_weights(file)[1] == {"mark": 1}
+    os.rename(tmp_path / ".old-best", file.parent)
+    flip(file, -1)
+    with pytest.raises(ConfigError, match=r"best/model\.safetensors: damaged: its hash is not weights_sha256"):
+        load_weights(file)
+    (file.parent / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"best/config\.json: cannot be read as JSON"):
+        load_weights(file)
+
+
 @pytest.mark.parametrize("text", ["", "[1]", "{", "nope", "[" * 100_000])
 def test_a_damaged_config_beside_weights(tmp_path, weights, text):
     save_weights(tmp_path / "best", weights, {})
@@ -191,12 +245,68 @@ def test_weights_without_config_or_without_hash(tmp_path, weights):
 
 
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
-@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".pth.tar", ".bin"])
 def test_state_dict_files(tmp_path, weights, key, suffix):
     torch.save({key: weights, "epoch": 3} if key else weights, tmp_path / f"w{suffix}")
     state, config = load_weights(tmp_path / f"w{suffix}")
     assert_same(state, weights)
     assert config is None
+
+
+def test_every_damage_to_a_torch_file_is_refused(tmp_path):
+    file, weights = tmp_path / "w.pth", {"w": torch.randn(9)}
+    torch.save(weights, file)
+    good, refused = file.read_bytes(), 0
+    for position in range(len(good)):
+        flip(file, position)
+        try:
+            assert_same(load_weights(file)[0], weights)  # the flip was in what fills a zip up
+        except ConfigError as error:
+            assert str(error).startswith(f"{file}: refused: ")
+            refused += 1
+        file.write_bytes(good)
+    assert refused > len(good) / 4
+    for size in range(0, len(good), 17):
+        file.write_bytes(good[:size])
+        with pytest.raises(ConfigError, match=r"w\.pth: refused"):
+            load_weights(file)
+
+
+def test_a_torch_file_of_the_older_format(tmp_path, weights):
+    torch.save(weights, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert_same(load_weights(tmp_path / "w.pth")[0], weights)
+
+
+def test_a_checkpoint_of_timms_script_says_how_to_save_its_weights_alone(tmp_path, weights, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = argparse.Namespace(model="caformer_n4", lr=0.1, mean=(0.5,), betas=None)
+    torch.save({"epoch": 3, "state_dict": weights, "args": arguments}, "last.pth.tar")
+    with pytest.raises(
+        ConfigError, match=r"^last\.pth\.tar: refused: holds argparse\.Namespace; only tensors"
+    ) as error:
+        load_weights(Path("last.pth.tar"))
+    _, hint = str(error.value).splitlines()
+    command = shlex.split(hint.removeprefix("save its weights alone: "))
+    assert command[0] == "python"
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert_same(load_weights(Path("weights.pth"))[0], weights)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({1: torch.ones(2)}, "not a state dict: its key 1 is not text"),
+        ({"w": 1.0}, "not a state dict: 'w' is not a tensor"),
+        ({"w": torch.eye(2).to_sparse()}, "w must be a dense tensor, is torch.sparse_coo"),
+        ({"w": torch.ones(2, device="meta")}, "w must be a dense tensor, is on the meta device, without values"),
+    ],
+    ids=["key", "number", "sparse", "meta"],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_what_is_no_state_dict_of_dense_tensors(tmp_path, state, message):
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=f"^{tmp_path / 'w.pth'}: {message}$"):
+        load_weights(tmp_path / "w.pth")
 
 
 def test_state_dict_files_that_are_refused(tmp_path):
@@ -211,7 +321,7 @@ def test_state_dict_files_that_are_refused(tmp_path):
         "other.pt": "'epoch' is not a tensor",
         "list.pt": "must hold a dict",
         "text.pth": "refused",
-        "w.onnx": r"allowed: \.safetensors, \.pt, \.pth",
+        "w.onnx": r"cannot read weights from \.onnx; allowed: \.safetensors, \.pt, \.pth, \.pth\.tar, \.bin",
         "othr.pt": r"no such file or folder; did you mean 'other\.pt'",
     }.items():
         with pytest.raises(ConfigError, match=message):
