@@ -34,6 +34,7 @@ check: install  ## ruff and pyright
 
 pictures: install  ## draw the README's pictures again
 	$(BIN)/python -m training.report --pictures docs/pictures
+	$(BIN)/python -m models --picture docs/pictures/zoo.svg
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

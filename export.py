@@ -3,17 +3,27 @@
 import argparse
 import logging
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from models.export import FORMATS, Exported, ExportError, check_output, compare_speed, export_model
-from models.factory import create_model
+from models.config import MetaFormerConfig
+from models.export import (
+    FORMATS,
+    Exported,
+    ExportError,
+    check_output,
+    compare_speed,
+    count_classes,
+    export_model,
+)
+from models.factory import create_model, trained_config
 from models.metaformer import MetaFormer
-from models.strict_yaml import ConfigError, Document, dump_yaml, parse_value
-from models.weights import CheckpointError, load_weights
+from models.pretrained import published_config
+from models.registry import model_config
+from models.strict_yaml import ConfigError, Document, parse_value
+from models.weights import CONFIG, CheckpointError, load_weights
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,22 +69,35 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build(args: argparse.Namespace) -> MetaFormer:
-    """The model to export, with its weights."""
+    """The model to export, with its weights and no classifier but theirs."""
     overrides = parse_overrides(args.overrides)
-    if args.model is not None:
-        return create_model(args.model, checkpoint=args.checkpoint, **overrides)
-    if args.checkpoint is None:
+    if args.checkpoint is not None:
+        state, saved = load_weights(args.checkpoint)
+        config = model_config(args.model) if args.model is not None else _read_config(args.checkpoint, saved)
+        trained, wanted = count_classes(state, config), overrides.get("num_classes")
+    elif args.model is None:
         raise ConfigError("give --model NAME|YAML, or --checkpoint with a run's best folder, which names its model")
-    _, saved = load_weights(args.checkpoint)
-    if saved and saved.get("format") == "folded":
-        raise ConfigError(f"--checkpoint {args.checkpoint} is an export (folded); give the weights it was made from")
-    config = (saved or {}).get("model")
-    if not isinstance(config, dict):
-        raise ConfigError(f"--checkpoint {args.checkpoint} does not say which model it is of; give --model NAME|YAML")
-    with tempfile.TemporaryDirectory() as folder:  # create_model takes a config of one's own as a file
-        path = Path(folder) / "config.yaml"
-        path.write_text(dump_yaml(config))
-        return create_model(str(path), checkpoint=args.checkpoint, **overrides)
+    else:
+        config = model_config(args.model)
+        trained = wanted = overrides.get("num_classes", config.num_classes)
+        if overrides.get("pretrained") and config.pretrained:
+            trained = published_config(config, config.pretrained[0]).num_classes
+    if wanted and wanted != trained:
+        raise ConfigError(
+            f"the weights have {trained} classes, a classifier of {wanted} would be untrained; give num_classes={trained}, "
+            "or num_classes=0 to export the features before it"
+        )
+    return create_model(args.model or config, checkpoint=args.checkpoint, **overrides)
+
+
+def _read_config(checkpoint: Path, saved: dict[str, Any] | None) -> MetaFormerConfig:
+    """The config of the model that a folder of weights names."""
+    if saved is not None and saved.get("format") == "folded":
+        raise ConfigError(f"--checkpoint {checkpoint} is an export (folded); give the weights it was made from")
+    config = trained_config(saved or {}, f"{checkpoint / CONFIG if checkpoint.is_dir() else checkpoint}")
+    if config is None:
+        raise ConfigError(f"--checkpoint {checkpoint} does not say which model it is of; give --model NAME|YAML")
+    return config
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:

@@ -1,19 +1,22 @@
 """The zoo at a glance: a table of models, one model stage by stage, or a picture of the published results.
 
     python -m models [PATTERN ...]            models whose names match, all by default; a YAML of one's own works too
+    python -m models 'NAME.*'                 its published weights by their tags
     python -m models NAME --stages            what each stage holds and costs
     python -m models --picture FILE.svg       published top-1 over multiply-accumulates
 
 Parameters and multiply-accumulates are counted on the meta device, from a model with one block per stage: the blocks of
-a stage are alike. A frozen parameter counts too. Published figures are those of the YAMLs.
+a stage are alike. Frozen parameters stand apart, behind a +. Published figures are those of the YAMLs.
 """
 
 import argparse
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import MetaFormerConfig
+from models.factory import count_parameters
 from models.metaformer import MetaFormer
 from models.registry import is_path, list_models, model_config
 from models.strict_yaml import ConfigError, nearest
@@ -37,6 +41,7 @@ class Part:
     Attributes:
         name: `stem`, `stage 1`, ..., `head`.
         params: Parameters, frozen ones too.
+        frozen: Those that are never trained.
         macs: Multiply-accumulates of one image at the config's size.
         positions: Height and width inside; `None` for the head.
         channels: Of its output.
@@ -53,6 +58,7 @@ class Part:
     mixer: str = ""
     norm: str = ""
     blocks: int = 0
+    frozen: int = 0
 
 
 def count_parts(config: MetaFormerConfig) -> list[Part]:
@@ -69,7 +75,7 @@ def count_parts(config: MetaFormerConfig) -> list[Part]:
         return sum(counts.get(f"MetaFormer.{module}", {}).values()) // 2
 
     def params(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
+        return sum(count_parameters(module))
 
     stages = []
     for i, depth in enumerate(config.depths):
@@ -84,6 +90,7 @@ def count_parts(config: MetaFormerConfig) -> list[Part]:
                 mixer=config.per_stage(config.token_mixer)[i],
                 norm=config.per_stage(config.norm)[i],
                 blocks=depth,
+                frozen=depth * count_parameters(block)[1],
             )
         )
     # what belongs to none of them, such as a class token, is counted with the stem
@@ -104,7 +111,7 @@ def zoo_table(configs: Sequence[MetaFormerConfig]) -> str:
         rows.append(
             (
                 config.name,
-                f"{sum(p.params for p in parts) / 1e6:.1f}",
+                _millions(parts, 1),
                 f"{sum(p.macs for p in parts) / 1e9:.2f}",
                 "x".join(map(str, (config.in_chans, *config.height_width))),
                 _number(facts and facts.top1, "{:.1f}"),
@@ -118,7 +125,7 @@ def zoo_table(configs: Sequence[MetaFormerConfig]) -> str:
 def stage_table(config: MetaFormerConfig) -> str:
     """One line per stage, and the sum."""
     parts = count_parts(config)
-    total_params, total_macs = sum(p.params for p in parts), sum(p.macs for p in parts)
+    total_macs = sum(p.macs for p in parts)
     rows = [("part", "positions", "channels", "token mixer", "norm", "blocks", "params M", "MACs G", "MACs")]
     for part in parts:
         rows.append(
@@ -129,15 +136,22 @@ def stage_table(config: MetaFormerConfig) -> str:
                 part.mixer,
                 part.norm,
                 str(part.blocks or ""),
-                f"{part.params / 1e6:.2f}",
+                _millions([part], 2),
                 f"{part.macs / 1e9:.2f}",
                 f"{part.macs / total_macs:.1%}",
             )
         )
-    total = str(sum(config.depths)), f"{total_params / 1e6:.2f}", f"{total_macs / 1e9:.2f}", "100.0%"
+    total = str(sum(config.depths)), _millions(parts, 2), f"{total_macs / 1e9:.2f}", "100.0%"
     rows.append(("total", "", "", "", "", *total))
     size = "x".join(map(str, (config.in_chans, *config.height_width)))
     return f"{config.name}, images of {size}, {config.num_classes} classes\n" + _aligned(rows, left=(0, 3, 4))
+
+
+def _millions(parts: Sequence[Part], digits: int) -> str:
+    """Parameters, and behind a + the frozen ones, which published figures leave out."""
+    frozen = sum(p.frozen for p in parts)
+    trained = f"{(sum(p.params for p in parts) - frozen) / 1e6:.{digits}f}"
+    return f"{trained} + {frozen / 1e6:.{digits}f}" if frozen else trained
 
 
 def _number(value: float | None, form: str) -> str:
@@ -249,17 +263,22 @@ def find(patterns: Sequence[str]) -> list[MetaFormerConfig]:
     found: dict[str, MetaFormerConfig] = {}
     for pattern in patterns or ["*"]:
         if is_path(pattern) or (not set(pattern) & set("*?[") and not list_models(pattern)):
-            config = model_config(pattern)  # knows tags, and what to suggest
-            tagged = "." in pattern and not is_path(pattern)
-            # top-1 and drop path were published for the default weights
-            found[pattern] = config.model_copy(update={"name": pattern, "published": None}) if tagged else config
-            continue
-        names = list_models(pattern)
+            names = [pattern]  # model_config knows tags, and what to suggest
+        else:
+            names = list_models(pattern) or _list_tagged(pattern)
         if not names:
             plain = re.sub(r"[*?\[\]]", "", pattern)
             raise ConfigError(f"no model matches {pattern!r}{nearest(plain, list_models())}")
-        found |= {name: model_config(name) for name in names if name not in found}
+        for name in names:
+            config = model_config(name)
+            found[name] = config if is_path(name) else config.model_copy(update={"name": name})  # a tag is shown
     return list(found.values())
+
+
+def _list_tagged(pattern: str) -> list[str]:
+    """NAME.TAG of published weights, those that match; the tags of a model in its own order."""
+    names = list_models(pattern.partition(".")[0]) if "." in pattern else []
+    return [f"{n}.{tag}" for n in names for tag in model_config(n).pretrained if fnmatchcase(f"{n}.{tag}", pattern)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -273,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         configs = find(args.patterns)
         if args.picture is None:
-            print("\n\n".join(map(stage_table, configs)) if args.stages else zoo_table(configs))
+            print("\n\n".join(map(stage_table, configs)) if args.stages else zoo_table(configs), flush=True)
             return 0
         if args.picture.suffix != ".svg":
             raise ConfigError(f"--picture {args.picture}: the picture is an SVG; give a name ending in .svg")
@@ -284,6 +303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # the reader, such as head, has seen enough; what is still to be flushed at exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

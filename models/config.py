@@ -1,13 +1,15 @@
 """Schema of configs/models/*.yaml: one MetaFormer as data, strictly checked."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import reduce
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from models.strict_yaml import load_yaml, validate
+from models.strict_yaml import ConfigError, FieldError, load_yaml, validate
 
 TokenMixer = Literal["pooling", "identity", "random_mixing", "sep_conv", "attention", "spatial_mlp"]
 Norm = Literal["group_norm", "group_norm_no_bias", "layer_norm", "layer_norm_no_bias", "affine", "none"]
@@ -69,7 +71,9 @@ class Published(Section):
         None, description="Maximum drop-path rate of the training; linear over depth unless said."
     )
     frozen_params: float | None = Field(None, description="Never-trained parameters in millions, counted apart.")
-    finetune_384: FineTuned | None = Field(None, description="Fine-tuning at 384 x 384.")
+    finetune_384: FineTuned | None = Field(
+        None, description="Fine-tuning of the default weights at 384 x 384; its tag is theirs with _384 behind it."
+    )
     source: str = Field(description="Where these figures stand.")
 
 
@@ -113,14 +117,34 @@ class MetaFormerConfig(Section):
     image_size: Size | list[Size] = Field(224, description="Pixels: one side of a square, or [height, width].")
     crop_pct: float = Field(1.0, gt=0, le=1, description="Share of the resized image kept by the centre crop.")
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    mean: list[float] = Field([0.485, 0.456, 0.406], description="Mean of each input channel, images in [0, 1].")
-    std: list[float] = Field([0.229, 0.224, 0.225], description="Standard deviation of each input channel.")
+    mean: list[float] = Field(
+        default_factory=lambda data: _spread([0.485, 0.456, 0.406], data.get("in_chans", 3)),
+        description="Mean of the input channels, images in [0, 1]: one value, or one per channel.",
+    )
+    std: list[float] = Field(
+        default_factory=lambda data: _spread([0.229, 0.224, 0.225], data.get("in_chans", 3)),
+        description="Standard deviation of the input channels: one value, or one per channel.",
+    )
     pretrained: list[str] = Field([], description="Tags of published weights, the default first.")
     published: Published | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_rates(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key.startswith("drop_path"):
+                raise FieldError(
+                    key,
+                    "unknown key; a rate is no part of a model: it is drop_path_rate of create_model, and drop_path.rate "
+                    "of a training config",
+                )
+        return data
 
     @field_validator("name")
     @classmethod
     def _no_path(cls, value: str) -> str:
+        if not value.isprintable() or value != value.strip():
+            raise ValueError(f"must be a plain name, without line breaks or spaces around it, got {value!r}")
         if "/" in value or "\\" in value or ".." in value or value.startswith("."):
             raise ValueError(f"must be a plain name, not a path, got {value!r}")
         return value
@@ -142,36 +166,53 @@ class MetaFormerConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "MetaFormerConfig":
         stages = len(self.depths)
-        if len(self.dims) != stages:
-            raise ValueError(f"depths has {stages} stages and dims {len(self.dims)}; they must be of one length")
-        for key in ("token_mixer", "norm", "layer_scale", "res_scale"):
+        for key in ("dims", "token_mixer", "norm", "layer_scale", "res_scale"):
             value = getattr(self, key)
             if isinstance(value, list) and len(value) != stages:
-                raise ValueError(f"{key} has {len(value)} entries, depths has {stages} stages")
-        for stage, (mixer, dim) in enumerate(zip(self.per_stage(self.token_mixer), self.dims, strict=True)):
+                raise FieldError(key, f"has {len(value)} entries, depths has {stages} stages")
+        mixers = self.per_stage(self.token_mixer)
+        for stage, (mixer, dim) in enumerate(zip(mixers, self.dims, strict=True)):
             if mixer == "attention" and dim % self.head_dim:
-                raise ValueError(f"dims[{stage}] = {dim} is not divisible by head_dim {self.head_dim}")
+                message = f"dims[{stage}] = {dim} is not divisible by head_dim {self.head_dim}"
+                raise FieldError(self._given("head_dim", "dims"), message)
+            self._check_hidden("mlp_ratio", dim)
+            if mixer == "sep_conv":
+                self._check_hidden("conv_expansion", dim)
         if self.downsample is None and len(set(self.dims)) > 1:
-            raise ValueError(f"downsample is missing: dims {self.dims} change between stages")
+            raise FieldError("dims", f"change between stages, {self.dims}, but downsample is missing")
         self._check_tokens()
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) not in (1, self.in_chans):
+                got = getattr(self, key)
+                raise FieldError(key, f"must have one value, or one for each of in_chans {self.in_chans}, got {got}")
         if any(s <= 0 for s in self.std):
-            raise ValueError(f"std must be positive, got {self.std}")
+            raise FieldError("std", f"must be positive, got {self.std}")
         if min(self.feature_size(stages - 1)) < 1:
-            raise ValueError(f"image_size {self.image_size} is too small for {stages} stages of this stem")
+            message = f"image_size {self.image_size} is too small for {stages} stages of this stem"
+            raise FieldError(self._given("image_size", "stem"), message)
         return self
+
+    def _given(self, key: str, other: str) -> str:
+        """The key at fault, or the other one where the first was left at its default and has no line."""
+        return key if key in self.model_fields_set else other
+
+    def _check_hidden(self, key: str, dim: int) -> None:
+        if int(getattr(self, key) * dim) < 1:
+            raise FieldError(key, f"{getattr(self, key)} hidden channels per channel leave none of {dim} channels")
 
     def _check_tokens(self) -> None:
         if not self.num_prefix_tokens and self.pos_embed == "all":
-            raise ValueError("pos_embed 'all' needs a class token or register tokens; without them it is 'patches'")
+            raise FieldError("pos_embed", "'all' needs a class token or register tokens; without them it is 'patches'")
         if self.head.pool == "token" and not self.class_token:
-            raise ValueError("head.pool 'token' needs class_token: true")
+            raise FieldError("head.pool", "'token' needs class_token: true")
         if self.num_prefix_tokens:
             # tokens in front of the patches have no place in a grid (B, H, W, C)
             grids = [m for m in self.per_stage(self.token_mixer) if m not in ("attention", "identity")]
             if grids:
-                raise ValueError(f"class and register tokens go with attention and identity only, not with {grids[0]}")
+                message = f"class and register tokens go with attention and identity only, not with {grids[0]}"
+                raise FieldError("token_mixer", message)
             if len(set(self.dims)) > 1:
-                raise ValueError(f"class and register tokens need stages of one width, got dims {self.dims}")
+                raise FieldError("dims", f"class and register tokens need stages of one width, got {self.dims}")
 
     # ---- derived --------------------------------------------------------------------------------------------------
 
@@ -206,16 +247,33 @@ class MetaFormerConfig(Section):
         return height, width
 
     def channel_stats(self) -> tuple[list[float], list[float]]:
-        """Mean and std per input channel; where they are given for another number of channels, their averages."""
-        if len(self.mean) == len(self.std) == self.in_chans:
-            return list(self.mean), list(self.std)
-        return [math.fsum(self.mean) / len(self.mean)] * self.in_chans, [
-            math.fsum(self.std) / len(self.std)
-        ] * self.in_chans
+        """Mean and std per input channel."""
+        return _spread(self.mean, self.in_chans), _spread(self.std, self.in_chans)
+
+    def published_for(self, tag: str) -> Published | None:
+        """What was published about the weights with a tag: the default ones, or those fine-tuned from them at 384."""
+        default = self.pretrained[0]
+        if self.published is None or tag == default:
+            return self.published
+        tuned = self.published.finetune_384
+        if tuned is None or tag != f"{default}_384":
+            return None
+        return self.published.model_copy(update={**dict(tuned), "finetune_384": None})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _spread(values: list[float], channels: int) -> list[float]:
+    """One value per channel: those given, or where they are of another number, their average."""
+    return list(values) if len(values) == channels else [math.fsum(values) / len(values)] * channels
 
 
 def _conv_size(positions: int, patch: PatchConfig) -> int:
     return (positions + 2 * patch.padding - patch.kernel_size) // patch.stride + 1
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
 
 
 def load_model_config(path: Path, overrides: Mapping[str, Any] | None = None) -> MetaFormerConfig:
@@ -223,27 +281,51 @@ def load_model_config(path: Path, overrides: Mapping[str, Any] | None = None) ->
 
     Args:
         path: The file; its stem is the model's name.
-        overrides: Keys replaced before checking; a mapping is merged into the section it overrides.
+        overrides: As in `override_config`.
 
     Raises:
-        ConfigError: Unreadable or wrong, naming file, line, key, and the nearest known key.
+        ConfigError: Unreadable or wrong, naming file, line, key, and the nearest known key; or a key without effect.
     """
     document = load_yaml(path)
-    document.data.setdefault("name", path.stem)
-    if overrides:
-        _merge(document.data, overrides)
-    return validate(MetaFormerConfig, document)
+    if document.data.setdefault("name", path.stem) == "":
+        raise ConfigError(f"{document.where(('name',))}must not be empty; without this key the file's name is the name")
+    config = validate(MetaFormerConfig, document)
+    _refuse_idle(config, None, lambda key: document.where(tuple(key.split("."))))
+    return override_config(config, overrides, str(path)) if overrides else config
 
 
 def override_config(config: MetaFormerConfig, overrides: Mapping[str, Any], source: str) -> MetaFormerConfig:
     """The config with some keys replaced, checked as a whole.
 
+    Args:
+        config: Is not changed.
+        overrides: Keys and values; a mapping is merged into the section it overrides. Where `in_chans` is among them
+            and `mean` or `std` is not, each channel gets the average.
+        source: What errors begin with.
+
     Raises:
-        ConfigError: An unknown key or a wrong value.
+        ConfigError: An unknown key, a wrong value, or a key that is changed without effect.
     """
     data = config.model_dump()
+    overrides = _plain(overrides)
+    channels = overrides.get("in_chans", config.in_chans)
+    if channels != config.in_chans and isinstance(channels, int):
+        data |= {key: _spread(data[key], channels) for key in ("mean", "std")}
     _merge(data, overrides)
-    return validate(MetaFormerConfig, data, source=source)
+    changed = validate(MetaFormerConfig, data, source=source)
+    _refuse_idle(changed, config, lambda key: f"{source}: {key}: ")
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and numbers of other libraries as Python's: what a caller has at hand, but YAML never gives."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Real) and type(value) not in (bool, int, float):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def _merge(data: dict[str, Any], overrides: Mapping[str, Any]) -> None:
@@ -252,3 +334,45 @@ def _merge(data: dict[str, Any], overrides: Mapping[str, Any]) -> None:
             _merge(data[key], value)
         else:
             data[key] = value
+
+
+# Keys that only one token mixer reads.
+_MIXER_KEYS: dict[TokenMixer, tuple[str, ...]] = {
+    "pooling": ("pool_size",),
+    "sep_conv": ("conv_kernel_size", "conv_expansion"),
+    "attention": ("head_dim", "qkv_bias", "proj_bias"),
+    "spatial_mlp": ("spatial_hidden",),
+}
+
+
+def _idle_keys(config: MetaFormerConfig) -> dict[str, str]:
+    """Dotted keys that nothing in this model reads, and why."""
+    mixers, head = config.per_stage(config.token_mixer), config.head
+    idle = {key: f"no stage's token_mixer is {m}" for m, keys in _MIXER_KEYS.items() if m not in mixers for key in keys}
+    if len(set(config.dims)) == 1:
+        idle["downsample"] = "all stages are of one width"
+    if head.kind != "mlp":
+        idle["head.mlp_norm_eps"] = f"head.kind is {head.kind}"
+    if head.norm in ("none", "affine"):
+        idle["head.norm_eps"] = f"head.norm is {head.norm}"
+    if head.norm == "none":
+        idle["head.order"] = "head.norm is none"
+    return idle
+
+
+def _refuse_idle(config: MetaFormerConfig, before: MetaFormerConfig | None, where: Callable[[str], str]) -> None:
+    """Refuses a key without effect that was set: to its default, or to what it was before, is no mistake.
+
+    Not part of the schema's own checks: a saved config holds every key, also those that lost their effect by another's
+    change.
+    """
+    for key, why in _idle_keys(config).items():
+        *section, name = key.split(".")
+        default = (HeadConfig if section else MetaFormerConfig).model_fields[name].default
+        value = _get(config, key)
+        if value != default and (before is None or value != _get(before, key)):
+            raise ConfigError(f"{where(key)}has no effect: {why}")
+
+
+def _get(config: MetaFormerConfig, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)

@@ -27,8 +27,8 @@ from layers.norm import Affine, GroupNorm1, LayerNorm
 from layers.scale import Scale
 from layers.token_mixers import Attention, Identity, Pooling, RandomMixing, SepConv
 from models.config import MetaFormerConfig
-from models.metaformer import MetaFormer, MetaFormerBlock
-from models.pretrained import timm_head, to_timm
+from models.metaformer import MetaFormer, MetaFormerBlock, make_pretrained_cfg
+from models.pretrained import from_original, from_timm, original_layout, timm_head, to_timm
 from models.registry import is_model, model_config
 from models.strict_yaml import ConfigError, validate
 from models.weights import WEIGHTS, load_weights, make_folder, publish, save_weights, sync_folder, tidy
@@ -172,6 +172,16 @@ def load_folded(folder: Path) -> MetaFormer:
     return model.requires_grad_(False)
 
 
+# ---- what a folder holds ----------------------------------------------------------------------------------------------
+
+
+def count_classes(state: dict[str, Tensor], config: MetaFormerConfig) -> int:
+    """Classes of the weights of such a model, in any layout that loads; 0: they hold no classifier."""
+    state = from_original(state) if original_layout(state) else from_timm(state)
+    weight = state.get(make_pretrained_cfg(config)["classifier"] + ".weight")
+    return weight.shape[0] if weight is not None and weight.ndim else 0
+
+
 # ---- exporting --------------------------------------------------------------------------------------------------------
 
 
@@ -204,11 +214,20 @@ def export_model(model: MetaFormer, fmt: Format, output: Path, *, force: bool = 
 
     Raises:
         ConfigError: The model cannot be had in that format, with the reason, or the output is there already.
-        ExportError: The export failed or differs; what was there before is untouched.
+        ExportError: The export failed or differs, or the model's logits are not finite; what was there before is
+            untouched.
     """
     check_output(fmt, output, force=force)
     output = output.resolve()
+    if fmt in ("timm", "folded") and not model.head.global_pool:
+        raise ConfigError(f"an unpooled model cannot be had as {fmt}: what is written beside the weights cannot say so")
     model = deepcopy(model).cpu().float().eval()
+    with torch.no_grad():
+        pairs = [(x, model(x)) for x in map(example_images(model.config), _BATCHES)]
+    if not all(logits.isfinite().all() for _, logits in pairs):
+        keys = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+        where = f"its weights are not, first {keys[0]}" if keys else "its weights are, so they are too large"
+        raise ExportError(f"{output}: not written: the model's own logits are not finite; {where}")
     temp = output.with_name(f".tmp-{output.name}")
     try:
         make_folder(output.parent)
@@ -217,7 +236,7 @@ def export_model(model: MetaFormer, fmt: Format, output: Path, *, force: bool = 
         draft = temp / output.name
         about, run = _WRITERS[fmt](model, draft)
         with torch.no_grad():
-            error = max(relative_error(model(x), run(x)) for x in map(example_images(model.config), _BATCHES))
+            error = max(relative_error(logits, run(images)) for images, logits in pairs)
         if not error <= TOLERANCE[fmt]:
             raise ExportError(
                 f"{output}: not written: the export's logits differ from the model's by {error:.1e} of the largest, "
@@ -388,9 +407,12 @@ def _write_torch(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
 
 
 def _shapes(model: MetaFormer) -> str:
-    shape = ", ".join(map(str, (model.config.in_chans, *model.config.height_width)))
-    classes = model.num_classes or model.head_hidden_size
-    return f"images (batch, {shape}) -> logits (batch, {classes})"
+    images = example_images(model.config)(1)
+    with torch.no_grad():
+        outputs = model(images)
+    what = "logits" if model.num_classes else "features"
+    before, after = (", ".join(map(str, tensor.shape[1:])) for tensor in (images, outputs))
+    return f"images (batch, {before}) -> {what} (batch, {after})"
 
 
 def _preprocessing(model: MetaFormer) -> str:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def create_model(
-    name: str,
+    name: str | Path | MetaFormerConfig,
     *,
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
@@ -33,8 +33,8 @@ def create_model(
     """Builds a model.
 
     Args:
-        name: A registered name or a path to a YAML. A name may carry a tag of published weights, which sets classes
-            and image size to theirs: `caformer_s18.sail_in22k_ft_in1k_384`.
+        name: A registered name, a path to a YAML, or a config. A name may carry a tag of published weights, which sets
+            classes and image size to theirs: `caformer_s18.sail_in22k_ft_in1k_384`.
         pretrained: Load the published weights through timm's hub code.
         checkpoint: Load weights from a file (safetensors or torch state dict) or from a folder with
             `model.safetensors`, such as a run's `best` or what timm saved. Where these or published ones belong to a

@@ -12,6 +12,7 @@ activations and features are (B, N, C), which attention and the MLP take as they
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ class Head(nn.Module):
         self.norm_first = config.head.order == "norm_pool"
         self.global_pool = config.head.pool
         self.norm = build_norm(config.head.norm, self.dim, config.head.norm_eps)
-        self.drop = nn.Dropout(config.drop_rate)
+        # the MLP head has its own dropout, before its last layer
+        self.drop = nn.Identity() if config.head.kind == "mlp" else nn.Dropout(config.drop_rate)
         self.reset(config.num_classes)
 
     def reset(self, num_classes: int) -> None:
@@ -145,8 +147,6 @@ class Head(nn.Module):
             x = self.norm(x)
         if not self.global_pool:
             return _channels_first(x)  # as timm's unpooled features
-        if isinstance(self.fc, MlpHead):  # has its own dropout, before its last layer
-            return self.fc(x, pre_logits=pre_logits)
         x = self.drop(x)
         return x if pre_logits else self.fc(x)
 
@@ -171,7 +171,6 @@ class MetaFormer(nn.Module):
         self.num_prefix_tokens = config.num_prefix_tokens
         self.num_classes = config.num_classes
         self.num_features = config.dims[-1]
-        self.head_hidden_size = self._head_hidden_size()
         self.pretrained_cfg = self.default_cfg = make_pretrained_cfg(config)
         self.feature_info: list[dict[str, Any]] = []
 
@@ -230,7 +229,7 @@ class MetaFormer(nn.Module):
         return _channels_first(self.stages(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features as `forward_features` gives them -> logits, or what the last linear layer sees."""
+        """Features as `forward_features` gives them -> logits, or with `pre_logits` what the classifier sees."""
         return self.head(x if x.ndim == 3 else x.permute(0, 2, 3, 1), pre_logits=pre_logits)
 
     def forward_intermediates(
@@ -241,6 +240,8 @@ class MetaFormer(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        *,
+        return_prefix_tokens: bool = False,
     ) -> Any:
         """Outputs of chosen levels, as in timm: of stages, or of blocks in a model with one stage.
 
@@ -252,16 +253,19 @@ class MetaFormer(nn.Module):
             stop_early: Do not compute the levels behind the last one asked for.
             output_fmt: `NCHW` or `NHWC`.
             intermediates_only: Return the list alone.
+            return_prefix_tokens: Make each entry of the list a pair with its class and register tokens (B, N, C).
 
         Returns:
             A list of (B, C, H, W) or (B, H, W, C), without class and register tokens, or (last features as
             `forward_features` gives them, that list).
 
         Raises:
-            ValueError: An index or format that does not exist.
+            ValueError: An index or format that does not exist, or tokens that the model has not.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
+        if return_prefix_tokens and not self.num_prefix_tokens:
+            raise ValueError("return_prefix_tokens: this model has no class or register tokens")
         take = self._level_indices(indices)
         grid = self.stem(x.permute(0, 2, 3, 1))  # (B, H, W, C)
         x = self.embed(grid)
@@ -272,9 +276,11 @@ class MetaFormer(nn.Module):
             if index in take:
                 normed = norm and self.head.norm_first and (self.isotropic or index == len(levels) - 1)
                 out = self.head.norm(x) if normed else x
+                prefix = out[:, : self.num_prefix_tokens]
                 if out.ndim == 3:
                     out = out[:, self.num_prefix_tokens :].reshape(grid.shape)
-                outputs.append(_channels_first(out) if output_fmt == "NCHW" else out)
+                out = _channels_first(out) if output_fmt == "NCHW" else out
+                outputs.append((out, prefix) if return_prefix_tokens else out)
             if stop_early and index == max(take):
                 break
         return outputs if intermediates_only else (_channels_first(x), outputs)
@@ -294,7 +300,6 @@ class MetaFormer(nn.Module):
             else:
                 self.stages = self.stages[: max(take) + 1]
             self.num_features = self.head.dim = self.feature_info[max(take)]["num_chs"]
-            self.head_hidden_size = self._head_hidden_size()
             prune_norm = prune_head = True
         if prune_norm:
             self.head.norm = nn.Identity()
@@ -327,6 +332,11 @@ class MetaFormer(nn.Module):
             raise ValueError(f"indices must name {level} 0 to {count - 1}, got {list(indices)}")
         return taken
 
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of what `forward_head(pre_logits=True)` returns; as in timm, in front of an MLP head too."""
+        return self.num_features
+
     def get_classifier(self) -> nn.Module:
         """The module that maps pooled features to logits."""
         return self.head.fc
@@ -340,20 +350,24 @@ class MetaFormer(nn.Module):
                 features), or `None` to leave it.
 
         Raises:
-            ValueError: Another pooling.
+            ValueError: A wrong number or another pooling; the model is unchanged.
         """
+        if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 0:
+            raise ValueError(f"num_classes must be an integer of at least 0, got {num_classes!r}")
         pool = self.head.global_pool if global_pool is None else global_pool
         allowed = ("avg", "token", "") if self.config.class_token else ("avg", "")
         if pool not in allowed:
             raise ValueError(f"global_pool must be one of {', '.join(map(repr, allowed))}, got {pool!r}")
         if pool == "" and num_classes > 0:
             raise ValueError(f"a classifier needs pooled features: give global_pool={self.config.head.pool!r}")
-        self.head.global_pool = pool
-        device, dtype = self.stem.conv.weight.device, self.stem.conv.weight.dtype
-        self.config = self.config.model_copy(update={"num_classes": num_classes})
+        num_classes = int(num_classes)
+        head = self.config.head.model_copy(update={"pool": pool} if pool else None)  # a config cannot say: none
+        self.config = self.config.model_copy(update={"num_classes": num_classes, "head": head})
         self.num_classes = num_classes
+        self.head.global_pool = pool
         self.head.config = self.config
         self.head.reset(num_classes)
+        device, dtype = self.stem.conv.weight.device, self.stem.conv.weight.dtype
         self.head.fc.to(device=device, dtype=dtype).train(self.head.training)
         self.pretrained_cfg["num_classes"] = num_classes
 
@@ -379,10 +393,6 @@ class MetaFormer(nn.Module):
         Learned positions and tokens, as in timm.
         """
         return {f"embed.{name}" for name, _ in self.embed.named_parameters()}
-
-    def _head_hidden_size(self) -> int:
-        # the MLP head's hidden width is MlpHead's default ratio, 4
-        return 4 * self.num_features if self.config.head.kind == "mlp" else self.num_features
 
 
 def build_block(config: MetaFormerConfig, stage: int, drop_path: float, mode: Mode) -> MetaFormerBlock:

@@ -355,6 +355,7 @@ def published_config(config: MetaFormerConfig, tag: str) -> MetaFormerConfig:
             "mean": list(facts.mean),
             "std": list(facts.std),
             "pretrained": [tag, *(t for t in config.pretrained if t != tag)],
+            "published": config.published_for(tag),
         }
     )
 

@@ -56,12 +56,17 @@ def is_path(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def model_config(name: str) -> MetaFormerConfig:
+def model_config(name: str | Path | MetaFormerConfig) -> MetaFormerConfig:
     """The config of a registered name, of a name with a tag of published weights, or of a path to a YAML.
+
+    A config is returned as it is.
 
     Raises:
         ConfigError: Unknown, with the nearest name; or the YAML is wrong.
     """
+    if isinstance(name, MetaFormerConfig):
+        return name
+    name = str(name)
     if is_path(name):
         return load_model_config(Path(name))
     base, _, tag = (name, "", "") if is_model(name) else name.partition(".")

@@ -290,7 +290,7 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 
 def _show(value: Any) -> str:
     """A value as in YAML, cut to a readable length."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=lambda other: f"{type(other).__name__} {other}")
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -78,6 +78,8 @@ def _pretrained_cfgs(name: str, config: MetaFormerConfig) -> dict[str, dict[str,
 
 
 def _entry_function(name: str, config: MetaFormerConfig) -> Callable[..., nn.Module]:
+    stages = len(config.depths)
+
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return timm.models.build_model_with_cfg(
             partial(_build, config.name),
@@ -85,7 +87,8 @@ def _entry_function(name: str, config: MetaFormerConfig) -> Callable[..., nn.Mod
             pretrained,
             pretrained_filter_fn=lambda state, model: from_timm(state),
             # Stages work in NHWC; only our forward_intermediates, which the getter calls, returns NCHW.
-            feature_cfg={"out_indices": tuple(range(len(config.depths))), "feature_cls": "getter"},
+            # Their default is timm's: all stages, or the last three blocks of a model with one stage.
+            feature_cfg={"out_indices": tuple(range(stages)) if stages > 1 else 3, "feature_cls": "getter"},
             **kwargs,
         )
 
@@ -101,10 +104,10 @@ def _build(model_name: str, **kwargs: Any) -> MetaFormer:
         raise ConfigError(f"model {model_name}: in timm, image_size is called img_size")
     if (size := kwargs.pop("img_size", None)) is not None:
         kwargs["image_size"] = size if isinstance(size, int) else list(size)
-    global_pool = kwargs.pop("global_pool", "avg")
+    global_pool = kwargs.pop("global_pool", None)
     num_classes = kwargs.get("num_classes")
     model = create_model(model_name, **kwargs)
-    if global_pool != "avg":
+    if global_pool is not None:
         model.reset_classifier(model.num_classes if num_classes is None else num_classes, global_pool)
     # where timm looks when it makes a data config
     setattr(model, "in_chans", model.config.in_chans)  # noqa: B010  (as an attribute, pyright takes it for a module)

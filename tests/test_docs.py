@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,14 +54,68 @@ def test_python(number: int, mine: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_commands() -> None:
-    commands = [line.partition("#")[0] for block in blocks("bash") for line in block.splitlines()]
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
+    commands = [line.partition("#")[0] for line in lines if line != TIMM_COMMAND]
     exports = [shlex.split(c)[2:] for c in commands if c.startswith("python export.py")]
     assert {parse_args(arguments).format for arguments in exports} == {"timm", "onnx", "torch", "folded"}
     assert all(c.startswith(("python export.py ", "python -m models")) for c in commands)
 
 
+(TIMM_COMMAND,) = re.findall(r"^python -c .*$", PAGE.replace("\\\n", ""), flags=re.MULTILINE)
+TIMM_SCRIPT = """
+import argparse
+import timm
+import timm.utils
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--data-dir")
+parser.add_argument("--model")
+parser.add_argument("--drop-path", type=float)
+parser.add_argument("--model-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs)
+args = parser.parse_args()
+model = timm.create_model(
+    args.model, pretrained=False, in_chans=3, num_classes=None, drop_rate=0.0, drop_path_rate=args.drop_path,
+    drop_block_rate=None, global_pool=None, bn_momentum=None, bn_eps=None, scriptable=False, checkpoint_path="",
+    **args.model_kwargs,
+)
+last = list(model.stages[-1].blocks)[-1].drop_path2
+print(type(model).__module__, model.num_classes, last.drop_prob, last.mode)
+"""
+
+
+def test_a_script_of_timm_finds_our_models(tmp_path: Path) -> None:
+    """The page's command, on a script that calls timm as timm's train.py does: that one is not in the wheel."""
+    (tmp_path / "train.py").write_text(TIMM_SCRIPT)
+    python, *arguments = shlex.split(TIMM_COMMAND)
+    assert python == "python" and "../pytorch-image-models/train.py" in arguments[1]
+    arguments[1] = arguments[1].replace("../pytorch-image-models/train.py", str(tmp_path / "train.py"))
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["models.metaformer", "1000", "0.15", "skip"]
+
+
+def test_what_the_zoo_holds() -> None:
+    names = models.list_models()
+    published = [name for name in names if not name.endswith("_n4")]
+    assert f"{len(names)} YAMLs: {len(published)} published models" in PAGE
+    groups = [int(n) for n in re.findall(r"^\| (\d+): ", PAGE, flags=re.MULTILINE)]
+    families = (
+        ("poolformer_", "poolformerv2_", "convformer_", "caformer_"),
+        ("identityformer_", "randformer_"),
+        ("vit_", "deit_", "deit3_", "eva_", "flexivit_"),
+        ("mixer_", "resmlp_"),
+    )
+    assert groups == [sum(name.startswith(prefixes) for name in published) for prefixes in families]
+    assert sum(groups) == len(published)
+    tests = ROOT / "tests" / "models" / "test_metaformer.py"
+    (distinct,) = re.findall(r"\*\*(\d+) distinct architectures\*\*", PAGE)
+    assert f"assert len(found) == {distinct} and" in tests.read_text()
+    for test in re.findall(r"`(test_\w+)`", PAGE):
+        assert f"def {test}(" in tests.read_text()
+
+
 def test_names_and_links() -> None:
-    for pattern in re.findall(r"`([a-z0-9]+_(?:\w+|\*))`", PAGE):
+    for pattern in re.findall(r"`((?!test_)[a-z0-9]+_(?:\w+|\*))`", PAGE):
         known = models.list_models(pattern) or pattern in PAGE_WORDS or timm.models.is_model(pattern)
         assert known, f"`{pattern}` is no model"
     for target in re.findall(r"\]\((?!http)([^)#]+)", PAGE):
@@ -68,4 +124,4 @@ def test_names_and_links() -> None:
 
 # words of the page that look like names of models
 PAGE_WORDS = {"num_classes", "in_chans", "drop_path_rate", "drop_path_mode", "img_size", "checkpoint_path", "to_timm",
-              "from_timm"}  # fmt: skip
+              "from_timm", "global_pool", "head_dim"}  # fmt: skip

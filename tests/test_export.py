@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from export import main, parse_args, parse_overrides
@@ -45,6 +46,32 @@ def test_a_runs_folder_says_which_model_it_is(best, tmp_path: Path) -> None:
     images = torch.randn(2, 1, 16, 16)
     assert again.config == model.config
     torch.testing.assert_close(again(images), model(images))
+
+
+def test_features_are_exported_without_the_classifier(best, tmp_path: Path) -> None:
+    folder, model = best
+    arguments = ("--checkpoint", folder, "--format", "torch", "--output", "out.pt2", "num_classes=0")
+    code, out, _ = run(*arguments, cwd=tmp_path)
+    assert code == 0 and "features (batch, 64)" in out and "classifier of 7 classes left out" in out
+    images = torch.randn(2, 1, 16, 16)
+    expected = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(torch.export.load(tmp_path / "out.pt2").module()(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("poolformer_s12", {"in_chans": 1}), ("deit_tiny_patch16_224", {"img_size": 64}), ("caformer_s18", {})],
+)
+def test_a_timm_folder_says_which_model_it_is(name: str, settings: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, num_classes=7, **settings).eval()
+    timm.models.save_for_hf(theirs, str(tmp_path / "theirs"), safe_serialization=True)  # type: ignore[attr-defined]
+    code, _, err = run("--checkpoint", "theirs", "--format", "folded", "--output", "out", cwd=tmp_path)
+    assert (code, err) == (0, ""), err
+    again = load_folded(tmp_path / "out")
+    images = torch.randn(2, *again.pretrained_cfg["input_size"])
+    assert again.num_classes == 7 and images.shape[1] == settings.get("in_chans", 3)
+    torch.testing.assert_close(again(images), theirs(images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_torch_program_and_its_speed(best, tmp_path: Path) -> None:
@@ -117,6 +144,14 @@ FOLDED = ("--format", "folded", "--output", "out")
         (("--model", "poolformer_n4", *FOLDED, "--checkpoint", "best"), "another architecture"),
         (("--model", "caformer_n4", *FOLDED, "--checkpoint", "best"), "do not fit"),
         (("--checkpoint", "alone.safetensors", *FOLDED), "does not say which model it is of"),
+        (("--checkpoint", "best", *FOLDED, "num_classes=4"), "the weights have 7 classes, a classifier of 4 would be"),
+        (("--model", "caformer_n4", "--checkpoint", "best", *FOLDED, "num_classes=4"), "have 7 classes, a classifier of 4"),
+        (("--checkpoint", "best/model.safetensors", "--model", "caformer_n4", *FOLDED, "num_classes=4"), "have 7 classes"),
+        (("--model", "caformer_s18", *FOLDED, "pretrained=true", "num_classes=4"), "the weights have 1000 classes, a class"),
+        (("--model", "caformer_s18.sail_in22k", *FOLDED, "pretrained=true", "num_classes=4"), "weights have 21841 classes"),
+        (("--checkpoint", "wrong", *FOLDED), "wrong/config.json: model: dims: has 1 entries, depths has 2 stages"),
+        (("--checkpoint", "unknown", *FOLDED), "unknown/config.json: weights of 'cafromer_s18', which is not in the zoo"),
+        (("--checkpoint", "silent", *FOLDED), "silent does not say which model it is of; give --model NAME|YAML"),
         (("--checkpoint", "damaged", *FOLDED), "damaged"),
         (("--checkpoint", "evil.pt", "--model", "caformer_n4", *FOLDED), "only tensors and plain Python values are read"),
         (("--model", "caformer_n4", "--format", "onnx", "--output", "out.pt2"), "is a file ending in .onnx"),
@@ -130,6 +165,9 @@ def test_mistakes(arguments: tuple[str, ...], message: str, best, tmp_path: Path
     content = bytearray((best[0] / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "damaged/model.safetensors").write_bytes(content)
+    saved = best[1].config.model_dump() | {"dims": [32]}
+    for name, config in {"wrong": {"model": saved}, "unknown": {"architecture": "cafromer_s18"}, "silent": {}}.items():
+        save_weights(tmp_path / name, best[1].state_dict(), config)
     torch.save({"weight": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "alone.safetensors").write_bytes(content)
     code, out, err = run(*arguments, cwd=tmp_path)
@@ -137,7 +175,8 @@ def test_mistakes(arguments: tuple[str, ...], message: str, best, tmp_path: Path
     assert code == 2 and errors[0].startswith("error: ") and len(errors) <= 3
     assert message in err
     assert "Traceback" not in out + err and not (tmp_path / "executed").exists()
-    assert {p.name for p in tmp_path.iterdir()} == {"alone.safetensors", "best", "damaged", "evil.pt"}
+    given = {"alone.safetensors", "best", "damaged", "wrong", "unknown", "silent", "evil.pt"}
+    assert {p.name for p in tmp_path.iterdir()} == given
 
 
 class Evil:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -142,6 +143,18 @@ def test_stages_of_equal_width_keep_the_size():
     assert on_meta(config).forward_features(torch.empty(1, 3, 32, 32, device="meta")).shape == (1, 48, 16, 16)
 
 
+def test_channel_statistics_are_one_value_or_one_per_channel(tmp_path):
+    config = load_model_config(write(tmp_path, GOOD + "in_chans: 2\nmean: [0.1, 0.9]\nstd: [0.5]\n"))
+    assert config.channel_stats() == ([0.1, 0.9], [0.5, 0.5])
+    grey = load_model_config(write(tmp_path, GOOD + "in_chans: 1\n"))  # the defaults are ImageNet's, averaged
+    assert grey.mean == pytest.approx([0.449]) and grey.std == pytest.approx([0.226])
+    other = override_config(config, {"in_chans": 1, "std": [0.2]}, "test")
+    assert other.mean == [0.5] and other.std == [0.2]
+    assert override_config(other, other.model_dump(), "test") == other
+    with pytest.raises(ConfigError, match=r"test: mean: must have one value, .* in_chans 2, got \[1.0, 2.0, 3.0\]"):
+        override_config(config, {"mean": [1.0, 2.0, 3.0]}, "test")
+
+
 def test_channel_statistics_follow_the_input_channels():
     config = load_model_config(CONFIGS / "models" / "poolformer_s12.yaml")
     assert config.channel_stats() == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -188,19 +201,57 @@ def test_the_name_is_the_files_unless_given(tmp_path):
         (("[2, 2]", "[2, two]"), "mine.yaml:1: depths[1]: expected an integer"),
         (("[2, 2]", "[2, true]"), "mine.yaml:1: depths[1]: expected an integer"),
         (("[2, 2]", "[2, 0]"), "mine.yaml:1: depths[1]: must be at least 1"),
-        (("[32, 64]", "[32, 64, 64]"), "depths has 2 stages and dims 3"),
-        (("[pooling, attention]", "[pooling]"), "token_mixer has 1 entries, depths has 2 stages"),
+        (("[32, 64]", "[32, 64, 64]"), "mine.yaml:2: dims: has 3 entries, depths has 2 stages"),
+        (("[pooling, attention]", "[pooling]"), "mine.yaml:3: token_mixer: has 1 entries, depths has 2 stages"),
         (("attention]", "atention]"), "mine.yaml:3: token_mixer[1]: expected 'pooling'"),
-        (("head_dim: 16", "head_dim: 24"), "dims[1] = 64 is not divisible by head_dim 24"),
+        (("head_dim: 16", "head_dim: 24"), "mine.yaml:4: head_dim: dims[1] = 64 is not divisible by head_dim 24"),
+        (("64]", "40]"), "mine.yaml:4: head_dim: dims[1] = 40 is not divisible by head_dim 16"),
+        (
+            ("downsample", "# downsample"),
+            "mine.yaml:2: dims: change between stages, [32, 64], but downsample is missing",
+        ),
         (("stride: 2", "strid: 2"), "mine.yaml:5: stem.strid: unknown key; did you mean 'stem.stride'?"),
         (("stem: {kernel_size: 3, stride: 2, padding: 1}\n", ""), "stem: required key is missing"),
         (("image_size: 32", "image_size: [32, 32, 32]"), "image_size: must be one number or [height, width]"),
         (("image_size: 32", "image_size: 1\nstem2: 1"), "unknown key"),
         (("image_size: 32", "pool_size: 4"), "mine.yaml:7: pool_size: must be odd"),
-        (("image_size: 32", "std: [0.0, 1.0, 1.0]"), "std must be positive"),
+        (("image_size: 32", "std: [0.0, 1.0, 1.0]"), "mine.yaml:7: std: must be positive"),
+        (("image_size: 32", "std: []"), "mine.yaml:7: std: must have one value, or one for each of in_chans 3, got []"),
+        (("image_size: 32", "mean: []"), "mine.yaml:7: mean: must have one value, or one for each of in_chans 3"),
+        (
+            ("image_size: 32", "mean: [0.1, 0.9]"),
+            "mine.yaml:7: mean: must have one value, or one for each of in_chans 3",
+        ),
+        (
+            ("image_size: 32", "in_chans: 1\nstd: [1.0, 1.0, 1.0]"),
+            "mine.yaml:8: std: must have one value, or one for each",
+        ),
+        (("image_size: 32", "name: ''"), "mine.yaml:7: name: must not be empty"),
+        (("image_size: 32", 'name: "a\\nb"'), "mine.yaml:7: name: must be a plain name, without line breaks"),
+        (("image_size: 32", "name: ' a'"), "mine.yaml:7: name: must be a plain name, without line breaks or spaces"),
+        (
+            ("image_size: 32", "mlp_ratio: 1e-9"),
+            "mine.yaml:7: mlp_ratio: 1e-09 hidden channels per channel leave none of 32",
+        ),
+        (
+            ("pooling, attention]\nhead_dim: 16", "attention, sep_conv]\nconv_expansion: 0.01"),
+            "mine.yaml:4: conv_expansion: 0.01 hidden channels per channel leave none of 64 channels",
+        ),
+        (
+            ("image_size: 32", "drop_path_rate: 0.3"),
+            "mine.yaml:7: drop_path_rate: unknown key; a rate is no part of a model: it is drop_path_rate of create_model",
+        ),
         (("image_size: 32", "name: ../../mine"), "mine.yaml:7: name: must be a plain name, not a path"),
         (("image_size: 32", "mlp_ratio: .nan"), "mine.yaml:7: mlp_ratio: expected a finite number"),
-        (("image_size: 32", "layer_scale: [1e-5, 1e-5, 1e-5]"), "layer_scale has 3 entries, depths has 2 stages"),
+        (
+            ("image_size: 32", "layer_scale: [1e-5, 1e-5, 1e-5]"),
+            "mine.yaml:7: layer_scale: has 3 entries, depths has 2",
+        ),
+        (
+            ("image_size: 32", "image_size: 32\nres_scale: [1.0]"),
+            "mine.yaml:8: res_scale: has 1 entries, depths has 2 stages",
+        ),
+        (("image_size: 32", "norm: [layer_norm]"), "mine.yaml:7: norm: has 1 entries, depths has 2 stages"),
         (("image_size: 32", "num_classes: '10'"), "mine.yaml:7: num_classes: expected an integer"),
     ],
 )
@@ -228,18 +279,24 @@ image_size: 32
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("class_token: true", "class_token: false"), "pos_embed 'all' needs a class token or register tokens"),
-        (("pos_embed: all\nclass_token: true", "pos_embed: patches"), "head.pool 'token' needs class_token: true"),
-        (("attention", "pooling"), "class and register tokens go with attention and identity only, not with pooling"),
+        (("class_token: true", "class_token: false"), "mine.yaml:6: pos_embed: 'all' needs a class token or"),
+        (
+            ("pos_embed: all\nclass_token: true", "pos_embed: patches"),
+            "mine.yaml:7: head.pool: 'token' needs class_token: true",
+        ),
+        (
+            ("attention", "pooling"),
+            "mine.yaml:3: token_mixer: class and register tokens go with attention and identity only, not with pooling",
+        ),
         (("attention", "spatial_mlp"), "go with attention and identity only, not with spatial_mlp"),
-        (("[2]\ndims: [32]", "[1, 1]\ndims: [32, 64]"), "downsample is missing: dims [32, 64] change between stages"),
+        (("[2]\ndims: [32]", "[1, 1]\ndims: [32, 64]"), "mine.yaml:2: dims: change between stages, [32, 64], but"),
         (("pos_embed: all", "pos_embed: al"), "mine.yaml:6: pos_embed: expected 'none', 'patches' or 'all'"),
         (("class_token: true", "class_tokens: true"), "class_tokens: unknown key; did you mean 'class_token'?"),
         (("image_size: 32", "register_tokens: -1"), "mine.yaml:9: register_tokens: must be at least 0, got -1"),
         (("image_size: 32", "spatial_hidden: 0"), "mine.yaml:9: spatial_hidden: must be at least 1, got 0"),
         (
             ("[2]\ndims: [32]", "[1, 1]\ndims: [32, 64]\ndownsample: {kernel_size: 3, stride: 2, padding: 1}"),
-            "class and register tokens need stages of one width, got dims [32, 64]",
+            "mine.yaml:2: dims: class and register tokens need stages of one width, got [32, 64]",
         ),
     ],
 )
@@ -262,8 +319,114 @@ def test_a_fixed_image_size_follows_from_what_belongs_to_positions(tmp_path):
 
 def test_images_too_small_for_the_stages(tmp_path):
     text = GOOD.replace("padding: 1", "padding: 0").replace("image_size: 32", "image_size: 4")
-    with pytest.raises(ConfigError, match="image_size 4 is too small for 2 stages"):
+    with pytest.raises(ConfigError, match=r"mine\.yaml:7: image_size: image_size 4 is too small for 2 stages"):
         load_model_config(write(tmp_path, text))
+    text = GOOD.replace("image_size: 32", "").replace("{kernel_size: 3, stride: 2", "{kernel_size: 3, stride: 200")
+    with pytest.raises(ConfigError, match=r"mine\.yaml:5: stem: image_size 224 is too small for 2 stages of this stem"):
+        load_model_config(write(tmp_path, text.replace("padding: 1", "padding: 0")))
+
+
+def test_a_key_left_at_its_default_has_no_line(tmp_path):
+    text = GOOD.replace("head_dim: 16\n", "").replace("[32, 64]", "[32, 40]")
+    with pytest.raises(ConfigError, match=r"mine.yaml:2: dims: dims\[1\] = 40 is not divisible by head_dim 32"):
+        load_model_config(write(tmp_path, text))
+
+
+WITHOUT_MIXER = [("[pooling, attention]", "identity"), ("head_dim: 16\n", "")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            [("pooling, attention", "pooling, pooling")],
+            "mine.yaml:4: head_dim: has no effect: no stage's token_mixer is",
+        ),
+        (
+            [("pooling, attention", "attention, attention"), ("image_size", "pool_size: 5\nimage_size")],
+            "7: pool_size: has",
+        ),
+        ([*WITHOUT_MIXER, ("image_size", "qkv_bias: true\nimage_size")], "mine.yaml:6: qkv_bias: has no effect"),
+        ([*WITHOUT_MIXER, ("image_size", "proj_bias: true\nimage_size")], "mine.yaml:6: proj_bias: has no effect"),
+        (
+            [("image_size", "conv_kernel_size: 3\nimage_size")],
+            "conv_kernel_size: has no effect: no stage's token_mixer is",
+        ),
+        ([("image_size", "conv_expansion: 4\nimage_size")], "mine.yaml:7: conv_expansion: has no effect"),
+        ([("image_size", "spatial_hidden: 9\nimage_size")], "mine.yaml:7: spatial_hidden: has no effect"),
+        ([("[32, 64]", "[32, 32]")], "mine.yaml:6: downsample: has no effect: all stages are of one width"),
+        (
+            [("image_size", "head: {mlp_norm_eps: 1e-6}\nimage_size")],
+            "7: head.mlp_norm_eps: has no effect: head.kind is",
+        ),
+        (
+            [("image_size", "head:\n  norm: none\n  norm_eps: 1e-3\nimage_size")],
+            "mine.yaml:9: head.norm_eps: has no effect",
+        ),
+        ([("image_size", "head: {norm: affine, norm_eps: 1e-3}\nimage_size")], "effect: head.norm is affine"),
+        (
+            [("image_size", "head: {norm: none, order: norm_pool}\nimage_size")],
+            "mine.yaml:7: head.order: has no effect",
+        ),
+    ],
+)
+def test_a_key_without_effect_is_named_with_its_place(tmp_path, changes, message):
+    text = GOOD
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after, 1)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_model_config(write(tmp_path, text))
+
+
+def test_a_default_without_effect_is_no_mistake(tmp_path):
+    text = GOOD.replace("[pooling, attention]", "identity").replace(
+        "head_dim: 16", "head_dim: 32\nspatial_hidden: null"
+    )
+    config = load_model_config(write(tmp_path, text + "conv_expansion: 2.0\nhead: {mlp_norm_eps: 1e-5}\n"))
+    assert config.head_dim == 32
+
+
+def test_an_override_without_effect_is_refused_and_what_it_left_behind_is_not():
+    config = load_model_config(CONFIGS / "models" / "caformer_n4.yaml")
+    assert config.head_dim == 16 and config.conv_kernel_size == 3
+    pooling = override_config(config, {"token_mixer": "pooling", "pool_size": 5}, "test")
+    assert pooling.head_dim == 16, "lost its effect by another key"
+    # a run's config.yaml and config.json hold every key
+    assert override_config(config, pooling.model_dump(), "test") == pooling
+    assert MetaFormerConfig.model_validate(pooling.model_dump()) == pooling
+    with pytest.raises(ConfigError, match=r"^test: head_dim: has no effect: no stage's token_mixer is attention$"):
+        override_config(config, {"token_mixer": "pooling", "head_dim": 8}, "test")
+    with pytest.raises(ConfigError, match=r"^test: head\.mlp_norm_eps: has no effect: head\.kind is linear$"):
+        override_config(config, {"head": {"mlp_norm_eps": 1e-6}}, "test")
+
+
+def test_overrides_may_be_tuples_and_numbers_of_numpy():
+    config = load_model_config(CONFIGS / "models" / "caformer_n4.yaml")
+    given = {"depths": (1, np.int64(2)), "image_size": (32, 48), "num_classes": np.int32(3), "in_chans": np.int64(1),
+             "mlp_ratio": np.float32(0.5), "drop_rate": np.float64(0.25), "head": {"norm_eps": np.float64(1e-3)}}  # fmt: skip
+    changed = override_config(config, given, "test")
+    plain = {"depths": [1, 2], "image_size": [32, 48], "num_classes": 3, "in_chans": 1, "mlp_ratio": 0.5,
+             "drop_rate": 0.25, "head": {"norm_eps": 1e-3}}  # fmt: skip
+    assert changed == override_config(config, plain, "test")
+    assert yaml.safe_load(yaml.safe_dump(changed.model_dump())) == changed.model_dump()
+    for value in (np.array(3.5), True, np.True_):
+        with pytest.raises(ConfigError, match=r"num_classes: expected an integer, got "):
+            override_config(config, {"num_classes": value}, "test")
+    with pytest.raises(ConfigError, match=r'depths: expected a list, got "ndarray \[1 1\]"'):
+        override_config(config, {"depths": np.array([1, 1])}, "test")
+
+
+def test_published_facts_follow_the_weights():
+    config = load_model_config(CONFIGS / "models" / "caformer_s18.yaml")
+    assert config.published_for("sail_in1k") == config.published
+    tuned = config.published_for("sail_in1k_384")
+    assert tuned is not None and config.published is not None
+    assert (tuned.top1, tuned.macs, tuned.drop_path_rate, tuned.finetune_384) == (85.0, 13.4, 0.3, None)
+    assert (tuned.params, tuned.source) == (config.published.params, config.published.source)
+    assert config.published_for("sail_in22k_ft_in1k_384") is None and config.published_for("sail_in22k") is None
+    deit = load_model_config(CONFIGS / "models" / "deit3_base_patch16_224.yaml")
+    assert deit.published_for("fb_in22k_ft_in1k") is None
 
 
 def test_overrides_merge_into_sections():

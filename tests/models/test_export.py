@@ -325,6 +325,50 @@ def test_an_export_that_differs_is_not_kept(wrong, tmp_path: Path, monkeypatch: 
     assert before.read_bytes() == content and {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
+@pytest.mark.parametrize("fmt", ["torch", "folded", "timm"])
+def test_logits_of_the_model_itself_must_be_finite(fmt: Format, tmp_path: Path) -> None:
+    model = built("caformer_n4")
+    with torch.no_grad():
+        model.stages[0].blocks[0].mlp.fc1.weight[0, 0] = torch.nan  # type: ignore
+    message = (
+        r"the model's own logits are not finite; its weights are not, first stages\.0\.blocks\.0\.mlp\.fc1\.weight"
+    )
+    with pytest.raises(ExportError, match=message):
+        exported(fmt, tmp_path, model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fmt", ["folded", "timm"])
+def test_an_unpooled_model_is_refused_where_nothing_could_say_so(fmt: Format, tmp_path: Path) -> None:
+    model = built("caformer_n4")
+    model.reset_classifier(0, "")
+    with pytest.raises(ConfigError, match=f"an unpooled model cannot be had as {fmt}: what is written beside"):
+        exported(fmt, tmp_path, model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_average_pooling_of_a_class_token_model_is_exported(tmp_path: Path) -> None:
+    model = built("deit_tiny_patch16_224", depths=[1])
+    model.reset_classifier(3, "avg")
+    assert exported("folded", tmp_path, model).error < 1e-5
+    assert load_folded(tmp_path / "out").head.global_pool == "avg"
+
+
+@pytest.mark.parametrize(
+    ("classes", "pool", "shapes"),
+    [
+        (7, None, "images (batch, 3, 32, 32) -> logits (batch, 7)"),
+        (0, "avg", "images (batch, 3, 32, 32) -> features (batch, 64)"),
+        (0, "", "images (batch, 3, 32, 32) -> features (batch, 64, 8, 8)"),
+    ],
+)
+def test_what_comes_out_is_said(classes: int, pool: str | None, shapes: str, tmp_path: Path) -> None:
+    model = built("caformer_n4", head={"kind": "mlp"})
+    model.reset_classifier(classes, pool)
+    result = exported("torch", tmp_path, model)
+    assert shapes in result.about and result.error < TOLERANCE["torch"]
+
+
 def test_a_failure_of_the_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(model: MetaFormer, draft: Path):
         draft.write_bytes(b"half")

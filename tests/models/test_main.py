@@ -1,5 +1,6 @@
 """models/__main__.py: the tables count what the models hold, the picture is drawn the same each time."""
 
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -74,13 +75,8 @@ def test_the_stages() -> None:
     lines = stage_table(model_config("randformer_s12")).splitlines()
     assert lines[0] == "randformer_s12, images of 3x224x224, 1000 classes"
     assert [line.split()[0] for line in lines[1:]] == ["part", "stem", *["stage"] * 4, "head", "total"]
-    assert "random_mixing  group_norm_no_bias" in lines[5] and lines[-1].split() == [
-        "total",
-        "12",
-        "12.13",
-        "1.89",
-        "100.0%",
-    ]
+    assert "random_mixing  group_norm_no_bias" in lines[5]
+    assert lines[-1].split() == ["total", "12", "11.89", "+", "0.24", "1.89", "100.0%"], "frozen matrices stand apart"
     shares = [float(line.split()[-1].rstrip("%")) for line in lines[2:-1]]
     assert sum(shares) == pytest.approx(100, abs=0.4)
 
@@ -94,10 +90,36 @@ def test_patterns(tmp_path: Path) -> None:
     assert [c.name for c in find([str(mine)])] == ["mine"]
 
 
-def test_a_tag_has_its_own_size_and_no_figures_of_other_weights() -> None:
-    (config,) = find(["caformer_s18.sail_in1k_384"])
-    assert config.name == "caformer_s18.sail_in1k_384" and config.image_size == 384
-    assert zoo_table([config]).splitlines()[1].split()[2:6] == ["13.37", "3x384x384", "-", "-"]
+def test_frozen_parameters_stand_apart_as_in_what_was_published() -> None:
+    configs = find(["randformer_s36", "poolformer_s12"])
+    facts = configs[0].published
+    assert facts is not None and (facts.params, facts.frozen_params) == (30.8, 0.7)
+    lines = zoo_table(configs).splitlines()
+    assert lines[1].split()[:4] == ["randformer_s36", "30.8", "+", "0.7"] and lines[2].split()[1:3] == ["11.9", "1.81"]
+    parts = count_parts(configs[0])
+    with torch.device("meta"):
+        model = create_model("randformer_s36")
+    frozen = [sum(p.numel() for p in stage.parameters() if not p.requires_grad) for stage in model.stages]
+    assert [p.frozen for p in parts] == [0, *frozen, 0] and any(frozen)
+
+
+def test_a_tag_has_its_own_size_and_the_figures_of_its_weights() -> None:
+    configs = find(["caformer_s18.sail_in1k_384", "caformer_s18.sail_in1k", "caformer_s18.sail_in22k_ft_in1k"])
+    assert configs[0].name == "caformer_s18.sail_in1k_384" and configs[0].image_size == 384
+    lines = [line.split()[2:6] for line in zoo_table(configs).splitlines()[1:]]
+    assert lines == [
+        ["13.37", "3x384x384", "85.0", "0.3"],
+        ["4.11", "3x224x224", "83.6", "0.15"],
+        ["4.11", "3x224x224", "-", "-"],  # nothing is recorded of them
+    ]
+
+
+def test_a_pattern_with_a_dot_lists_tags() -> None:
+    tags = model_config("caformer_s18").pretrained
+    assert [c.name for c in find(["caformer_s18.*"])] == [f"caformer_s18.{tag}" for tag in tags]
+    assert [c.name for c in find(["c*_s18.sail_in1k_384"])] == [
+        f"{n}.sail_in1k_384" for n in ("caformer_s18", "convformer_s18")
+    ]
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +133,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["caformer_s19"], "did you mean 'caformer_s18'?"),
+        (["caformer_s18.nope*"], "no model matches 'caformer_s18.nope*'"),
         (["cafromer_s1*"], "no model matches 'cafromer_s1*'; did you mean"),
         (["nowhere.yaml"], "no such file"),
         (["caformer_s18.nope"], "has no published weights 'nope'"),
@@ -154,6 +177,22 @@ def test_the_picture_in_the_docs_is_up_to_date() -> None:
     # what is drawn, not the bytes: those change with matplotlib
     drawn = draw_zoo(find([])).count("<use ")
     assert (ROOT / "docs/pictures/zoo.svg").read_text().count("<use ") == drawn, "make pictures"
+
+
+def test_make_pictures_draws_it() -> None:
+    recipe = (ROOT / "Makefile").read_text().partition("\npictures:")[2].partition("\n\n")[0]
+    assert "python -m models --picture docs/pictures/zoo.svg" in recipe
+
+
+def test_a_reader_that_stops_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "models", "caformer_n4"]
+        done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow

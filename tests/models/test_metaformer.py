@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import timm.utils
 import torch
@@ -19,8 +20,10 @@ from layers.mlp import Mlp, MlpHead
 from layers.rates import drop_path_rates
 from layers.stochastic_depth import count_macs, drop_path_report, set_drop_path
 from layers.token_mixers import Attention, Pooling, RandomMixing
+from models.config import MetaFormerConfig
 from models.factory import create_model
 from models.metaformer import MetaFormer, MetaFormerBlock
+from models.pretrained import load_into, timm_head
 from models.registry import list_models, model_config
 
 HYBRID = {
@@ -43,7 +46,8 @@ def hybrid(drop_path_rate: float = 0.0, **overrides) -> MetaFormer:
 def isotropic(drop_path_rate: float = 0.0, **overrides) -> MetaFormer:
     """A small ViT with class token, two registers and a norm that is not the identity."""
     torch.manual_seed(0)
-    settings = {"depths": [4], "dims": [32], "head_dim": 8, "image_size": 64, "num_classes": 5, "register_tokens": 2}
+    settings = {"depths": [4], "dims": [32], "image_size": 64, "num_classes": 5, "register_tokens": 2}
+    settings |= {} if "token_mixer" in overrides else {"head_dim": 8}
     model = create_model("vit_tiny_patch16_224", drop_path_rate=drop_path_rate, **{**settings, **overrides})
     if not isinstance(model.head.norm, nn.Identity):
         nn.init.normal_(model.head.norm.weight)  # type: ignore[arg-type]
@@ -242,12 +246,35 @@ def test_an_empty_batch_passes(make):
     out.sum().backward()
 
 
-def test_mlp_head_returns_its_hidden_layer_as_pre_logits():
-    model = hybrid(head={"kind": "mlp"}, drop_rate=0.0).eval()
-    features = model.forward_features(images())
-    hidden = model.forward_head(features, pre_logits=True)
-    assert isinstance(model.head.fc, MlpHead) and hidden.shape == (2, 256) == (2, model.head_hidden_size)
-    assert torch.equal(model.head.fc.fc2(hidden), model(images()))
+@torch.no_grad()
+def test_pre_logits_of_an_mlp_head_are_timms():
+    theirs: Any = timm.create_model("caformer_s18", num_classes=7).eval()
+    ours = create_model("caformer_s18", num_classes=7, head=timm_head(model_config("caformer_s18"))).eval()
+    load_into(ours, theirs.state_dict(), "timm", replace_classifier=False)
+    x = torch.randn(1, 3, 64, 64)
+    features = ours.forward_features(x)
+    found = ours.forward_head(features, pre_logits=True)
+    assert found.shape == (1, ours.head_hidden_size) == (1, theirs.head_hidden_size) == (1, 512)
+    torch.testing.assert_close(found, theirs.forward_head(theirs.forward_features(x), pre_logits=True))
+    assert isinstance(ours.head.fc, MlpHead) and torch.equal(ours.get_classifier()(found), ours(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_head_hidden_size_is_what_comes_out_without_a_classifier(kind):
+    model = hybrid(head={"kind": kind}, drop_rate=0.5)
+    for change, width in (
+        (lambda: None, 64),
+        (lambda: model.reset_classifier(9), 64),
+        (lambda: model.reset_classifier(0), 64),
+        (lambda: model.prune_intermediate_layers([0]), 16),
+        (lambda: model.reset_classifier(0, "avg"), 16),
+        (lambda: model.reset_classifier(3), 16),
+    ):
+        change()
+        assert model.head_hidden_size == width
+        if model.head.global_pool:
+            features = model.forward_features(images())
+            assert model.forward_head(features, pre_logits=True).shape == (2, width)
 
 
 @pytest.mark.parametrize(("head", "kind"), [("linear", nn.Dropout), ("mlp", nn.Dropout)])
@@ -372,13 +399,64 @@ def test_reset_classifier_and_pooling_with_a_class_token():
     torch.testing.assert_close(model(images()), model.head.norm(features)[:, 3:].mean(dim=1))
     model.reset_classifier(0, "")
     assert torch.equal(model(images()), model.head.norm(features))
-    with pytest.raises(ValueError, match="needs pooled features: give global_pool='token'"):
+    with pytest.raises(ValueError, match="needs pooled features: give global_pool='avg'"):
         model.reset_classifier(3)
     with pytest.raises(ValueError, match="one of 'avg', 'token', '', got 'max'"):
         model.reset_classifier(3, "max")
     with pytest.raises(ValueError, match="one of 'avg', '', got 'token'"):
         isotropic(**MIXER).reset_classifier(3, "token")
     assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+
+
+def test_a_new_pooling_is_part_of_the_config():
+    model = isotropic().eval()
+    model.reset_classifier(7, "avg")
+    assert model.config.head.pool == "avg" and model.head.config is model.config
+    again = MetaFormer(MetaFormerConfig.model_validate(model.config.model_dump())).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images()), model(images()))
+    model.reset_classifier(7, "token")
+    assert model.config.head.pool == "token" and not torch.equal(again(images()), model(images()))
+
+
+@pytest.mark.parametrize("wrong", [-1, "3", True, 2.0, None, torch.tensor(3)])
+def test_a_wrong_number_of_classes_changes_nothing(wrong):
+    model = isotropic()
+    before, config, classifier = list(model.state_dict()), model.config, model.head.fc
+    with pytest.raises(ValueError, match="num_classes must be an integer of at least 0, got "):
+        model.reset_classifier(wrong, "avg")
+    with pytest.raises(ValueError, match="global_pool must be one of"):
+        model.reset_classifier(3, "max")
+    assert model.config is config and model.head.config is config and model.head.fc is classifier
+    assert model.head.global_pool == "token" and model.num_classes == 5 == model.pretrained_cfg["num_classes"]
+    assert list(model.state_dict()) == before
+    model.reset_classifier(np.int64(3))  # type: ignore[arg-type]
+    assert type(model.num_classes) is int and model(images()).shape == (2, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "deit_tiny_patch16_224"])
+def test_prefix_tokens_of_intermediates_are_timms(name, norm):
+    size = 56 if "14" in name else 64
+    theirs: Any = timm.create_model(name, depth=3, img_size=size, num_classes=7).eval()
+    ours = create_model(name, depths=[3], image_size=size, num_classes=7).eval()
+    load_into(ours, theirs.state_dict(), "timm", replace_classifier=False)
+    x = torch.randn(2, 3, *ours.config.height_width)
+    settings = {"indices": [0, 2], "norm": norm, "return_prefix_tokens": True, "intermediates_only": True}
+    found, expected = ours.forward_intermediates(x, **settings), theirs.forward_intermediates(x, **settings)
+    assert len(found) == len(expected) == 2
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert found[0][1].shape == (2, ours.num_prefix_tokens, ours.num_features)
+    last, pairs = ours.forward_intermediates(x, indices=1, return_prefix_tokens=True, output_fmt="NHWC")
+    assert torch.equal(last, ours.forward_features(x)) and pairs[0][0].shape == (2, 4, 4, ours.num_features)
+
+
+def test_prefix_tokens_that_the_model_has_not():
+    for model in (hybrid(), isotropic(**MIXER)):
+        with pytest.raises(ValueError, match="return_prefix_tokens: this model has no class or register tokens"):
+            model.forward_intermediates(images(), return_prefix_tokens=True)
 
 
 @pytest.mark.parametrize("coarse", [False, True])
@@ -610,3 +688,94 @@ def test_freezing_modules_by_name():
     assert model.stem.conv.weight.grad is None and model.head.fc.weight.grad is not None  # type: ignore[union-attr]
     timm.utils.unfreeze(model, ["stem", "stages.0"])
     assert all(p.requires_grad for p in model.parameters())
+
+
+FAMILIES = {
+    "poolformer_s12": [1, 1, 1, 1],
+    "poolformerv2_s12": [1, 1, 1, 1],
+    "identityformer_s12": [1, 1, 1, 1],
+    "randformer_s12": [1, 1, 1, 1],
+    "convformer_s18": [1, 1, 1, 1],
+    "caformer_s18": [1, 1, 1, 1],
+    "vit_tiny_patch16_224": [4],
+    "deit3_small_patch16_224": [4],
+    "vit_wee_patch16_reg1_gap_256": [4],
+    "mixer_s32_224": [4],
+    "resmlp_12_224": [4],
+}
+
+
+def short(name: str, **arguments) -> MetaFormer:
+    """A model of one of the families, of few blocks, for images of 64 pixels."""
+    torch.manual_seed(0)
+    return create_model(name, depths=FAMILIES[name], image_size=64, **{"num_classes": 5, **arguments})
+
+
+def test_every_family_is_there():
+    assert {n.partition("_")[0] for n in list_models()} - {n.partition("_")[0] for n in FAMILIES} == {
+        "deit", "eva", "flexivit"}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_timms_training_tools_on_every_family(name):
+    model = short(name, drop_path_rate=0.3, drop_path_mode="skip")
+    timm.utils.freeze(model, ["stem"])
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert {n for n in frozen if "random_matrix" not in n} == {
+        n for n, _ in model.named_parameters() if n.startswith("stem.")
+    }
+    timm.utils.unfreeze(model, ["stem"])
+    model.set_grad_checkpointing()
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.75)
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    scales = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    stem, head = next(iter(model.stem.parameters())), list(model.get_classifier().parameters())[-1]
+    assert scales[id(stem)] == min(scales.values()) < scales[id(head)] == max(scales.values()) == 1.0
+    assert all(scales[id(p)] == scales[id(stem)] for p in model.embed.parameters())
+    assert len(set(scales.values())) == sum(model.depths) + 2
+    average = timm.utils.ModelEmaV3(model, decay=0.5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with mock.patch.object(DropPath, "residual", autospec=True, side_effect=DropPath.residual) as residual:
+        torch.nn.functional.cross_entropy(model(images(4)), torch.arange(4)).backward()
+    assert residual.call_count == 4 * sum(model.depths), "each block twice"
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    optimizer.step()
+    average.update(model)
+    for key, value in average.module.state_dict().items():
+        torch.testing.assert_close(value, (before[key] + model.state_dict()[key]) / 2)
+    assert not torch.equal(before["stem.conv.weight"], model.stem.conv.weight)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_timms_feature_tools_on_every_family(name):
+    model = short(name).eval()
+    features = model.forward_features(images())
+    last, nchw = model.forward_intermediates(images())
+    nhwc = model.forward_intermediates(images(), intermediates_only=True, output_fmt="NHWC")
+    assert torch.equal(last, features) and len(nchw) == len(model.feature_info) == 4
+    patches = features if features.ndim == 4 else features[:, model.num_prefix_tokens :].transpose(1, 2)
+    assert torch.equal(nchw[-1].flatten(2), patches.flatten(2))
+    for a, b, info in zip(nchw, nhwc, model.feature_info, strict=True):
+        side = 64 // info["reduction"]
+        assert torch.equal(a.permute(0, 2, 3, 1), b) and b.shape == (2, side, side, info["num_chs"])
+    for layout, expected in (("NCHW", nchw), ("NHWC", nhwc)):
+        getter = FeatureGetterNet(copy.deepcopy(model), out_indices=(1, 2), output_fmt=layout)
+        assert all(torch.equal(a, b) for a, b in zip(getter(images()), expected[1:3], strict=True))
+        assert getter.feature_info.channels() == [i["num_chs"] for i in model.feature_info[1:3]]
+    kept = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("head.fc.")}
+    for classes, pool, shape in (
+        (7, None, (2, 7)),
+        (7, "avg", (2, 7)),
+        (0, "avg", (2, model.num_features)),
+        (0, "", tuple(features.shape)),
+        (3, "avg", (2, 3)),
+    ):
+        model.reset_classifier(classes, pool)
+        assert model(images()).shape == shape and model.num_classes == classes
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in kept.items())
+    data = resolve_data_config(model=model)
+    assert data["input_size"] == (3, 64, 64) and data["mean"] == tuple(model.config.mean)

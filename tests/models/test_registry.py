@@ -92,6 +92,16 @@ def test_unknown_names(name, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_path_and_a_config_are_models_too(mine):
+    assert model_config(mine) == model_config(str(mine)) == load_model_config(mine)
+    assert create_model(mine, num_classes=3).config.dims == [8, 16]
+    config = load_model_config(mine)
+    assert model_config(config) is config
+    assert create_model(config, num_classes=3).config == create_model(mine, num_classes=3).config
+    with pytest.raises(ConfigError, match=r"^model mine: depth: unknown key"):
+        create_model(config, depth=[1, 1])
+
+
 def test_paths():
     assert is_path("a/b.yaml") and is_path("b.yml") and not is_path("poolformer_s12")
     assert model_config(str(S12)) == model_config("poolformer_s12")

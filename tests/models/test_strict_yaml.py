@@ -1,6 +1,6 @@
 """models/strict_yaml.py: what is read, what is refused, and that each refusal says where."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import pytest
@@ -187,6 +187,11 @@ def test_faults_of_plain_data() -> None:
         validate(Outer, {"name": "x", "optim": {"lr": 0}})
     with pytest.raises(ConfigError, match=r"^trial 3: optim\.lr: must be greater than 0, got 0$"):
         validate(Outer, {"name": "x", "optim": {"lr": 0}}, source="trial 3")
+
+
+def test_values_that_yaml_cannot_hold_are_told_with_their_type() -> None:
+    with pytest.raises(ConfigError, match=r'^optim\.epochs: expected an integer, got "PurePosixPath a/b"$'):
+        validate(Outer, {"name": "x", "optim": {"epochs": PurePosixPath("a/b")}})
 
 
 def test_long_values_are_cut() -> None:

@@ -115,6 +115,17 @@ def test_unpooled() -> None:
         build(global_pool="max")
 
 
+def test_pooling_is_reset_wherever_it_is_given() -> None:
+    name = "dpz_deit_tiny_patch16_224"
+    assert build(name, depths=[1]).head.global_pool == "token", "the model's own"
+    average = build(name, depths=[1], num_classes=3, global_pool="avg").eval()
+    assert average.head.global_pool == average.config.head.pool == "avg"
+    images = torch.randn(1, 3, 224, 224)
+    features = average.head.norm(average.forward_features(images))[:, 1:].mean(dim=1)
+    torch.testing.assert_close(average(images), average.get_classifier()(features))
+    assert build(global_pool="avg").head.global_pool == "avg"
+
+
 def test_features_are_nchw() -> None:
     torch.manual_seed(0)
     net: Any = timm.create_model(
@@ -129,6 +140,16 @@ def test_features_are_nchw() -> None:
     assert [tuple(x.shape) for x in got] == [(2, 128, 8, 12), (2, 512, 2, 3)]
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert net.feature_info.channels() == [128, 512] and net.feature_info.reduction() == [8, 32]
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "mixer_s32_224", "resmlp_12_224", "caformer_s18"])
+def test_the_default_features_are_timms(name: str) -> None:
+    with torch.device("meta"):
+        ours: Any = timm.create_model(f"dpz_{name}", features_only=True)
+        theirs: Any = timm.create_model(name, features_only=True)
+    assert ours.feature_info.out_indices == theirs.feature_info.out_indices
+    assert ours.feature_info.channels() == theirs.feature_info.channels()
+    assert ours.feature_info.reduction() == theirs.feature_info.reduction()
 
 
 def test_all_stages_are_the_default_features() -> None:

@@ -188,10 +188,11 @@ def test_classes_come_from_the_data_or_the_model() -> None:
         build_tiny("model.num_classes=9")
 
 
-def test_a_tag_of_published_weights_sets_the_image_size() -> None:
+def test_a_tag_of_published_weights_sets_the_image_size_and_the_rate() -> None:
     small = "{name: caformer_s18.sail_in1k_384, depths: [1, 1, 1, 1], dims: [8, 8, 16, 16], head_dim: 8}"
-    setup = build_tiny(f"model={small}", "data.batch_size=4", "drop_path.rate=0")
+    setup = build_tiny(f"model={small}", "data.batch_size=4", "drop_path.rate=null")
     assert setup.config.data.image_size == 384
+    assert setup.config.drop_path.rate == 0.3, "of that fine-tuning, not the 0.15 of the training at 224"
 
 
 @pytest.mark.parametrize(
