@@ -86,6 +86,5 @@ class MlpHead(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self.fc2 = nn.Linear(hidden, num_classes)
 
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.drop(self.norm(self.act(self.fc1(x))))
-        return x if pre_logits else self.fc2(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.drop(self.norm(self.act(self.fc1(x)))))

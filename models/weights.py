@@ -107,7 +107,7 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | 
     Args:
         path: A folder with model.safetensors and perhaps config.json (or that file in it, which is the same), another
             .safetensors file, or a file of torch.save (.pt, .pth, .pth.tar, .bin) holding a state dict, on its own or
-            under the key "state_dict" or "model".
+            under a key "state_dict" or "model", where averaged weights beside it ("state_dict_ema", "model_ema") go first.
 
     Returns:
         The tensors by name, and the folder's config (None for a file, or when there is no config.json).
@@ -131,7 +131,7 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | 
             state = read_tensors(path)
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
-        for key in ("state_dict", "model"):
+        for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # averaged ones first, as timm reads its own
             if isinstance(state.get(key), dict):
                 state = state[key]
                 break

@@ -244,6 +244,13 @@ def test_weights_without_config_or_without_hash(tmp_path, weights):
     assert config == {"architecture": "x"}
 
 
+@pytest.mark.parametrize("averaged", ["state_dict_ema", "model_ema"])
+def test_averaged_weights_go_first_as_in_timm(tmp_path, averaged):
+    state = {"state_dict": {"a": torch.zeros(2)}, averaged: {"a": torch.ones(2)}}
+    torch.save(state, tmp_path / "last.pth.tar")
+    assert torch.equal(load_weights(tmp_path / "last.pth.tar")[0]["a"], torch.ones(2))
+
+
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".pth.tar", ".bin"])
 def test_state_dict_files(tmp_path, weights, key, suffix):
