@@ -1,4 +1,4 @@
-"""Speed and memory side by side, in one process, interleaved: `python benchmark.py drop-path`, `any-model`, `digits`."""
+"""Speed and memory side by side, in one process, in turns: `python benchmark.py drop-path`, `any-model`, `fold`, `digits`."""
 
 import argparse
 import copy
@@ -25,10 +25,19 @@ from layers.drop_path import BREAK_EVEN, DropPath
 from layers.foreign import GraftedDropPath, find_owners, foreign_rate, grafted, misplaced
 from layers.stochastic_depth import drop_path_report, set_drop_path
 from models.config import MetaFormerConfig, PatchConfig
+from models.export import compare_speed, fold_scales
 from models.factory import create_model
 from models.metaformer import build_block
 
 RATES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
+FOLDED = [
+    "poolformer_s12",
+    "poolformerv2_s12",
+    "convformer_s18",
+    "caformer_s18",
+    "deit3_small_patch16_224",
+    "resmlp_12_224",
+]
 # Small architectures of many families of timm and torchvision, one a line.
 ARCHITECTURES = Path(__file__).parent / "benchmarks" / "architectures.txt"
 
@@ -382,6 +391,38 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# ---- inference form -------------------------------------------------------------------------------------------------
+
+
+def fold_benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """The inference form with folded scales against the model itself, in evaluation."""
+    torch.manual_seed(0)
+    rows = []
+    for name in args.models:
+        model = create_model(name).eval()
+        with torch.no_grad():  # fresh scales of one would make nothing to fold
+            for parameter in model.parameters():
+                if parameter.ndim <= 1:
+                    parameter.uniform_(0.5, 1.5)
+        folded = fold_scales(model).eval()
+        images = torch.randn(2, *model.pretrained_cfg["input_size"])
+        with torch.inference_mode():
+            expected, got = model(images), folded(images)
+        before, after = compare_speed(model, folded, batch=args.batch, rounds=args.rounds)
+        rows.append(
+            {
+                "model": name,
+                "batch": args.batch,
+                "images_per_second": round(before, 2),
+                "folded": round(after, 2),
+                "speedup": round(after / before, 4),
+                "largest_relative_error": float(f"{float((got - expected).abs().max() / expected.abs().max()):.2g}"),
+            }
+        )
+        print(rows[-1], flush=True)
+    return {"rows": rows}
+
+
 # ---- digits ---------------------------------------------------------------------------------------------------------
 
 
@@ -447,6 +488,12 @@ def main(argv: list[str] | None = None) -> int:
     two.add_argument("--architectures", nargs="+")
     two.add_argument("--markdown", type=Path)
     two.set_defaults(run=any_model_table)
+    four = commands.add_parser("fold", help="the inference form with folded scales", parents=[common])
+    four.add_argument("--models", nargs="+", default=FOLDED)
+    four.add_argument("--batch", type=int, default=4)
+    four.add_argument("--rounds", type=int, default=25)
+    four.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default all")
+    four.set_defaults(run=fold_benchmark)
     three = commands.add_parser("digits", help="the default run over seeds", parents=[common])
     three.add_argument("--seeds", type=int, default=5)
     three.add_argument("--runs", type=Path, default=Path("runs"))
