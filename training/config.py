@@ -16,7 +16,7 @@ from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsa
 
 from configs import CONFIGS
 from layers.rates import ProfileName, RateIs
-from layers.schedule import Kind
+from layers.schedule import DropPathSchedule, Kind
 from models.strict_yaml import (
     ConfigError,
     FieldError,
@@ -144,6 +144,22 @@ class DropPathSection(_Section):
         description="Rate from which skipping pays; below it, skip masks: one, or by kind of branch. Default: measured.",
     )
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+
+
+def build_schedule(section: DropPathSection, steps_per_epoch: int, epochs: int) -> DropPathSchedule:
+    """The config's schedule, given in epochs, in optimizer steps."""
+    schedule = section.schedule
+    cutoff_epochs = schedule.cutoff_epochs
+    if schedule.kind in ("ramp", "cosine") and cutoff_epochs is None:
+        cutoff_epochs = epochs
+    given: dict[str, Any] = {
+        "cutoff": None if cutoff_epochs is None else max(1, round(cutoff_epochs * steps_per_epoch)),
+        "shape": schedule.shape,
+        "start": schedule.start,
+        "end": schedule.end,
+        "points": schedule.points and tuple((round(epoch * steps_per_epoch), m) for epoch, m in schedule.points),
+    }
+    return DropPathSchedule(kind=schedule.kind, **{key: value for key, value in given.items() if value is not None})
 
 
 class DataSection(_Section):

@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
-from layers.schedule import DropPathSchedule
 from layers.stochastic_depth import StochasticDepth, break_even_of, count_macs, drop_path_report, set_drop_path
 from models.factory import count_parameters, create_model
 from models.metaformer import MetaFormer
@@ -36,7 +35,7 @@ from models.registry import model_config
 from models.strict_yaml import ConfigError
 from models.weights import save_text, save_weights, weights_sha256
 from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
-from training.config import DropPathSection, TrainConfig, dump_config
+from training.config import TrainConfig, build_schedule, dump_config
 from training.data import (
     BatchMixer,
     DataBundle,
@@ -259,22 +258,6 @@ def _rate(config: TrainConfig, model: MetaFormer) -> float | None:
         return config.drop_path.rate
     published = model.config.published
     return (published.drop_path_rate if published else None) or 0.0
-
-
-def build_schedule(section: DropPathSection, steps_per_epoch: int, epochs: int) -> DropPathSchedule:
-    """The config's schedule, given in epochs, in optimizer steps."""
-    schedule = section.schedule
-    cutoff_epochs = schedule.cutoff_epochs
-    if schedule.kind in ("ramp", "cosine") and cutoff_epochs is None:
-        cutoff_epochs = epochs
-    given: dict[str, Any] = {
-        "cutoff": None if cutoff_epochs is None else max(1, round(cutoff_epochs * steps_per_epoch)),
-        "shape": schedule.shape,
-        "start": schedule.start,
-        "end": schedule.end,
-        "points": schedule.points and tuple((round(epoch * steps_per_epoch), m) for epoch, m in schedule.points),
-    }
-    return DropPathSchedule(kind=schedule.kind, **{key: value for key, value in given.items() if value is not None})
 
 
 def _resolved(config: TrainConfig, model: MetaFormer, depth: StochasticDepth, num_classes: int) -> TrainConfig:

@@ -35,12 +35,14 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
+from pydantic import ValidationError
 from torch import Tensor
 
 from layers.drop_path import DropPath
 from layers.rates import ProfileName, drop_path_rates
 from layers.schedule import DropPathSchedule
 from models.strict_yaml import ConfigError, load_yaml, nearest
+from training.config import DropPathSection, build_schedule
 from training.run_folder import METRICS, RunFolder
 
 NAN = math.nan
@@ -472,6 +474,31 @@ def _rates_chart(blocks: Sequence[Block]) -> tuple[str, Markup]:
     return _chart("Drop-path rate of each block", draw, xlabel="block, first to last")
 
 
+def _schedule_chart(run: Run) -> tuple[str, Markup] | None:
+    """Rate of each block over the whole run as config.yaml plans it; `None` where no schedule changes it."""
+    rates = [b.nominal for b in run.blocks]
+    try:
+        section = DropPathSection.model_validate(run.setting("drop_path"))
+        epochs = int(run.setting("optim", "epochs"))
+    except (ValidationError, TypeError, ValueError):
+        return None
+    if not run.epochs or not run.metrics["epoch"][-1] > 0 or len(_known(rates)) < max(len(rates), 1):
+        return None
+    per_epoch = round(run.metrics["step"][-1] / run.metrics["epoch"][-1])
+    if section.schedule.kind == "constant" or per_epoch < 1:
+        return None
+    schedule = build_schedule(section, per_epoch, epochs)
+
+    def draw(axes: Axes) -> None:
+        draw_heat_map(axes, rates, schedule, per_epoch * epochs)
+        axes.grid(visible=False)
+        axes.tick_params(colors=SOFT, labelsize=10)
+
+    highest = max(rates) * max(schedule(step) for step in range(per_epoch * epochs))
+    caption = f"Drop-path rate of each block as planned: from 0 (pale) to {highest:.3g} (dark)"
+    return _chart(caption, draw, xlabel="optimizer step")
+
+
 def _compare_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     def overlay(column: str) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
@@ -581,6 +608,7 @@ _RUN = """{% extends "page" %}{% from "charts" import chart, charts %}{% block b
 {% if rates %}
 <div class="charts">
 {{ chart(*rates) }}
+{% if planned %}{{ chart(*planned) }}{% endif %}
 <div><p>{{ depth_verdict }}</p>
 <details><summary>Table of {{ run.blocks | length }} blocks</summary><div class="scroll"><table>
 <thead><tr><th class="number">Block</th><th>Name</th><th>Mode</th><th class="number">Nominal</th>
@@ -657,6 +685,7 @@ def write_report(run: Path) -> Path:
         settings=_drop_path_settings(data),
         depth_verdict=_drop_path_verdict(data.blocks),
         rates=_rates_chart(data.blocks) if data.blocks else (),
+        planned=_schedule_chart(data),
     )
     return _write(run / "report.html", html)
 

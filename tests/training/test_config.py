@@ -8,10 +8,18 @@ import pytest
 import yaml
 
 from configs import CONFIGS
-from layers.schedule import Kind
+from layers.schedule import DropPathSchedule, Kind
 from models.strict_yaml import ConfigError
 from training import config as config_module
-from training.config import _SCHEDULE_KEYS, TrainConfig, dump_config, json_schema, load_config
+from training.config import (
+    _SCHEDULE_KEYS,
+    DropPathSection,
+    TrainConfig,
+    build_schedule,
+    dump_config,
+    json_schema,
+    load_config,
+)
 
 MINIMAL = """\
 model:
@@ -264,3 +272,26 @@ def test_the_published_poolformer_recipe() -> None:
     )
     header = re.split(r"^[^#\n]", path.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
     assert all(word in header for word in ("arxiv.org/abs/2111.11418", "torchrun", "NOT been run"))
+
+
+SCHEDULES: dict[str, tuple[dict[str, Any], DropPathSchedule]] = {
+    "constant": ({}, DropPathSchedule()),
+    "ramp": ({"start": 0.2}, DropPathSchedule(kind="ramp", cutoff=50, start=0.2, end=1.0)),
+    "ramp to a cutoff": ({"cutoff_epochs": 1.5}, DropPathSchedule(kind="ramp", cutoff=8)),
+    "cosine": ({"start": 1.0, "end": 0.5}, DropPathSchedule(kind="cosine", cutoff=50, start=1.0, end=0.5)),
+    "early": ({"cutoff_epochs": 3}, DropPathSchedule(kind="early", cutoff=15)),
+    "early at once": ({"cutoff_epochs": 0.01, "shape": "constant"},
+                      DropPathSchedule(kind="early", cutoff=1, shape="constant")),
+    "late": ({"cutoff_epochs": 2}, DropPathSchedule(kind="late", cutoff=10)),
+    "piecewise": ({"points": [[0, 0.0], [0.5, 1.0], [10, 0.3]]},
+                  DropPathSchedule(kind="piecewise", points=[(0, 0.0), (2, 1.0), (50, 0.3)])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_in_epochs_becomes_one_in_steps(name: str) -> None:
+    settings, expected = SCHEDULES[name]
+    section = DropPathSection.model_validate({"schedule": {"kind": name.partition(" ")[0], **settings}})
+    made = build_schedule(section, steps_per_epoch=5, epochs=10)
+    assert made.kind == expected.kind
+    assert [made(s) for s in range(60)] == [expected(s) for s in range(60)]

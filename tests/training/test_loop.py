@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from layers.schedule import DropPathSchedule
 from layers.stochastic_depth import count_macs
 from models.strict_yaml import ConfigError
 from models.weights import weights_sha256
 from training import loop
 from training.checkpoint import latest_checkpoint, load_checkpoint
-from training.config import DropPathSection, dump_config, load_config
+from training.config import dump_config, load_config
 from training.distributed import World
 from training.loop import (
     NonFiniteError,
@@ -28,7 +27,6 @@ from training.loop import (
     Setup,
     StopSignals,
     build,
-    build_schedule,
     describe,
     dry_run,
     evaluate,
@@ -85,28 +83,6 @@ def weights(setup: Setup) -> str:
 
 
 # ---- the schedule in steps ------------------------------------------------------------------------------------------
-
-SCHEDULES: dict[str, tuple[dict[str, Any], DropPathSchedule]] = {
-    "constant": ({}, DropPathSchedule()),
-    "ramp": ({"start": 0.2}, DropPathSchedule(kind="ramp", cutoff=50, start=0.2, end=1.0)),
-    "ramp to a cutoff": ({"cutoff_epochs": 1.5}, DropPathSchedule(kind="ramp", cutoff=8)),
-    "cosine": ({"start": 1.0, "end": 0.5}, DropPathSchedule(kind="cosine", cutoff=50, start=1.0, end=0.5)),
-    "early": ({"cutoff_epochs": 3}, DropPathSchedule(kind="early", cutoff=15)),
-    "early at once": ({"cutoff_epochs": 0.01, "shape": "constant"},
-                      DropPathSchedule(kind="early", cutoff=1, shape="constant")),
-    "late": ({"cutoff_epochs": 2}, DropPathSchedule(kind="late", cutoff=10)),
-    "piecewise": ({"points": [[0, 0.0], [0.5, 1.0], [10, 0.3]]},
-                  DropPathSchedule(kind="piecewise", points=[(0, 0.0), (2, 1.0), (50, 0.3)])),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_in_epochs_becomes_one_in_steps(name: str) -> None:
-    settings, expected = SCHEDULES[name]
-    section = DropPathSection.model_validate({"schedule": {"kind": name.partition(" ")[0], **settings}})
-    made = build_schedule(section, steps_per_epoch=5, epochs=10)
-    assert made.kind == expected.kind
-    assert [made(s) for s in range(60)] == [expected(s) for s in range(60)]
 
 
 def test_points_within_one_step_are_refused() -> None:

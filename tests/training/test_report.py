@@ -124,15 +124,15 @@ def test_page_says_what_the_run_did(html: str) -> None:
 
 def test_page_has_its_figures_and_needs_nothing_else(html: str) -> None:
     page = Page(html)
-    assert page.tags.count("figure") == page.tags.count("svg") == 5
+    assert page.tags.count("figure") == page.tags.count("svg") == 6
     for label in ("training", "validation", "top-1", "top-5", "Learning rate", "nominal", "realised"):
         assert label in page.text
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
         assert len(list(ElementTree.fromstring(svg).iter())) > 20
-    assert not {"script", "link", "img", "iframe", "object", "image"} & set(page.tags)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     references = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
     assert references
-    assert all(value and value.startswith("#") for value in references)
+    assert all(value and value.startswith(("#", "data:image/png;base64,")) for value in references)
     assert "@import" not in html
     assert "url(http" not in html
     assert "prefers-color-scheme: dark" in html
@@ -157,6 +157,15 @@ def test_table_of_blocks(html: str) -> None:
     text = Page(html).text
     assert "2 stages.0.blocks.2 skip 0.300 0.240 76.0 %" in text
     assert "12.0 % of all branch computations were skipped, never computed." in text
+
+
+def test_page_shows_the_planned_rates_where_a_schedule_changes_them(html: str, tmp_path: Path) -> None:
+    assert "Drop-path rate of each block as planned: from 0 (pale) to 0.3 (dark)" in Page(html).text
+    assert ("data:image/png;base64" in html) and html.count("<figure") == 6
+    constant = make_run(tmp_path / "constant", config=CONFIG.replace("{kind: ramp, start: 0.0}", "{kind: constant}"))
+    assert "as planned" not in page_of(constant).text
+    unknown = make_run(tmp_path / "unknown", config=CONFIG.replace("kind: ramp", "kind: rump"))
+    assert "as planned" not in page_of(unknown).text
 
 
 def test_masked_blocks_count_as_computed(tmp_path: Path) -> None:
@@ -193,7 +202,7 @@ def test_values_are_escaped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["metrics.csv", "summary.json", "drop_path.csv", "environment.json", "all"])
 def test_missing_files_cost_their_part_only(run: Path, missing: str) -> None:
-    files = {"metrics.csv": 1, "summary.json": 5, "drop_path.csv": 4, "environment.json": 5}
+    files = {"metrics.csv": 1, "summary.json": 6, "drop_path.csv": 4, "environment.json": 6}
     for name in files if missing == "all" else [missing]:
         (run / name).unlink()
     page = page_of(run)
