@@ -35,6 +35,10 @@ By `benchmark.py drop-path --subjects branches` on 2 CPU cores: pooling 0.27, id
 mixing 0.17, the others below 0.05.
 """
 
+MASKED_COMPILED = 0.2
+"""Break-even rate from which a branch is masked in compiled code whatever its rate: what is compiled must not depend on
+rates, which may change at every step, and branches this cheap gain little."""
+
 
 def check_drop_prob(drop_prob: float | None, name: str = "drop_prob") -> float:
     """Returns the probability as a float, `None` meaning 0.
@@ -186,9 +190,15 @@ class DropPath(nn.Module):
         """Whether dropped samples are left out of the computation: resolved from settings, never from timing."""
         return self._skips
 
+    def _skips_here(self) -> bool:
+        """`skips` in the code that runs: compiled code decides by the kind of branch alone, eager code by the rate too."""
+        if torch.compiler.is_compiling():
+            return self._mode == "batch" or (self._mode == "skip" and self._break_even < MASKED_COMPILED)
+        return self._skips
+
     def _refresh(self) -> None:
         self._rate.fill_(self._drop_prob * self._multiplier)
-        # A Python bool, resolved here and not from the scheduled rate: compiled code holds one form of the branch.
+        # From the nominal rate, not the scheduled one: a run keeps one form of each branch.
         mode = getattr(self, "_mode", "mask")
         self._skips = mode == "batch" or (mode == "skip" and self._drop_prob >= self._break_even)
 
@@ -276,7 +286,7 @@ class DropPath(nn.Module):
             shortcut = x
         if not self.training:
             return shortcut + branch(x).to(shortcut.dtype)
-        if self._skips:
+        if self._skips_here():
             return self._residual_skipping(x, branch, shortcut)
         kept = self._draw_mask(x)
         if not torch.compiler.is_compiling() and self._drop_prob * self._multiplier == 0.0:

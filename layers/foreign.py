@@ -78,7 +78,7 @@ class GraftedDropPath(DropPath):
         `groups` rows of x, one behind the other, are one sample.
         """
         self._draw = None
-        if not (self.training and self.skips) or not x.shape[0]:
+        if not (self.training and self._skips_here()) or self.role == "mask" or not x.shape[0]:
             return None
         batch = x.shape[0] // groups
         count_tensor, order = self.draw(batch, x.device)
@@ -112,7 +112,7 @@ class GraftedDropPath(DropPath):
         return self._draw_count(batch), torch.rand(batch, device=device).argsort()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self._skips) or self.role == "mask" or self._draw is None:
+        if not self.training or self.role == "mask" or self._draw is None:
             return super().forward(x)
         if self.role == "branch":
             draw, self._draw = self._draw, None
@@ -553,6 +553,7 @@ def _try(owner: Owner, call: _Call) -> dict[str, Any]:
     if unused:
         return {"reason": f"{', '.join(unused)} is not applied: the block has no shortcut"}
     entries: dict[str, list[_Entry]] = {}
+    kinds: dict[str, str] = {}
     whole = True
     for slot in owner.slots:
         found: list[_Entry] = []
@@ -570,18 +571,28 @@ def _try(owner: Owner, call: _Call) -> dict[str, Any]:
                     whole = whole and all(e.part.startswith(f"{alone[0].part}.") for e in alone[1:])
         if len(found) == len(call.slots[slot]):
             entries[slot] = found
+            begins = zip(found, call.slots[slot], strict=True)
+            kinds[slot] = (
+                "" if any(_has_matrices(owner, first, slot_call) for first, slot_call in begins) else "pooling"
+            )
     complete = len(entries) == len(owner.slots)
     if whole and complete and not _disagreement(owner, call, entries):
-        return {"entries": entries}
+        return {"entries": entries, "kinds": kinds}
     failure = _disagreement(owner, call, None)
     if not failure:
         return {"block": True, "reason": "its branches cannot be skipped one by one"}
     if complete and not _disagreement(owner, call, entries):
-        return {"entries": entries}
+        return {"entries": entries, "kinds": kinds}
     entries = {slot: found for slot, found in entries.items() if len(found) == 1}
     often = [f"{slot} is called {len(calls)} times" for slot, calls in call.slots.items() if len(calls) > 1]
     why = "; ".join([*often, f"neither branches nor block agree with masking: {failure}"])
-    return {"entries": entries, "reason": why}
+    return {"entries": entries, "kinds": kinds, "reason": why}
+
+
+def _has_matrices(owner: Owner, first: _Entry, slot_call: _SlotCall) -> bool:
+    """Whether a branch that begins at `first` holds a matrix; one that holds none is as cheap as pooling."""
+    parts = [entry.part for entry in slot_call.entries]
+    return any(_has_matrix(owner.module, part) for part in parts[parts.index(first.part) :])
 
 
 def _has_matrix(module: nn.Module, part: str) -> bool:
@@ -674,6 +685,7 @@ def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> Non
         for key, slot in slots.items():
             if key in entries:
                 _hook_branch(owner.module, entries[key], slot)
+                slot.kind = found["kinds"][key]
     conversion.roles = {key: slot.role for key, slot in slots.items()}
 
 

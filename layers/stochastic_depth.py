@@ -147,7 +147,7 @@ def set_drop_path(
         The blocks, their rates and the schedule, set to step 0.
 
     Raises:
-        ValueError: A setting is wrong or cannot be reached, or the model has no block to set. Nothing is changed then.
+        ValueError: A setting is wrong or cannot be reached, or the model has no block to set. No rate is changed then.
     """
     inner = unwrap(model)
     if mode is not None and mode not in MODES:
@@ -156,11 +156,18 @@ def set_drop_path(
         graft(inner)
         _try_out(mark_applied, inner, input_size)
     blocks = find_blocks(model)
+    if not any(getattr(m, "applied", True) for block in blocks for m in block.drop_paths.values()):
+        raise ValueError(
+            f"{type(inner).__name__} has places for stochastic depth only in blocks without a shortcut "
+            f"({blocks[0].name}{', ...' * (len(blocks) > 1)}), where nothing can be dropped"
+        )
     macs, total = None, None
     if rate_is == "expected_macs":
         counted = count_macs(model, input_size)
         macs, total = [counted.block(b) for b in blocks], counted.total
     rates = drop_path_rates(rate, stage_depths(model, blocks), profile, rate_is, block_macs=macs, total_macs=total)
+    if any((mode or m.mode) != "mask" and not m.tried for m in grafted(inner)):
+        _try_out(convert_to_skip, inner, input_size)
     thresholds = _break_even_by_kind(blocks, break_even)
     for block, block_rate in zip(blocks, rates, strict=True):
         for module in block.drop_paths.values():
@@ -170,8 +177,6 @@ def set_drop_path(
             module.drop_prob = block_rate
             module.multiplier = 1.0
             module.reset_counts()
-    if any(m._skips and not m.tried for m in grafted(inner)):
-        _try_out(convert_to_skip, inner, input_size)
     result = StochasticDepth(blocks, rates, schedule or DropPathSchedule(), _foreign_notes(inner, blocks))
     result.set_step(0)
     return result
@@ -205,6 +210,8 @@ def _foreign_notes(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
                     what = f"mode {module.mode}"
                 elif module.role == "mask":
                     what = f"masks, since {module.reason}"
+                elif not module.skips:
+                    what = "masks, below the break-even rate of such a branch"
                 else:
                     what = f"skips per {module.role}" + (f", since {module.reason}" if module.reason else "")
                 notes[what] = notes.get(what, 0) + 1

@@ -345,7 +345,7 @@ _MIXER_KEYS: dict[TokenMixer, tuple[str, ...]] = {
 }
 
 
-def _idle_keys(config: MetaFormerConfig) -> dict[str, str]:
+def idle_keys(config: MetaFormerConfig) -> dict[str, str]:
     """Dotted keys that nothing in this model reads, and why."""
     mixers, head = config.per_stage(config.token_mixer), config.head
     idle = {key: f"no stage's token_mixer is {m}" for m, keys in _MIXER_KEYS.items() if m not in mixers for key in keys}
@@ -366,7 +366,7 @@ def _refuse_idle(config: MetaFormerConfig, before: MetaFormerConfig | None, wher
     Not part of the schema's own checks: a saved config holds every key, also those that lost their effect by another's
     change.
     """
-    for key, why in _idle_keys(config).items():
+    for key, why in idle_keys(config).items():
         *section, name = key.split(".")
         default = (HeadConfig if section else MetaFormerConfig).model_fields[name].default
         value = _get(config, key)

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from layers.drop_path import Mode
-from models.config import MetaFormerConfig, override_config
+from models.config import MetaFormerConfig, idle_keys, override_config
 from models.metaformer import MetaFormer
 from models.pretrained import load_into, load_timm_pretrained, published_config, timm_head
 from models.registry import is_model, list_models, model_config
@@ -149,16 +149,6 @@ def _published(config: MetaFormerConfig) -> dict[str, Any]:
 _FREE = {"name", "num_classes", "in_chans", "image_size", "layer_scale", "res_scale", "drop_rate"}
 _FREE |= {"pretrained", "published"}
 _IMAGES = ("crop_pct", "interpolation", "mean", "std")  # how images are prepared: said, not refused
-# Keys that mean something with one token mixer only.
-_MIXER = {
-    "pool_size": "pooling",
-    "conv_kernel_size": "sep_conv",
-    "conv_expansion": "sep_conv",
-    "head_dim": "attention",
-    "qkv_bias": "attention",
-    "proj_bias": "attention",
-    "spatial_hidden": "spatial_mlp",
-}
 
 
 def _check_trained_as(
@@ -213,8 +203,8 @@ def _settings(config: MetaFormerConfig) -> dict[str, Any]:
     """What a model does with its weights and images, by dotted key; nothing that has no effect in this model."""
     out: dict[str, Any] = {}
     for key in MetaFormerConfig.model_fields:
-        mixer, value = _MIXER.get(key), getattr(config, key)
-        if key in _FREE or (mixer and mixer not in config.per_stage(config.token_mixer)):
+        value = getattr(config, key)
+        if key in _FREE:
             continue
         if isinstance(value, BaseModel):
             out |= {f"{key}.{part}": x for part, x in value.model_dump().items()}
@@ -223,10 +213,8 @@ def _settings(config: MetaFormerConfig) -> dict[str, Any]:
             out[key] = stages[0] if len(set(stages)) == 1 else stages
         else:
             out[key] = value
-    if len(set(config.dims)) == 1:
-        out = {key: value for key, value in out.items() if not key.startswith("downsample")}
-    if config.head.kind != "mlp":
-        del out["head.mlp_norm_eps"]
+    idle = idle_keys(config)
+    out = {key: value for key, value in out.items() if key not in idle and key.partition(".")[0] not in idle}
     out["mean"], out["std"] = config.channel_stats()
     return out
 

@@ -364,6 +364,23 @@ def test_skipping_compiles_to_few_graphs_equal_to_eager(compilations: Callable[[
     assert graphs <= 4 and breaks == 0
 
 
+@pytest.mark.parametrize("name", ["poolformer_n4", "caformer_n4"])
+def test_rates_that_cross_the_break_even_recompile_nothing(
+    compilations: Callable[[], tuple[int, int]], name: str
+) -> None:
+    model = create_model(name, num_classes=5, image_size=16, drop_path_mode="skip")
+    compiled = torch.compile(model, backend="eager")
+    for step in range(30):
+        set_drop_path(compiled, step / 30)  # type: ignore[arg-type]
+        x = torch.randn((2, 3, 16)[step % 3], *model.pretrained_cfg["input_size"])
+        torch.manual_seed(step)
+        out = compiled(x)
+        torch.manual_seed(step)
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
+    graphs, breaks = compilations()
+    assert graphs <= 4 and breaks == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_inductor_agrees_with_eager(compilations: Callable[[], tuple[int, int]], mode: str) -> None:

@@ -161,6 +161,22 @@ def test_a_second_call_replaces_the_first_and_zero_restores() -> None:
     torch.testing.assert_close(model(images), model.eval()(images))
 
 
+def test_cheap_branches_mask_below_their_break_even_rate() -> None:
+    name = "poolformer_s12"
+    model = build(name).train()
+    kinds = ["pooling", ""] * 5  # token mixer and MLP of each block
+    result = set_drop_path(model, 0.2, profile="constant", mode="skip", input_size=size_of(name))
+    assert [m.kind for m in grafted(model)] == kinds
+    assert [m.skips for m in grafted(model)] == [kind != "pooling" for kind in kinds]
+    assert "5 drop-path modules: masks, below the break-even rate of such a branch" in result.notes
+    set_drop_path(model, 0.4, profile="constant", mode="skip", input_size=size_of(name))
+    assert all(m.skips for m in grafted(model))
+    other = build(name)
+    given = {"pooling": 0.1}
+    set_drop_path(other, 0.2, profile="constant", mode="skip", break_even=given, input_size=size_of(name))
+    assert all(m.skips for m in grafted(other)), "kinds are known at the first call"
+
+
 def test_dropped_samples_are_not_computed() -> None:
     name = "vit_tiny_patch16_224"
     model = build(name).train()
@@ -199,6 +215,52 @@ def test_copies_are_whole_and_independent(clone: Callable[[nn.Module], nn.Module
             assert torch.equal(a, b)
         set_drop_path(other, 0.0, input_size=size_of(name))
         assert max(m.drop_prob for m in grafted(model)) == 0.5
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "davit_tiny"])
+def test_checkpointing_drops_the_same_samples_again(name: str) -> None:
+    model = build(name).train()
+    set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=size_of(name))
+    images = torch.randn(6, *size_of(name))
+    expected = output_and_gradients(model, images, 3)
+    model.set_grad_checkpointing()
+    for a, b in zip(output_and_gradients(model, images, 3), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "davit_tiny"])
+def test_autocast(name: str) -> None:
+    model = build(name).train()
+    images = torch.randn(4, *size_of(name))
+    for rate in (0.0, 0.5, 1.0):
+        set_drop_path(model, rate, profile="constant", mode="skip", input_size=size_of(name))
+        masked = copy.deepcopy(model)
+        for module in grafted(masked):
+            module.__class__ = MaskingDraw
+        outs = []
+        for other in (model, masked):
+            torch.manual_seed(1)
+            with torch.autocast("cpu", torch.bfloat16):
+                outs.append(other(images).float())
+        outs[0].sum().backward()
+        torch.testing.assert_close(*outs, rtol=0.05, atol=0.05 * float(outs[1].detach().abs().max()))
+
+
+def test_torch_func_goes_through() -> None:
+    name = "vit_tiny_patch16_224"
+    model = build(name).train()
+    set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=size_of(name))
+    images = torch.randn(4, *size_of(name))
+    parameters = dict(model.named_parameters())
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, (images,)).square().sum()
+
+    torch.manual_seed(2)
+    got = torch.func.grad(loss)(parameters)
+    expected = output_and_gradients(model, images, 2)[1:]
+    for a, b in zip(got.values(), expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 TORCHVISION = ["convnext_tiny", "efficientnet_b0", "swin_t", "swin_v2_t"]
@@ -378,6 +440,13 @@ def test_export_in_evaluation_leaves_no_trace(name: str, tmp_path: Path) -> None
 def test_a_model_without_residual_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="AlexNet has no residual block"):
         set_drop_path(torchvision.models.alexnet(num_classes=2), 0.1)
+
+
+def test_places_without_a_shortcut_are_no_blocks() -> None:
+    model = timm.create_model("ghostnet_100", num_classes=2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"GhostNet has places .* only in blocks without a shortcut \(blocks"):
+            set_drop_path(model, 0.1, input_size=SIZE)
 
 
 def test_a_wrong_input_size_is_said() -> None:
