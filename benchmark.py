@@ -293,6 +293,7 @@ def _check_architecture(name: str) -> dict[str, Any]:
         model.zero_grad()
         model(images).sum().backward()
     assert list(model.state_dict()) == keys, "state-dict keys changed"
+    alarms = drop_path_report(model, input_size=size).warnings
     applied = [m for m in grafted(model) if m.applied]
     roles = [m.role for m in applied]
     for module in model.modules():  # what another batch does to statistics is not what is compared
@@ -308,6 +309,7 @@ def _check_architecture(name: str) -> dict[str, Any]:
         "no_shortcut": len(list(grafted(model))) - len(applied),
         "reasons": sorted({m.reason for m in applied if m.role == "mask" and m.reason}),
         "rates": agreement,
+        "alarms": alarms,
         "max_relative_deviation": deviation,
     }
 
@@ -372,10 +374,14 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         "# Stochastic depth on architectures of timm and torchvision",
         "",
         "Made by `python benchmark.py any-model --markdown docs/any-model.md`. Each model was built at rate 0; "
-        "`set_drop_path` set its rates, forward and backward ran in the modes mask, batch and skip, and skip was compared",
-        "with masking the same samples, outputs and gradients, with randomised scales. Columns: drop-path modules that skip",
-        "per branch, with their whole block, or only mask; places in blocks without a shortcut; rates against a fresh build",
-        "at that rate; the largest deviation, relative to each tensor's largest value.",
+        "`set_drop_path` set",
+        "its rates, forward and backward ran in the modes mask, batch and skip, and skip was compared with masking the same",
+        "samples, outputs and gradients, with randomised scales. The report raised "
+        + ("no alarm." if not any(r["alarms"] for r in good) else "the alarms named below."),
+        "",
+        "Columns: drop-path modules that skip per branch, with their whole block, or only mask; places in blocks without a",
+        "shortcut; rates (`linear`) against a fresh build at that rate; the largest deviation, relative to each tensor's",
+        "largest value.",
         "",
         f"{len(good)} architectures of {len({r['class'] for r in good})} classes; {len(rows) - len(good)} refused.",
         "",
@@ -387,6 +393,8 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
             f"| {r['architecture']} | {r['class']} | {r['branch']} | {r['block']} | {r['mask']} | {r['no_shortcut']} | "
             f"{r['rates']} | {r['max_relative_deviation']:g} | {'; '.join(r['reasons'])} |"
         )
+    if alarms := [f"- `{r['architecture']}`: {alarm}" for r in good for alarm in r["alarms"]]:
+        lines += ["", "Alarms:", "", *alarms]
     refused = [r for r in rows if "refused" in r]
     if refused:
         lines += ["", "Refused:", ""] + [f"- `{r['architecture']}`: {r['refused']}" for r in refused]
