@@ -1,4 +1,4 @@
-"""Speed and memory side by side, in one process, in turns: `python benchmark.py drop-path`, `any-model`, `fold`, `digits`."""
+"""Speed and memory side by side, in one process, in turns: `python benchmark.py --help`."""
 
 import argparse
 import copy
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from layers.drop_path import BREAK_EVEN, DropPath
 from layers.foreign import GraftedDropPath, find_owners, foreign_rate, grafted, misplaced
-from layers.stochastic_depth import drop_path_report, set_drop_path
+from layers.rates import drop_path_rates
+from layers.stochastic_depth import drop_path_report, find_blocks, set_drop_path
 from models.config import MetaFormerConfig, PatchConfig
 from models.export import compare_speed, fold_scales
 from models.factory import create_model
@@ -232,6 +233,34 @@ def dropped_compute(model: nn.Module, rate: float, profile: str, shape: tuple[in
     set_drop_path(trial, rate, profile=profile, mode="skip", break_even=0.0)  # type: ignore[arg-type]
     saved = drop_path_report(trial, input_size=shape).compute_saved
     return round(saved or 0.0, 4)
+
+
+def limits_benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """What skipping could gain at most: each block's share of a training step, timed by leaving the block out."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for name in args.models:
+        model = _whole(name).train().to(device)
+        images = torch.randn(args.batch, 3, 224, 224, device=device)
+        count = len(find_blocks(model))
+        step_time(model, images)
+        whole: list[float] = []
+        without: list[list[float]] = [[] for _ in range(count)]
+        for _ in range(args.rounds):
+            for i in range(count):
+                set_drop_path(model, 0.0, mode="mask")
+                whole.append(step_time(model, images))
+                set_drop_path(model, None, profile=[float(i == k) for k in range(count)], mode="batch")
+                without[i].append(whole[-1] - step_time(model, images))
+        shares = [statistics.median(saved) / statistics.median(whole) for saved in without]
+        row: dict[str, Any] = {"model": name, "batch": args.batch, "shares": [round(s, 4) for s in shares]}
+        for profile in ("linear", "constant"):
+            rates = drop_path_rates(args.rate, [count], profile)
+            limit = 1.0 / (1.0 - sum(rate * share for rate, share in zip(rates, shares, strict=True)))
+            row[f"limit_{profile}_{args.rate:g}"] = round(limit, 3)
+        rows.append(row)
+        print(row, flush=True)
+    return {"rows": rows}
 
 
 def _whole(name: str) -> nn.Module:
@@ -498,6 +527,13 @@ def main(argv: list[str] | None = None) -> int:
     two.add_argument("--architectures", nargs="+")
     two.add_argument("--markdown", type=Path)
     two.set_defaults(run=any_model_table)
+    five = commands.add_parser("limits", help="what skipping could gain at most, by blocks' times", parents=[common])
+    five.add_argument("--models", nargs="+", default=["poolformer_s12", "caformer_s18", "vit_small_patch16_224"])
+    five.add_argument("--rate", type=float, default=0.4)
+    five.add_argument("--batch", type=int, default=16)
+    five.add_argument("--rounds", type=int, default=3)
+    five.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default all")
+    five.set_defaults(run=limits_benchmark)
     four = commands.add_parser("fold", help="the inference form with folded scales", parents=[common])
     four.add_argument("--models", nargs="+", default=FOLDED)
     four.add_argument("--batch", type=int, default=4)
