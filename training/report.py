@@ -493,6 +493,7 @@ def _schedule_chart(run: Run) -> tuple[str, Markup] | None:
         draw_heat_map(axes, rates, schedule, per_epoch * epochs)
         axes.grid(visible=False)
         axes.tick_params(colors=SOFT, labelsize=10)
+        axes.get_xticklabels()[-1].set_horizontalalignment("right")  # it would stand over the edge
 
     highest = max(rates) * max(schedule(step) for step in range(per_epoch * epochs))
     caption = f"Drop-path rate of each block as planned: from 0 (pale) to {highest:.3g} (dark)"
