@@ -4,12 +4,12 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
@@ -257,6 +257,23 @@ class Macs:
         return sum(self.branch(m) for m in block.drop_paths.values())
 
 
+@contextmanager
+def _on_meta(model: nn.Module) -> Iterator[None]:
+    """Puts meta tensors in the places of parameters and buffers for a while.
+
+    Not `torch.func.functional_call`, which leaves its tensors behind in modules that a model holds in several places.
+    """
+    stores = [store for module in model.modules() for store in (module._parameters, module._buffers)]
+    own = [(store, key, value) for store in stores for key, value in store.items() if value is not None]
+    try:
+        for store, key, value in own:
+            store[key] = value.detach().to("meta")  # type: ignore[assignment]
+        yield
+    finally:
+        for store, key, value in own:
+            store[key] = value  # type: ignore[assignment]
+
+
 def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Macs:
     """Counts the compute of each residual branch, without computing: on the meta device.
 
@@ -274,7 +291,6 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
     input_size = input_size or _input_size(model)
     if input_size is None:
         raise ValueError("counting compute needs input_size=(C, H, W), which this model does not tell")
-    meta = {k: v.to("meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
     modules = [m for m in model.modules() if isinstance(m, DropPath)]
     branches: dict[int, float] = {}
     counter = FlopCounterMode(display=False)
@@ -309,8 +325,8 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
     try:
         for module in modules:
             module.residual = counting(module)  # an instance attribute hides the method while we count
-        with torch.no_grad(), counter:
-            functional_call(model, meta, (torch.empty(1, *input_size, device="meta", dtype=dtype),))
+        with torch.no_grad(), _on_meta(model), counter:
+            model(torch.empty(1, *input_size, device="meta", dtype=dtype))
     except Exception as error:  # the model's own code may not work on the meta device, or not at that size
         first = (str(error).splitlines() or [""])[0]
         raise ValueError(f"counting compute at {tuple(input_size)} failed: {type(error).__name__}: {first}") from error

@@ -396,6 +396,21 @@ def test_counting_leaves_no_trace(training: bool) -> None:
     assert all(v.device.type == "cpu" and torch.equal(v, after[k]) for k, v in state.items())
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_counting_leaves_shared_modules_and_tied_weights_alone(fails: bool) -> None:
+    model = Net()
+    model.stages[1][0].fc = model.stages[0][0].fc  # type: ignore[index, union-attr]
+    model.stages[1][1].fc.weight = model.stages[0][1].fc.weight  # type: ignore[index, union-attr]
+    before = [(m, key, value) for m in model.modules() for key, value in m._parameters.items()]
+    if fails:
+        with pytest.raises(ValueError, match="counting compute at"):
+            count_macs(model, (4, 8, 8))
+    else:
+        assert count_macs(model, (3, 8, 8)).total == NET_MACS
+    assert all(m._parameters[key] is value for m, key, value in before)
+    assert not any(p.is_meta for p in model.parameters())
+
+
 def test_counting_leaves_no_trace_when_it_fails() -> None:
     model = Net()
     model.head = nn.Linear(9, 5)
