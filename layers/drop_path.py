@@ -95,6 +95,10 @@ class DropPath(nn.Module):
     gradient, which plain DistributedDataParallel needs. Branches must not mix samples; a batch norm inside one sees
     the kept samples only, which is warned about once, and fewer than two kept samples are masked there.
 
+    Under torch.compile what runs does not depend on rates: mode `skip` masks kinds with a break-even of `MASKED_COMPILED`
+    and more, branches with a batch norm, and branches with convolutions that inductor compiles for a known number of
+    samples only (all but `layers.token_mixers.DepthwiseConv`). Draws and results are those of eager code.
+
     In training a draw is made at every rate, 0 included: the random stream does not depend on the rates. Counts are
     drawn on the CPU and indices on x's device, both from torch's default generators, so nothing waits for the GPU.
 
