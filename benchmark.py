@@ -267,14 +267,15 @@ def _whole(name: str) -> nn.Module:
     return create_model(name, num_classes=1000)
 
 
+# ---- any model ------------------------------------------------------------------------------------------------------
+
+
 RULES = {
     "CrossVit": "two rows of blocks side by side there, which count their depth once",
     "NextViT": "three branches of a block share out its rate there",
     "VOLO": "as ours but for its outlook blocks, which ignore the rate there",
 }
 """Families whose own rule is neither linear over blocks nor constant."""
-
-# ---- any model ------------------------------------------------------------------------------------------------------
 
 
 def any_model_table(args: argparse.Namespace) -> dict[str, Any]:
@@ -309,10 +310,7 @@ def _check_architecture(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model, size = _build(name)
     model.train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim <= 1:  # a layer scale of 1e-6 would hide any error
-                parameter.uniform_(0.5, 1.5)
+    randomise_scales(model)
     keys = list(model.state_dict())
     images = torch.randn(4, *size)
     set_drop_path(model, 0.2, input_size=size)
@@ -375,13 +373,26 @@ class MaskingDraw(GraftedDropPath):
             self._draw = self._draw.as_mask()
 
 
+def masking_twin(model: nn.Module) -> nn.Module:
+    """A copy of a foreign model that draws as it does and masks where it skips."""
+    twin = copy.deepcopy(model)
+    for module in grafted(twin):
+        module.__class__ = MaskingDraw
+    return twin
+
+
+def randomise_scales(model: nn.Module) -> None:
+    """Draws biases, norm weights and layer scales from [0.5, 1.5]: at 1e-6, 0 or 1 they would hide any error."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim <= 1:
+                parameter.uniform_(0.5, 1.5)
+
+
 def _skip_against_mask(model: nn.Module, images: Tensor) -> float:
     """Largest relative deviation of outputs and gradients between skipping and masking the same samples."""
-    masked = copy.deepcopy(model)
-    for module in grafted(masked):
-        module.__class__ = MaskingDraw
     results = []
-    for other in (model, masked):
+    for other in (model, masking_twin(model)):
         other.zero_grad()
         torch.manual_seed(1)
         out = other(images)
@@ -439,10 +450,7 @@ def fold_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name in args.models:
         model = create_model(name).eval()
-        with torch.no_grad():  # fresh scales of one would make nothing to fold
-            for parameter in model.parameters():
-                if parameter.ndim <= 1:
-                    parameter.uniform_(0.5, 1.5)
+        randomise_scales(model)
         folded = fold_scales(model).eval()
         images = torch.randn(2, *model.pretrained_cfg["input_size"])
         with torch.inference_mode():

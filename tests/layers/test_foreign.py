@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from benchmark import MaskingDraw
+from benchmark import masking_twin, randomise_scales
 from layers.drop_path import DropPath
 from layers.foreign import (
     GraftedDropPath,
@@ -72,10 +72,7 @@ def build(name: str, **more: object) -> nn.Module:
             cls, sizes = SMALL_CLASSES[name]
             patch.setattr(cls, "__init__", partialmethod(smaller, cls.__init__, sizes))
         model = timm.create_model(name, num_classes=5, **SMALL[name][0], **more)
-    with torch.no_grad():  # a layer scale of 1e-6 would hide any error
-        for parameter in model.parameters():
-            if parameter.ndim <= 1:
-                parameter.uniform_(0.5, 1.5)
+    randomise_scales(model)
     return model
 
 
@@ -108,9 +105,7 @@ def test_skip_equals_mask_with_the_same_kept_set(name: str) -> None:
     set_drop_path(model, 0.6, profile="constant", mode="skip", input_size=size_of(name))
     assert {m.role for m in grafted(model) if m.applied} == SMALL[name][1]
     quiet_norms(model.train())
-    masked = copy.deepcopy(model)
-    for module in grafted(masked):
-        module.__class__ = MaskingDraw
+    masked = masking_twin(model)
     images = torch.randn(6, *size_of(name))
     for seed in range(4):
         for a, b in zip(
@@ -234,9 +229,7 @@ def test_autocast(name: str) -> None:
     images = torch.randn(4, *size_of(name))
     for rate in (0.0, 0.5, 1.0):
         set_drop_path(model, rate, profile="constant", mode="skip", input_size=size_of(name))
-        masked = copy.deepcopy(model)
-        for module in grafted(masked):
-            module.__class__ = MaskingDraw
+        masked = masking_twin(model)
         outs = []
         for other in (model, masked):
             torch.manual_seed(1)
@@ -280,10 +273,7 @@ def torchvision_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     more = {"image_size": 64} if name == "vit_b_16" else {}
     model = torchvision.models.get_model(name, num_classes=5, **more)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim <= 1:
-                parameter.uniform_(0.5, 1.5)
+    randomise_scales(model)
     return model
 
 
@@ -315,9 +305,7 @@ def test_bare_blocks_of_torchvision_are_dropped_whole(name: str) -> None:
             module.eval()
     images = torch.randn(4, *SIZE)
     set_drop_path(model, 0.6, profile="constant", mode="skip", input_size=SIZE)
-    masked = copy.deepcopy(model)
-    for module in grafted(masked):
-        module.__class__ = MaskingDraw
+    masked = masking_twin(model)
     for a, b in zip(output_and_gradients(model, images, 1), output_and_gradients(masked, images, 1), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
     set_drop_path(model, 1.0, profile="constant", mode="skip", input_size=SIZE)
@@ -526,9 +514,7 @@ def test_other_shapes_of_blocks(block: type[nn.Module], note: str) -> None:
     model = Stack(block(), block()).train()
     result = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 4, 4))
     assert result.notes == [f"2 drop-path modules: {note}"]
-    masked = copy.deepcopy(model)
-    for module in grafted(masked):
-        module.__class__ = MaskingDraw
+    masked = masking_twin(model)
     images = torch.randn(6, 3, 4, 4)
     for seed in range(4):
         for a, b in zip(
