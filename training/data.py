@@ -16,20 +16,28 @@ from __future__ import annotations
 import math
 import os
 import random
-import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from timm.data.auto_augment import (
+    AutoAugment,
+    augment_and_mix_transform,
+    auto_augment_transform,
+    posterize,
+    rand_augment_transform,
+)
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -47,8 +55,10 @@ DIGITS_SPLIT_SEED = 20240229
 DIGITS_VAL_FRACTION = 0.2
 DIGITS_MAX_VALUE = 16.0
 
-VAL_FOLDERS = ("val", "validation", "test")
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+VAL_FOLDERS = ("val", "valid", "validation", "test")
+# What file systems and tools leave beside data, in lower case; hidden folders are never read either.
+JUNK_FOLDERS = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found",
+                "system volume information"}  # fmt: skip
 # Up to here every image is decoded before training (seconds); above, only header and end of file are looked at.
 FULL_CHECK_LIMIT = 2000
 
@@ -77,12 +87,17 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class DataBundle:
-    """The two halves of a data set and its classes, in the order of the targets."""
+    """The two halves of a data set and its classes, in the order of the targets.
+
+    Attributes:
+        left_out: What lies in the folders and is not used, as words; empty for nothing.
+    """
 
     train: TrainDataset
     val: ValDataset
     num_classes: int
     class_names: list[str]
+    left_out: str = ""
 
 
 def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, *, seed: int) -> DataBundle:
@@ -354,7 +369,8 @@ def _folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
         raise ConfigError("data.root: is needed by data.dataset 'folder'")
     root = Path(data.root).expanduser()
     train_root, val_root = _train_and_val_folders(root)
-    train, val = _scan(train_root), _scan(val_root)
+    left_out = LeftOut()
+    train, val = _scan(train_root, left_out), _scan(val_root, left_out)
     if train.keys() != val.keys():
         parts = [
             f"only in {folder.name}: {_some(names)}"
@@ -379,6 +395,7 @@ def _folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
         val=ValDataset(_Folder(val_paths, augment, spec), val_targets),
         num_classes=len(names),
         class_names=names,
+        left_out=str(left_out),
     )
 
 
@@ -390,49 +407,215 @@ def _train_and_val_folders(root: Path) -> tuple[Path, Path]:
         raise ConfigError(f"data.root: '{root}' does not exist{nearest(root.name, siblings)}\n{layout}")
     if not root.is_dir():
         raise ConfigError(f"data.root: '{root}' is a file, not a folder\n{layout}")
-    found = _subfolders(root)
-    if "train" not in found:
+    found = [entry.name for entry in _subfolders(root)]
+
+    def named(*allowed: str) -> str | None:
+        for name in allowed:
+            same = [entry for entry in found if entry.lower() == name]
+            if len(same) > 1:
+                raise ConfigError(f"data.root: '{root}' has both {_some(same)}; keep one")
+            if same:
+                return same[0]
+        return None
+
+    train = named("train")
+    if train is None:
         what = f"folders there: {_some(found)}" if found else "it has no folders"
         raise ConfigError(f"data.root: '{root}' has no folder 'train' ({what})\n{layout}")
-    val = next((name for name in VAL_FOLDERS if name in found), None)
+    val = named(*VAL_FOLDERS)
     if val is None:
         raise ConfigError(
             f"data.root: '{root}' has no folder for validation (folders there: {_some(found)})\n"
-            f"allowed names: {', '.join(VAL_FOLDERS)}"
+            f"allowed names: {', '.join(VAL_FOLDERS)}, in small letters or capitals"
         )
-    return root / "train", root / val
+    return root / train, root / val
 
 
-def _subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones such as .ipynb_checkpoints."""
+class LeftOut:
+    """What a walk over folders leaves out, counted by kind; `str()` says it in words.
+
+    Attributes:
+        files: Number by kind: the end of the name, or "hidden" and the like.
+        folders: Number by name, of hidden folders and those in JUNK_FOLDERS; what is in them is not counted.
+        links: Links to a folder that is read elsewhere, or that lead back up.
+    """
+
+    def __init__(self) -> None:
+        self.files: Counter[str] = Counter()
+        self.folders: Counter[str] = Counter()
+        self.links = 0
+
+    def add(self, other: LeftOut) -> None:
+        """Counts what another walk left out as well."""
+        self.files += other.files
+        self.folders += other.folders
+        self.links += other.links
+
+    def __str__(self) -> str:
+        parts = []
+        for counts, what in ((self.files, "file"), (self.folders, "folder")):
+            if total := counts.total():
+                kinds = [f"{count:,} {kind}" for kind, count in counts.most_common(8)]
+                kinds += [f"{len(counts) - 8} more kinds"] if len(counts) > 8 else []
+                parts.append(f"{total:,} {what}{'s' * (total > 1)} ({', '.join(kinds)})")
+        if self.links:
+            parts.append(
+                "1 link to a folder read already"
+                if self.links == 1
+                else f"{self.links:,} links to folders read already"
+            )
+        return ", ".join(parts)
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, sorted by name.
+
+    Raises:
+        ConfigError: If it cannot be listed; what is in it must not vanish in silence.
+    """
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise ConfigError(f"data.root: '{folder}' cannot be listed: {error.strerror}") from error
 
 
-def _scan(folder: Path) -> dict[str, list[str]]:
-    """Paths of each class's images, sorted, from all levels below the class folder (as torchvision's ImageFolder)."""
-    classes = {
-        name: sorted(
-            os.path.join(place, file)
-            for place, _, files in os.walk(folder / name, followlinks=True)
-            for file in files
-            if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith(".")
-        )
-        for name in _subfolders(folder)
-    }
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; a link in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _is_junk(folder: os.DirEntry[str]) -> bool:
+    return folder.name.startswith(".") or folder.name.lower() in JUNK_FOLDERS
+
+
+def _subfolders(folder: Path, left_out: LeftOut | None = None) -> list[os.DirEntry[str]]:
+    """The folders in a folder, sorted, without hidden ones such as .ipynb_checkpoints and junk such as __MACOSX."""
+    left_out = LeftOut() if left_out is None else left_out
+    found = []
+    for entry in _entries(folder):
+        if not _is_folder(entry):
+            left_out.files[f"{_kind(entry)} beside the class folders"] += 1
+        elif _is_junk(entry):
+            left_out.folders[entry.name] += 1
+        else:
+            found.append(entry)
+    return found
+
+
+def _kind(file: os.DirEntry[str]) -> str:
+    """What a file that is left out is counted as."""
+    if file.name.startswith("."):
+        return "hidden"
+    try:
+        if not file.is_file():
+            return "broken link" if file.is_symlink() else "no regular file"
+    except OSError:  # a link in a circle
+        return "broken link"
+    end = os.path.splitext(file.name)[1].lower()
+    return os.fsencode(end).decode(errors="replace") or "without an extension"
+
+
+FolderId = tuple[int, int] | str
+
+
+def _folder_id(path: str | Path) -> FolderId:
+    """The same for all paths to one folder."""
+    status = os.stat(path)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+
+
+def _ids_above(folder: Path) -> set[FolderId]:
+    """Of the folders that a folder really lies in, up to the root of the file system."""
+    return {_folder_id(parent) for parent in Path(os.path.realpath(folder)).parents}
+
+
+def _scan(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
+    """Paths of each class's images, sorted, from all levels below the class folder (as torchvision's ImageFolder).
+
+    Links are followed, and no folder is read twice: it belongs to the class in which it really lies, and a link to a
+    folder that is read already, or that lead back up, is passed over and counted.
+
+    Raises:
+        ConfigError: Where images would belong to two classes, or a class has none.
+    """
+    readers: dict[FolderId, tuple[str, bool]] = {}  # by which class a folder is read, and whether by way of a link
+    above = _ids_above(folder) | {_folder_id(folder)}
+    classes: dict[str, list[str]] = {}
+    left: dict[str, LeftOut] = {}
+    for entry in _subfolders(folder, left_out):
+        identity = _folder_id(entry.path)
+        if identity in readers or identity in above:
+            other = f"class '{readers[identity][0]}'" if identity in readers else "one above it"
+            raise ConfigError(f"data.root: class folder '{entry.path}' is the same folder as {other}; remove one name")
+        readers[identity] = (entry.name, False)
+        classes[entry.name] = []
+        left[entry.name] = LeftOut()
     if not classes:
         raise ConfigError(f"data.root: '{folder}' has no class folders; expected {folder.name}/CLASS/*.jpg")
+    for name in classes:
+        above |= _ids_above(folder / name)  # a class folder may itself be a link to elsewhere
+
+    links: list[tuple[str, str]] = []  # class and path, followed after all folders, so that real ones come first
+
+    def read(name: str, path: str, by_link: bool) -> None:
+        pending = [path]
+        while pending:
+            for entry in _entries(pending.pop()):
+                if not _is_folder(entry):
+                    _take(entry, classes[name], left[name])
+                elif _is_junk(entry):
+                    left[name].folders[entry.name] += 1
+                elif entry.is_symlink():
+                    links.append((name, entry.path))
+                elif claim(name, entry.path, by_link):
+                    pending.append(entry.path)
+
+    def claim(name: str, path: str, by_link: bool) -> bool:
+        identity = _folder_id(path)
+        reader, reader_by_link = readers.get(identity, (name, False))
+        if by_link and reader_by_link and reader != name:
+            raise ConfigError(
+                f"data.root: '{path}' belongs to two classes: links lead there from '{reader}' and from '{name}'"
+            )
+        if identity in readers or (by_link and identity in above):
+            left[name].links += 1
+            return False
+        readers[identity] = (name, by_link)
+        return True
+
+    for name in classes:
+        read(name, os.path.join(folder, name), by_link=False)
+    for name, path in links:  # grows while it is read
+        if claim(name, path, by_link=True):
+            read(name, path, by_link=True)
+
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
         more = f" (and {len(empty) - 1} more such folders)" if len(empty) > 1 else ""
+        said = f"; left out: {left[empty[0]]}" if str(left[empty[0]]) else ""
         raise ConfigError(
-            f"data.root: class folder '{folder / empty[0]}' has no images{more}\n"
-            f"images end in {', '.join(IMAGE_EXTENSIONS)}"
+            f"data.root: class folder '{folder / empty[0]}' has no images{more}{said}\n"
+            "images end in .jpg, .jpeg, .png, .webp, .tif, .gif, .bmp, .avif and others that Pillow reads"
         )
-    return classes
+    for name in classes:
+        left_out.add(left[name])
+    return {name: sorted(paths) for name, paths in classes.items()}
+
+
+def _take(file: os.DirEntry[str], paths: list[str], left_out: LeftOut) -> None:
+    """Adds an image to `paths` and counts any other file. An image's link that leads nowhere is for the check of images
+    to name: a missing image is no file of another kind.
+    """
+    kind = _kind(file)
+    end = os.path.splitext(file.name)[1].lower() if kind == "broken link" else kind
+    if end in image_extensions():
+        paths.append(file.path)
+    else:
+        left_out.files[kind] += 1
 
 
 def _some(names: Sequence[str] | set[str]) -> str:
@@ -448,7 +631,7 @@ class _Folder:
 
     def __init__(self, paths: list[str], augment: AugmentSection, spec: ImageSpec) -> None:
         self.paths = paths
-        self.mode = "RGB" if spec.input_size[0] == 3 else "L"
+        self.channels = spec.input_size[0]
         self.train_transform = _train_transform(augment, spec)
         self.val_transform = _val_transform(spec)
 
@@ -462,10 +645,130 @@ class _Folder:
     def _load(self, index: int) -> Image.Image:
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                return image.convert(self.mode)
+            return read_image(path, self.channels)
         except Exception as error:  # Pillow raises half a dozen types for a damaged file
             raise RuntimeError(f"cannot read image '{path}': {error or type(error).__name__}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures: every kind of file becomes 8 bits of grey or RGB in one way (docs/data.md has the table)
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Formats that Pillow recognises and cannot decode by itself. EPS would start Ghostscript on whatever a file holds.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+
+
+@cache
+def image_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read."""
+    Image.preinit()  # the usual ones first, as Image.open has them
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _NOT_DECODED)
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """Ends of file names that are taken for images: ".jpg", ".avif", ... in lower case."""
+    formats = image_formats()
+    return frozenset(end for end, name in Image.registered_extensions().items() if name in formats)
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Opens an image and reads its header only.
+
+    Raises:
+        ValueError: For more pixels than Pillow's limit against decompression bombs, which Pillow itself only warns of
+            up to twice that number. Nothing has been decoded then.
+        OSError: For a file that is missing or no image.
+    """
+    limit = Image.MAX_IMAGE_PIXELS or 89_478_485
+    # A file and no path: what Pillow maps into memory by path, it does not turn (TIFF, orientations 5 to 8).
+    with open(path, "rb") as file:
+        image = None
+        try:
+            with suppress(Image.DecompressionBombError):
+                image = Image.open(file, formats=image_formats())
+        except UnidentifiedImageError:
+            raise OSError("cannot identify image file: it has no format that Pillow reads") from None
+        if image is None or image.width * image.height > limit:
+            raise ValueError(f"it has more than {limit:,} pixels (a decompression bomb?), so it was not decoded")
+        with image:
+            yield image
+
+
+def read_image(path: str | Path, channels: int) -> Image.Image:
+    """The picture in a file as the data pipeline takes it: `open_image`, then `to_rgb`."""
+    with open_image(path) as image:
+        return to_rgb(image, channels)
+
+
+def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
+    """An opened image in 8 bits per channel, upright, on white where it is transparent.
+
+    Of several frames or pages the first is taken (an opened image stands there). Colour profiles are not applied, but
+    for CIELAB, which has no other meaning.
+
+    Args:
+        image: As `open_image` gives it: brightness of more than 8 bits is scaled by what the file says of its range.
+        channels: 3 for mode RGB, 1 for mode L.
+    """
+    upright = _upright(image)
+    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
+        upright = _to_8_bits(upright, image)
+    elif upright.mode == "LAB":
+        upright = ImageCms.profileToProfile(
+            upright, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+        assert upright is not None  # only a conversion in place returns None
+    elif upright.has_transparency_data:
+        if upright.mode == "La":  # premultiplied: Pillow knows one way out
+            upright = upright.convert("LA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+    return upright.convert("L" if channels == 1 else "RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decodes an image and turns it as its EXIF orientation says; one whose EXIF block is damaged stays as it is."""
+    image.load()  # a damaged picture fails here, so that only EXIF is left to fail below
+    try:
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return image if upright else ImageOps.exif_transpose(image)
+    except Exception:  # struct.error, SyntaxError, ... by what is wrong in the block
+        return image
+
+
+def _to_8_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
+    """Scales 16-bit, 32-bit and float brightness (modes I;16, I and F) to mode L; `opened` knows what the file says."""
+    tags: Any = getattr(opened, "tag_v2", {})  # of TIFF
+    values = np.asarray(image)
+    signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
+    bits = 16 if image.mode.startswith("I;16") or opened.format in ("PNG", "PPM") else 32
+    bits = tags.get(_BITS, (bits,))[0]
+    if image.mode == "I" and tags and not signed:
+        values = values.view(np.uint32)  # Pillow has no unsigned mode of 32 bits
+    white = _white(values) if bits == 32 or image.mode == "F" else 2.0 ** (bits - signed) - 1
+    # By way of 16 bits, so that a picture has the same 8 bits, k of k * 257, whatever it is stored in.
+    scaled = np.nan_to_num(values.astype(np.float32) / np.float32(white), nan=0.0).clip(0, 1)
+    eight = ((scaled * 65535 + 0.5).astype(np.uint16) // 257).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:
+        eight = 255 - eight  # the file says that 0 is white; Pillow turns only up to 8 bits round
+    transparent = opened.info.get("transparency")
+    if transparent is not None:
+        eight[values == transparent] = 255
+    return Image.fromarray(eight)
+
+
+def _white(values: np.ndarray) -> float:
+    """What is white in a picture whose type does not say: the smallest usual maximum that no pixel exceeds.
+
+    Floats may exceed it by half, as a resized picture does at its edges.
+    """
+    floating = values.dtype.kind == "f"
+    top = values.max(initial=0, where=np.isfinite(values)) / (1.5 if floating else 1)
+    usual = (1.0, 255.0, 65535.0, 2.0**31 - 1) if floating else (255.0, 65535.0, 2.0**31 - 1)
+    return next((white for white in usual if top <= white), 2.0**32 - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,37 +873,16 @@ def _mean_colour(spec: ImageSpec) -> tuple[int, ...]:
     return tuple(min(255, round(255 * value)) for value in mean)
 
 
-_NUMBER = r"\d+(?:\.\d+)?"
-_COUNT = r"[1-9]\d*"
-# timm passes over a section that it does not understand ('rand-magnitude9') or fails on it with an assertion, so
-# policies are checked here first: name -> its sections, each as key and pattern of the value.
-_POLICIES: dict[str, dict[str, str]] = {
-    "rand": {
-        "m": r"\d+",
-        "n": _COUNT,
-        "p": _NUMBER,
-        "mstd": _NUMBER,
-        "mmax": _COUNT,
-        "inc": "[01]",
-        "t": "weights|3a|3aw",
-    },
-    "augmix": {"m": r"\d+", "w": _COUNT, "d": _COUNT, "a": _NUMBER, "b": "[01]", "mstd": _NUMBER},
-    **{name: {"mstd": _NUMBER} for name in ("original", "originalr", "v0", "v0r", "3a")},
-}
-_POLICIES_HELP = (
-    "allowed: rand[-mN][-nN][-pF][-mstdF][-mmaxN][-inc0|1][-tweights|-t3a|-t3aw] as in rand-m9-mstd0.5,\n"
-    "augmix[-mN][-wN][-dN][-aF][-b0|1][-mstdF], original|originalr|v0|v0r|3a[-mstdF]; N is whole, F any number"
-)
-
-
 class _Policy:
-    """A timm policy for RGB and grey images alike: timm's operations fill with a colour, so they run in RGB."""
+    """A timm policy for RGB and grey images alike: timm's operations fill with a colour, so they run in RGB.
+
+    Args:
+        text: A policy that the config accepts (`training.config.policy_problem` is None).
+        spec: The model's input.
+    """
 
     def __init__(self, text: str, spec: ImageSpec) -> None:
-        name, *sections = text.split("-")
-        problem = self._problem(name, sections)
-        if problem:
-            raise ConfigError(f"augment.auto_augment: '{text}': {problem}\n{_POLICIES_HELP}")
+        name = text.split("-")[0]
         builder = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}.get(
             name, auto_augment_transform
         )
@@ -611,29 +893,24 @@ class _Policy:
         if name == "augmix":
             hints["translate_pct"] = 0.3  # as timm.data.create_transform
         self.text = text
-        self.transform = builder(text, hints)
-
-    @staticmethod
-    def _problem(name: str, sections: list[str]) -> str | None:
-        if name not in _POLICIES:
-            return f"unknown policy '{name}'{nearest(name, _POLICIES)}"
-        seen = set()
-        for section in sections:
-            keys = [key for key, value in _POLICIES[name].items() if re.fullmatch(f"{key}(?:{value})", section)]
-            if not keys:
-                return f"'{section}' is not a setting of {name}"
-            if keys[0] in seen:
-                return f"'{keys[0]}' is given twice"
-            if keys[0] == "p" and float(section[1:]) > 1:
-                return f"probability '{section}' is above 1"
-            seen.add(keys[0])
-        return None
+        self.transform: Any = builder(text, hints)
+        chains = self.transform.policy if isinstance(self.transform, AutoAugment) else [self.transform.ops]
+        for operation in chain.from_iterable(chains):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = posterize_to_any
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return self.transform(image.convert("RGB")).convert(image.mode)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.text!r})"
+
+
+def posterize_to_any(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """timm's posterize where 0 bits or fewer are kept as well: black, as Pillow gave before version 13 refused it."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return posterize(image, bits_to_keep, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -656,7 +933,8 @@ def check_images(bundle: DataBundle) -> None:
     if not paths:
         return
     full = len(paths) <= FULL_CHECK_LIMIT
-    with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what Pillow only warns of is refused here
         checked = pool.map(_damage if full else _obvious_damage, paths)
         bar = tqdm(checked, total=len(paths), desc="checking images", unit="", leave=False, disable=full)
         damaged = [(path, reason) for path, reason in zip(paths, bar, strict=True) if reason]
@@ -671,8 +949,7 @@ def _damage(path: str) -> str | None:
     try:
         if os.path.getsize(path) == 0:
             return "the file is empty"
-        with Image.open(path) as image:
-            image.load()
+        read_image(path, 3)
     except Exception as error:  # Pillow raises half a dozen types for a damaged file
         return str(error) or type(error).__name__
     return None
@@ -681,9 +958,9 @@ def _damage(path: str) -> str | None:
 def _obvious_damage(path: str) -> str | None:
     """As `_damage`, without decoding JPEG and PNG files that have a valid header and their end marker at the end."""
     try:
+        with open_image(path) as image:
+            marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image.format or "")
         with open(path, "rb") as file:
-            with Image.open(file) as image:  # reads the header only
-                marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image.format or "")
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - 64))
             if marker and file.read().rstrip(b"\0").endswith(marker):  # some writers pad with zeros

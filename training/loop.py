@@ -687,6 +687,7 @@ def describe(setup: Setup) -> str:
         f"{setup.model.config.in_chans} x {height} x {width}",
         f"data      {config.data.dataset}: {len(setup.data.train)} training and {len(setup.data.val)} validation images, "
         f"{setup.data.num_classes} classes",
+        *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
         f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, {config.optim.schedule}",
         f"device    {world.device} x {world.size}, {str(setup.precision).removeprefix('torch.')}"

@@ -156,8 +156,8 @@ def test_further_model_keys_are_overrides_of_the_model(path: Path) -> None:
         ("augment.crop_scale=[0.5, 2]", "expected 0 < smallest <= largest <= 1, got [0.5, 2.0]"),
         ("augment.crop_scale=[0, 1]", "expected 0 < smallest <= largest <= 1, got [0.0, 1.0]"),
         ("augment.crop_ratio=[2, 1]", "expected 0 < smallest <= largest, got [2.0, 1.0]"),
-        ("augment.auto_augment=rand-m9-foo1", "expected a policy of timm such as "),
-        ("augment.auto_augment=nonsense", "expected a policy of timm such as "),
+        ("augment.auto_augment=rand-m9-foo1", "'foo1' is not a setting of rand\nallowed: rand[-mN]"),
+        ("augment.auto_augment=nonsense", "unknown policy 'nonsense'\nallowed: rand[-mN]"),
         ("optim.name=adamww", "unknown optimizer 'adamww'; did you mean 'adamw'?"),
         ("optim.betas=[0.9, 1]", "each must be in [0, 1), got [0.9, 1.0]"),
         ("optim.warmup_epochs=11", "must be at most optim.epochs (10), got 11"),
@@ -171,6 +171,38 @@ def test_further_model_keys_are_overrides_of_the_model(path: Path) -> None:
 )  # fmt: skip
 def test_override_refused(path: Path, override: str, message: str) -> None:
     assert fault(path, override).startswith(f"on the command line: {override}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("policy", "problem"),
+    [
+        ("randaugment", "unknown policy 'randaugment'; did you mean 'rand'?"),
+        ("orginal", "unknown policy 'orginal'; did you mean 'original'?"),
+        ("rand-magnitude9", "'magnitude9' is not a setting of rand"),
+        ("rand-m", "'m' is not a setting of rand"),
+        ("rand-m9.5", "'m9.5' is not a setting of rand"),
+        ("rand-tfoo", "'tfoo' is not a setting of rand"),
+        ("rand-m9-", "'' is not a setting of rand"),
+        ("rand-m101", "'m' must be from 0 to 100, got 101"),
+        ("rand-n0", "'n' must be from 1 to 100, got 0"),
+        ("rand-m9-p2", "'p' must be from 0 to 1, got 2"),
+        ("rand-p1.5", "'p' must be from 0 to 1, got 1.5"),
+        ("rand-mmax0", "'mmax' must be from 1 to 100, got 0"),
+        ("rand-inc2", "'inc' must be from 0 to 1, got 2"),
+        ("rand-m9-m5", "'m' is given twice"),
+        ("rand-n16-tweights", "'n' must be from 1 to 15 with tweights, got 16"),
+        ("rand-t3aw-n15", "'n' must be from 1 to 14 with t3aw, got 15"),
+        ("augmix-n2", "'n2' is not a setting of augmix"),
+        ("augmix-a0", "'a' must be from 0.1 to 1000, got 0"),
+        ("augmix-w0", "'w' must be from 1 to 100, got 0"),
+        ("v0-m9", "'m9' is not a setting of v0"),
+        ("3a-mstd1e3", "'mstd1e3' is not a setting of 3a"),
+    ],
+)
+def test_a_policy_is_refused_when_the_config_is_read(path: Path, policy: str, problem: str) -> None:
+    message = fault(path, f"augment.auto_augment={policy}")
+    assert message.startswith(f"on the command line: augment.auto_augment={policy}: {problem}\nallowed: rand[-mN]")
+    assert len(message.splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -271,7 +303,7 @@ def test_the_published_poolformer_recipe() -> None:
         1e-3,
     )
     header = re.split(r"^[^#\n]", path.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
-    assert all(word in header for word in ("arxiv.org/abs/2111.11418", "torchrun", "NOT been run"))
+    assert all(word in header for word in ("arxiv.org/abs/2111.11418", "torchrun", "NOT been trained"))
 
 
 SCHEDULES: dict[str, tuple[dict[str, Any], DropPathSchedule]] = {
