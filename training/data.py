@@ -746,8 +746,9 @@ def _to_8_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
     signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
     bits = 16 if image.mode.startswith("I;16") or opened.format in ("PNG", "PPM") else 32
     bits = tags.get(_BITS, (bits,))[0]
-    if image.mode == "I" and tags and not signed:
-        values = values.view(np.uint32)  # Pillow has no unsigned mode of 32 bits
+    # Pillow has no unsigned mode of 32 bits, and writes unsigned arrays as signed TIFFs: no black lies that far down.
+    if image.mode == "I" and ((tags and not signed) or values.min(initial=0) < -(2**24)):
+        values = values.view(np.uint32)
     white = _white(values) if bits == 32 or image.mode == "F" else 2.0 ** (bits - signed) - 1
     # By way of 16 bits, so that a picture has the same 8 bits, k of k * 257, whatever it is stored in.
     scaled = np.nan_to_num(values.astype(np.float32) / np.float32(white), nan=0.0).clip(0, 1)

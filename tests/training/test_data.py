@@ -41,7 +41,7 @@ from training.data import (
     to_rgb,
 )
 from training.distributed import World
-from training.loop import build, train
+from training.loop import build, describe, train
 from training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -653,7 +653,10 @@ PICTURES: dict[str, list[bytes]] = {
         array_saved([1078000000, 2**31 - 1], "TIFF", np.int32),
         tiff([1078000000, -5], 32, "i", sample_format=2),
     ],
-    "grey, 32 bits, some above 2147483647 (unsigned)": [tiff([2156000000, 2**32 - 1], 32, "I")],
+    "grey, 32 bits, some above 2147483647 (unsigned)": [
+        tiff([2156000000, 2**32 - 1], 32, "I"),
+        array_saved([2156000000, 2**32 - 1], "TIFF", np.uint32),
+    ],
     "float, none above 1.5": [
         array_saved([0.502, 1.5], "TIFF", np.float32),
         array_saved([0.502, np.nan, -3, np.inf], "TIFF", np.float32),
@@ -827,6 +830,7 @@ def test_a_shipped_config_trains_three_steps_on_a_folder(path: Path, tmp_path: P
         for c in range(2):
             for i in range(count):
                 write_image(tmp_path / "data" / split / f"class{c}" / f"{i}.jpg", size=(48, 40), seed=10 * c + i)
+    (tmp_path / "data" / "val" / "class0" / "notes.txt").write_text("no image")
     overrides = ["data.dataset=folder", f"data.root={tmp_path / 'data'}", "data.image_size=32", "data.batch_size=4",
                  "data.workers=0", "optim.epochs=1", "optim.warmup_epochs=0", "runtime.device=cpu"]  # fmt: skip
     if load_config(path).model.overrides.get("image_size"):
@@ -834,6 +838,7 @@ def test_a_shipped_config_trains_three_steps_on_a_folder(path: Path, tmp_path: P
     config = load_config(path, overrides)
     world = World(rank=0, local_rank=0, size=1, device=CPU)
     setup = build(config, world)
+    assert "\nleft out  1 file (1 .txt)\n" in describe(setup)
     run = RunFolder(tmp_path / "run")
     run.make(fresh=True)
     summary = train(setup, run, None)
