@@ -136,8 +136,8 @@ def run(args: argparse.Namespace, config: TrainConfig, path: Path | None, world:
         skipped = summary["skipped_images"]
         if any(skipped.values()):
             print(
-                f"skipped {skipped['train']} training and {skipped['val']} validation images that could not be read, "
-                f"these left out of its figures: {folder.skipped}"
+                f"images that could not be read: {skipped['train']} for training, replaced, and {skipped['val']} for "
+                f"validation, left out of its figures: {folder.skipped}"
             )
     return 0
 

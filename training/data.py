@@ -394,7 +394,7 @@ def _attempt(make: Callable[[], Tensor], dataset: TrainDataset | ValDataset, ind
     except Exception as error:  # a worker's exception would reach the loop as the text of a traceback
         kind, text = type(error).__name__, " ".join(str(error).split())
         known = f"cannot read image '{path}': "
-        reason = text.removeprefix(known) if text.startswith(known) else f"{kind}: {text}"
+        reason = text.removeprefix(known).replace(f" {path!r}", "") if text.startswith(known) else f"{kind}: {text}"
         part = "train" if isinstance(dataset, TrainDataset) else "val"
         return Unreadable(part, path, textwrap.shorten(reason, 300) or kind)
 
