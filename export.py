@@ -18,7 +18,7 @@ from models.export import (
     count_classes,
     export_model,
 )
-from models.factory import create_model, trained_config
+from models.factory import create_model, set_class_names, trained_config
 from models.metaformer import MetaFormer
 from models.pretrained import published_config
 from models.registry import model_config
@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 def build(args: argparse.Namespace) -> MetaFormer:
     """The model to export, with its weights and no classifier but theirs."""
     overrides = parse_overrides(args.overrides)
+    names = overrides.pop("class_names", None)  # create_model would replace the classifier where they differ
     if args.checkpoint is not None:
         state, saved = load_weights(args.checkpoint)
         config = model_config(args.model) if args.model is not None else _read_config(args.checkpoint, saved)
@@ -87,7 +88,10 @@ def build(args: argparse.Namespace) -> MetaFormer:
             f"the weights have {trained} classes, a classifier of {wanted} would be untrained; give num_classes={trained}, "
             "or num_classes=0 to export the features before it"
         )
-    return create_model(args.model or config, checkpoint=args.checkpoint, **overrides)
+    model = create_model(args.model or config, checkpoint=args.checkpoint, **overrides)
+    if names is not None:
+        set_class_names(model, names)
+    return model
 
 
 def _read_config(checkpoint: Path, saved: dict[str, Any] | None) -> MetaFormerConfig:

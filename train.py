@@ -8,6 +8,7 @@ from pathlib import Path
 from models.strict_yaml import ConfigError
 from training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from training.config import TrainConfig, dump_config, load_config
+from training.data import ReadError, class_names_of_data, lost_worker
 from training.distributed import World, close_world, init_world
 from training.loop import NonFiniteError, build, describe, dry_run, on_main, train
 from training.run_folder import RunFolder, changed_environment, latest_run, new_run_path
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = find_folder(args)
         config = find_config(args, folder)
         if args.print_config:
-            print(dump_config(config), end="")
+            print(dump_config(with_class_names(config)), end="")
             return 0
         world = init_world(config.runtime.device)
         if not world.is_main:
@@ -46,8 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (NonFiniteError, CheckpointError) as error:
+    except (NonFiniteError, CheckpointError, ReadError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        lost = lost_worker(error)
+        if lost is None:
+            raise
+        print(f"error: {lost}", file=sys.stderr)
         return 1
     finally:
         if world is not None:
@@ -79,9 +86,21 @@ def find_config(args: argparse.Namespace, folder: Path | None) -> TrainConfig:
     return load_config(RunFolder(folder).config if folder is not None and own else args.config, args.overrides)
 
 
+def with_class_names(config: TrainConfig) -> TrainConfig:
+    """The config with the names of its data's classes; as it is, with a warning, where they cannot be had."""
+    if config.data.class_names is not None:
+        return config
+    try:
+        names = class_names_of_data(config.data)
+    except ConfigError as error:
+        _warn(f"data.class_names is not known: {error}")
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"class_names": names})})
+
+
 def run(args: argparse.Namespace, config: TrainConfig, path: Path | None, world: World) -> int:
     """Builds and trains."""
-    checkpoint = None
+    checkpoint = same_data = None
     if args.resume and path is not None:
         if args.resume != "auto" and Path(args.resume).parent.name == "checkpoints":
             checkpoint = load_checkpoint(Path(args.resume), rank=world.rank, world_size=world.size)
@@ -89,7 +108,8 @@ def run(args: argparse.Namespace, config: TrainConfig, path: Path | None, world:
             checkpoint = latest_checkpoint(
                 RunFolder(path).checkpoints, rank=world.rank, world_size=world.size, warn=_warn
             )
-    setup = build(config, world, load_checkpoint=checkpoint is None)
+        same_data = checkpoint.shared.get("data") if checkpoint is not None else RunFolder(path).read_data()
+    setup = build(config, world, load_checkpoint=checkpoint is None, same_data=same_data)
     if checkpoint is not None and path is not None and world.is_main:
         for change in changed_environment(RunFolder(path), world):
             _warn(f"{change}; the result will not be bit-equal to an uninterrupted run's")
@@ -113,6 +133,12 @@ def run(args: argparse.Namespace, config: TrainConfig, path: Path | None, world:
             f"final top-1 {summary['final_top1']:.2f}, best {summary['best_top1']:.2f}, {summary['seconds']:.1f} s; "
             f"report: {folder.path / 'report.html'}"
         )
+        skipped = summary["skipped_images"]
+        if any(skipped.values()):
+            print(
+                f"images that could not be read: {skipped['train']} for training, replaced, and {skipped['val']} for "
+                f"validation, left out of its figures: {folder.skipped}"
+            )
     return 0
 
 
@@ -128,7 +154,8 @@ def check_same_run(folder: RunFolder, config: TrainConfig, *, resuming: bool) ->
     for section in ("seed", "model", "drop_path", "data", "augment", "optim", "ema", "runtime"):
         before, after = old[section], new[section]
         if section == "data":
-            free = {"workers", "root", "eval_batch_size"}  # change nothing that is learned
+            # change nothing that is learned from data that is the same, which `build` has checked
+            free = {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped"}
             before, after = ({k: v for k, v in d.items() if k not in free} for d in (before, after))
         if before != after:
             keys = [k for k in after if before.get(k) != after[k]] if isinstance(after, dict) else []

@@ -27,6 +27,7 @@ from layers.norm import Affine, GroupNorm1, LayerNorm
 from layers.scale import Scale
 from layers.token_mixers import Attention, Identity, Pooling, RandomMixing, SepConv
 from models.config import MetaFormerConfig
+from models.factory import class_names_of, set_class_names, trained_class_names
 from models.metaformer import MetaFormer, MetaFormerBlock, make_pretrained_cfg
 from models.pretrained import from_original, from_timm, original_layout, timm_head, to_timm
 from models.registry import is_model, model_config
@@ -169,6 +170,8 @@ def load_folded(folder: Path) -> MetaFormer:
     if wrong:
         raise ConfigError(f"{folder}: weights do not fit the config beside them: {wrong[0]}")
     model.load_state_dict(state, assign=True)
+    if (names := trained_class_names(saved)) is not None:
+        set_class_names(model, names)
     return model.requires_grad_(False)
 
 
@@ -298,7 +301,10 @@ def relative_error(expected: Tensor, actual: Tensor) -> float:
 
 def _write_folded(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
     folded = fold_scales(model)
-    save_weights(draft, folded.state_dict(), {"format": "folded", "model": model.config.model_dump()})
+    about = {"format": "folded", "model": model.config.model_dump()}
+    if (names := class_names_of(model)) is not None:
+        about["class_names"] = names
+    save_weights(draft, folded.state_dict(), about)
     return "folder for models.export.load_folded", load_folded(draft)
 
 
@@ -307,7 +313,14 @@ def _write_timm(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
     twin = _timm_twin(model)
     cfg = {k: v for k, v in model.pretrained_cfg.items() if k in _DATA_KEYS}
     twin.pretrained_cfg = {k: v for k, v in twin.pretrained_cfg.items() if k not in ("tag", "license")} | cfg
-    timm.models.save_for_hf(twin, str(draft), model_args={"in_chans": config.in_chans}, safe_serialization=True)
+    names = class_names_of(model)
+    timm.models.save_for_hf(
+        twin,
+        str(draft),
+        model_config=None if names is None else {"label_names": names},
+        model_args={"in_chans": config.in_chans},
+        safe_serialization=True,
+    )
     again = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
     return f'timm {config.name}, for timm.create_model("local-dir:FOLDER", pretrained=True)', again
 
@@ -378,6 +391,8 @@ def _write_onnx(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
     )
     assert program is not None
     program.model.metadata_props["preprocessing"] = _preprocessing(model)
+    if (names := class_names_of(model)) is not None:
+        program.model.metadata_props["class_names"] = json.dumps(names)
     program.save(draft)
     onnx.checker.check_model(draft)
     opset = next(entry.version for entry in onnx.load(draft).opset_import if not entry.domain)
@@ -401,7 +416,10 @@ def _onnx_runner(path: Path) -> Runner:
 def _write_torch(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(model, (example_images(model.config)(2),), dynamic_shapes=({0: batch},))
-    torch.export.save(program, draft, extra_files={"preprocessing.json": _preprocessing(model)})
+    extra = {"preprocessing.json": _preprocessing(model)}
+    if (names := class_names_of(model)) is not None:
+        extra["class_names.json"] = json.dumps(names)
+    torch.export.save(program, draft, extra_files=extra)
     again = torch.export.load(draft).module()
     return f"torch.export {torch.__version__}, {_shapes(model)}", again
 

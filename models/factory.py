@@ -1,7 +1,7 @@
 """create_model: a registered name or a YAML -> a model, with or without weights."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def create_model(
     in_chans: int | None = None,
     drop_path_rate: float | None = None,
     drop_path_mode: Mode = "mask",
+    class_names: Sequence[str] | None = None,
     **overrides: Any,
 ) -> MetaFormer:
     """Builds a model.
@@ -45,6 +46,9 @@ def create_model(
             the weights', their first convolution is adapted as timm does.
         drop_path_rate: Rate of the last block, rising linearly from 0; `None` means 0.
         drop_path_mode: `mask`, `skip` or `batch`; see `layers.drop_path.DropPath`.
+        class_names: Names of the classes in their order, see `set_class_names`; their number is the default of
+            `num_classes`. Where the weights' classes are known by other names or in another order, the classifier is
+            replaced, whatever their number. Default: the weights', where their classifier is kept.
         **overrides: Any key of the model's config.
 
     Returns:
@@ -56,6 +60,8 @@ def create_model(
     if pretrained and checkpoint is not None:
         raise ConfigError("pretrained=True and checkpoint are two sources of weights; give one")
     config = model_config(name)
+    if num_classes is None and class_names is not None:
+        num_classes = len(class_names)
     chosen = {"num_classes": num_classes, "in_chans": in_chans}
     overrides |= {key: value for key, value in chosen.items() if value is not None}
     if overrides:
@@ -64,28 +70,97 @@ def create_model(
         model = MetaFormer(config, drop_path_rate or 0.0, drop_path_mode)
     except ValueError as error:
         raise ConfigError(f"model {name}: {error}") from None
+    if class_names is not None:
+        set_class_names(model, class_names)
 
     if pretrained:
         saved = _published(config)
         checks = _check_trained_as(config, saved, f"published weights of {name}", overrides)  # before fetching them
         state, origin = load_timm_pretrained(config)
+        trained = None  # published weights do not name their classes
     elif checkpoint is not None:
         origin = str(checkpoint)
         state, saved = load_weights(Path(checkpoint))
         checks = _check_trained_as(config, saved or {}, origin, overrides)
+        trained = trained_class_names(saved or {})
     else:
         return model
+    renamed = class_difference(trained, class_names) if trained and class_names is not None else None
     first, *changes = load_into(
         model,
         state,
         origin,
         replace_classifier=num_classes is not None or pretrained,
         adapt_input=in_chans is not None or pretrained,
+        renamed=renamed,
     )
+    if trained and class_names is None and model.num_classes == _trained_classes(saved or {}):
+        set_class_names(model, trained)
     logger.info(first)
     for line in (*changes, *checks):  # seen in plain Python too, where nobody has asked for messages
         logger.warning(line)
     return model
+
+
+# ---- names of classes -------------------------------------------------------------------------------------------------
+
+
+def class_names_of(model: nn.Module) -> list[str] | None:
+    """Names of a model's classes in the order of its logits, as timm has them (`pretrained_cfg["label_names"]`), or None.
+
+    There may be fewer than logits: those behind the last name stand for no class.
+    """
+    names = getattr(model, "pretrained_cfg", {}).get("label_names")
+    return list(names) if names else None
+
+
+def set_class_names(model: MetaFormer, names: Sequence[str]) -> None:
+    """Names a model's classes. The names go with its weights: into folders, and into what is exported.
+
+    Args:
+        model: Receives the names; its classifier stays as it is.
+        names: In the order of the logits, at most as many.
+
+    Raises:
+        ConfigError: There are more names than logits, or a name is empty, given twice, or no text.
+    """
+    bad = [name for name in names if not isinstance(name, str) or not name]
+    if isinstance(names, str) or bad or not names:
+        raise ConfigError(f"class_names: must be a list of names, got {bad[0] if bad else names!r}")
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ConfigError(f"class_names: {twice!r} is given twice")
+    if len(names) > model.num_classes:
+        raise ConfigError(f"class_names: {len(names)} names for a model of {model.num_classes} classes")
+    model.pretrained_cfg["label_names"] = list(names)
+
+
+def class_difference(before: Sequence[str], now: Sequence[str]) -> str | None:
+    """How two lists of class names differ, in words; None where they are equal."""
+    if list(before) == list(now):
+        return None
+    old, new = set(before), set(now)
+    parts = {"gone": [n for n in before if n not in new], "new": [n for n in now if n not in old]}
+    said = [f"{what}: {_some(names)}" for what, names in parts.items() if names]
+    if said:
+        return f"classes {', '.join(said)}"
+    index = next(i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
+    return f"the same classes in another order: class {index} was {before[index]!r}, is {now[index]!r}"
+
+
+def trained_class_names(saved: Mapping[str, Any]) -> list[str] | None:
+    """Names of the classes of weights, as their config.json has them: ours (`class_names`) or timm's (`label_names`)."""
+    names = saved.get("class_names", saved.get("label_names"))
+    return names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
+
+
+def _trained_classes(saved: Mapping[str, Any]) -> Any:
+    return _section(saved, "model").get("num_classes", saved.get("num_classes"))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(repr, names[:5])) + more
 
 
 # ---- the model that weights are of --------------------------------------------------------------------------------------

@@ -364,6 +364,7 @@ class MetaFormer(nn.Module):
         head = self.config.head.model_copy(update={"pool": pool} if pool else None)  # a config cannot say: none
         self.config = self.config.model_copy(update={"num_classes": num_classes, "head": head})
         self.num_classes = num_classes
+        self.pretrained_cfg.pop("label_names", None)  # the new classifier's classes have no names yet
         self.head.global_pool = pool
         self.head.config = self.config
         self.head.reset(num_classes)

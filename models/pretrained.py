@@ -216,6 +216,7 @@ def load_into(
     *,
     replace_classifier: bool,
     adapt_input: bool = False,
+    renamed: str | None = None,
 ) -> list[str]:
     """Loads weights after checking that all of them fit. Learned positions of another image size are resampled first.
 
@@ -227,6 +228,7 @@ def load_into(
         replace_classifier: Leave the model's own classifier in place where the weights have other classes.
         adapt_input: Fit the first convolution to the model's input channels by timm's rule: for one channel its weights
             are summed, for others repeated and scaled.
+        renamed: How the weights' classes differ from the model's by name, if they do: as for other classes.
 
     Returns:
         What was done, a line each.
@@ -257,8 +259,10 @@ def load_into(
     lines += _adapt_positions(state, model)
     old = state.get(model.pretrained_cfg["classifier"] + ".weight")
     other_classes = old is not None and old.ndim == 2 and old.shape[0] != model.num_classes
-    if replace_classifier and (old is None or other_classes):
+    if replace_classifier and (old is None or other_classes or renamed):
         lines += _replace_classifier(state, model, own)
+        if renamed and not other_classes:
+            lines[-1] += f", though of as many: {renamed}"
 
     faults = [f"{k} has shape {_shape(state[k])}, expected {_shape(v)}" for k, v in own.items()
               if k in state and state[k].shape != v.shape]  # fmt: skip

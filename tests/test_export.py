@@ -14,7 +14,7 @@ import torch
 
 from export import main, parse_args, parse_overrides
 from models.export import load_folded
-from models.factory import create_model
+from models.factory import class_names_of, create_model
 from models.metaformer import MetaFormer
 from models.strict_yaml import ConfigError
 from models.weights import save_weights
@@ -46,6 +46,23 @@ def test_a_runs_folder_says_which_model_it_is(best, tmp_path: Path) -> None:
     images = torch.randn(2, 1, 16, 16)
     assert again.config == model.config
     torch.testing.assert_close(again(images), model(images))
+
+
+def test_class_names_of_a_run_are_exported_and_may_be_given(best, tmp_path: Path) -> None:
+    folder, model = best
+    names = [f"digit {i}" for i in range(7)]
+    save_weights(folder, model.state_dict(), {"model": model.config.model_dump(), "class_names": names})
+    export = ("--checkpoint", folder, "--format", "folded", "--output", "out")
+    assert run(*export, cwd=tmp_path)[0] == 0
+    assert class_names_of(load_folded(tmp_path / "out")) == names
+    code, out, _ = run(*export, "--force", "class_names=[a, b, c, d, e, f, g]", cwd=tmp_path)
+    assert code == 0 and "replaced" not in out
+    renamed = load_folded(tmp_path / "out")
+    assert class_names_of(renamed) == list("abcdefg")
+    images = torch.randn(2, 1, 16, 16)
+    torch.testing.assert_close(renamed(images), model(images))
+    code, _, err = run(*export, "--force", "class_names=[a, b, c, d, e, f, g, h]", cwd=tmp_path)
+    assert code == 2 and "8 names for a model of 7 classes" in err
 
 
 def test_features_are_exported_without_the_classifier(best, tmp_path: Path) -> None:

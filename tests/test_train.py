@@ -20,6 +20,7 @@ from PIL import Image
 
 from models import create_model
 from train import main
+from training import data
 from training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,6 +261,146 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None
     assert result.returncode == 1
     assert "is not finite on rank 0" in result.stderr and "training samples" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# ---- the data of a run ----------------------------------------------------------------------------------------------
+
+
+def write_images(root: Path, classes: tuple[str, ...] = ("cat", "dog"), *, train: int = 6, val: int = 3) -> None:
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (8, 8), 200 * label + 9 * i).save(root / split / name / f"{i}.png")
+
+
+def on_folder(root: Path, *more: str) -> list[str]:
+    return [*TINY, "data.dataset=folder", f"data.root={root}", "data.batch_size=4", "data.workers=0", *more]
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `images` and, in `run`, one epoch of three of a run on them: what is resumed on other data."""
+    folder = tmp_path_factory.mktemp("pets")
+    write_images(folder / "images")
+    assert run(*on_folder(folder / "images"), "--output", folder / "run", cwd=folder).returncode == 0
+    for later in (folder / "run" / "checkpoints").glob("step-*"):
+        if int(later.name[5:]) > 6:
+            shutil.rmtree(later)
+    return folder
+
+
+def rename_class(root: Path, old: str, new: str) -> None:
+    for split in ("train", "val"):
+        (root / split / old).rename(root / split / new)
+
+
+CHANGES = {
+    "labels swapped": (lambda root: rename_class(root, "cat", "zebra"), "classes gone: 'cat', new: 'zebra'"),
+    "third class": (lambda root: write_images(root, ("bird",)), "classes new: 'bird'"),
+    "fewer": (lambda root: [(root / f"train/{c}/{i}.png").unlink() for c in ("cat", "dog") for i in range(1, 6)],
+              "class 'cat' had 6 training images, has 1 (and 1 more classes changed)"),
+    "more": (lambda root: (root / "val/dog/9.png").write_bytes((root / "val/dog/0.png").read_bytes()),
+             "class 'dog' had 3 validation images, has 4"),
+    "renamed file": (lambda root: (root / "train/cat/0.png").rename(root / "train/cat/7.png"), "other names"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_resume_on_other_data_is_refused(pets: Path, tmp_path: Path, change: str) -> None:
+    act, words = CHANGES[change]
+    shutil.copytree(pets, tmp_path / "pets")
+    act(tmp_path / "pets" / "images")
+    before = {p: p.read_bytes() for p in (tmp_path / "pets" / "run").rglob("*") if p.is_file()}
+    result = run("--resume", tmp_path / "pets" / "run", f"data.root={tmp_path / 'pets' / 'images'}", cwd=tmp_path)
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+    assert 1 <= len(result.stderr.strip().splitlines()) <= 3
+    assert {p: p.read_bytes() for p in (tmp_path / "pets" / "run").rglob("*") if p.is_file()} == before
+
+
+def test_the_root_may_move(pets: Path, tmp_path: Path) -> None:
+    shutil.copytree(pets / "run", tmp_path / "run")
+    shutil.copytree(pets / "images", tmp_path / "elsewhere")
+    result = run("--resume", tmp_path / "run", f"data.root={tmp_path / 'elsewhere'}", cwd=tmp_path)
+    assert result.returncode == 0 and "going on from step 6" in result.stdout, result.stderr
+    assert summary(tmp_path / "run")["weights_sha256"] == summary(pets / "run")["weights_sha256"]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_knows_its_data_too(pets: Path, tmp_path: Path) -> None:
+    shutil.copytree(pets / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    write_images(tmp_path / "other", ("hen", "pig"))
+    result = run("--resume", tmp_path / "run", f"data.root={tmp_path / 'other'}", cwd=tmp_path)
+    assert result.returncode == 2 and "classes gone: 'cat', 'dog', new: 'hen', 'pig'" in result.stderr
+
+
+def test_fine_tuning_on_other_classes_of_the_same_number_replaces_the_head(pets: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "farm", ("cow", "pig"))
+    from_pets = f"model.checkpoint={pets / 'run' / 'best'}"
+    result = run(*on_folder(tmp_path / "farm", from_pets), "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    words = "classifier of 2 classes replaced by a new one of 2, though of as many: classes gone: 'cat', 'dog', new: "
+    assert result.stdout.count(f"{words}'cow', 'pig'") == 1
+    result = run(*on_folder(pets / "images", from_pets), "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0 and "replaced" not in result.stdout
+
+
+def test_print_config_names_the_classes(pets: Path, tmp_path: Path) -> None:
+    assert "class_names: [cat, dog]" in run(*on_folder(pets / "images"), "--print-config", cwd=tmp_path).stdout
+    assert "class_names: [cat, dog]" in run("--resume", pets / "run", "--print-config", cwd=tmp_path).stdout
+    assert 'class_names: ["0"' in run("--print-config", cwd=tmp_path).stdout.replace("'", '"')
+    result = run(*on_folder(tmp_path / "nowhere"), "--print-config", cwd=tmp_path)
+    assert result.returncode == 0 and "class_names: null" in result.stdout and "nowhere" in result.stderr
+
+
+# ---- data that cannot be read ---------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    """Damages a PNG amid its pixels, where only decoding finds it."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("name", "workers"), [("train/cat/3.png", 2), ("val/dog/1.png", 0), ("val/dog/1.png", 2)])
+def test_an_unreadable_image_costs_three_lines(tmp_path: Path, monkeypatch, name: str, workers: int) -> None:
+    monkeypatch.setattr(data, "FULL_CHECK_LIMIT", 0)  # as in a folder of many images
+    write_images(tmp_path / "images")
+    flip(tmp_path / "images" / name)
+    settings = on_folder(tmp_path / "images", f"data.workers={workers}")
+    result = run(*settings, "--output", tmp_path / "run", cwd=tmp_path)
+    lines = result.stderr[result.stderr.index("error: ") :].splitlines()  # behind the bars
+    assert result.returncode == 1 and len(lines) <= 3, result.stderr
+    assert lines[0].startswith(f"error: cannot read image '{tmp_path / 'images' / name}': ")
+    if name.startswith("val"):
+        assert lines[-1] == "the run is saved at step 3: go on with --resume"
+    skipped = run(*settings, "data.on_error=skip", "--output", tmp_path / "run", "--resume", "auto", cwd=tmp_path)
+    assert skipped.returncode == 0, skipped.stderr
+    part = name.partition("/")[0]
+    assert summary(tmp_path / "run")["skipped_images"] == {"train": int(part == "train"), "val": int(part == "val")}
+    assert f"1 for {'training, replaced' if part == 'train' else 'validation, left out'}" in skipped.stdout
+    assert f"{part},{name}," in (tmp_path / "run" / "skipped.csv").read_text()
+    assert len(read_metrics(tmp_path / "run")) == 3
+
+
+def test_all_processes_stop_where_one_cannot_read(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", train=8)
+    script = "from training import data; data.FULL_CHECK_LIMIT = 0; import train; raise SystemExit(train.main())"
+    (tmp_path / "unchecked.py").write_text(script)
+    flip(tmp_path / "images" / "val" / "cat" / "0.png")  # of rank 0
+    settings = [*on_folder(tmp_path / "images"), "--output", tmp_path / "run"]
+    launch = [str(a) for a in command(*settings, processes=2)]
+    launch[launch.index(str(ROOT / "train.py"))] = str(tmp_path / "unchecked.py")
+    result = subprocess.run(launch, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.count("error: cannot read image") == 1
+    assert result.stderr.count("error: stopped, because another process could not read its data") == 1
+    assert "loop.py" not in result.stderr, "the launcher has a traceback of its own, the processes have none"
+    flip(tmp_path / "images" / "val" / "cat" / "0.png")  # mends it
+    result = run("--resume", tmp_path / "run", cwd=tmp_path, processes=2)
+    assert result.returncode == 0 and "going on from step 2" in result.stdout, result.stderr
+    assert len(read_metrics(tmp_path / "run")) == 3
 
 
 MISTAKES = {

@@ -178,6 +178,17 @@ class DataSection(_Section):
     workers: int = Field(
         default=4, ge=0, description="Loader processes per training process; results do not depend on it."
     )
+    class_names: list[str] | None = Field(
+        default=None, description="Names of the classes, in order: filled in. Where given, the data must have these."
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="An image that cannot be read in mid-run. stop: save and stop. skip: another takes its place in "
+        "training, validation leaves it out; the run folder's skipped.csv lists them.",
+    )
+    max_skipped: int | None = Field(
+        default=None, ge=1, description="on_error 'skip' only: files skipped before the run stops. Default 100."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DataSection":
@@ -186,6 +197,12 @@ class DataSection(_Section):
             raise FieldError(key, "dataset 'folder' needs a root, for example data.root=/path/to/imagenet")
         if self.dataset == "digits" and self.root is not None:
             raise FieldError("root", "has no effect with dataset 'digits'; leave it out or set it to null")
+        if self.dataset == "digits" and self.on_error == "skip":
+            raise FieldError("on_error", "'skip' has no effect with dataset 'digits', which is in memory")
+        if self.on_error == "skip":
+            self.max_skipped = self.max_skipped or 100
+        elif self.max_skipped is not None:
+            raise FieldError("max_skipped", "has no effect with on_error 'stop'; set data.on_error=skip")
         return self
 
 

@@ -13,19 +13,26 @@ zoom and flip: those draws come from a counter-based hash and one affine map tra
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import hashlib
+import io
+import logging
 import math
 import os
 import random
+import sys
+import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -41,10 +48,11 @@ from timm.data.auto_augment import (
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from models.factory import class_difference
 from models.strict_yaml import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -62,8 +70,13 @@ JUNK_FOLDERS = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin",
 # Up to here every image is decoded before training (seconds); above, only header and end of file are looked at.
 FULL_CHECK_LIMIT = 2000
 
+# How many other samples are tried in the place of one that cannot be read.
+MAX_REPLACEMENTS = 100
+
 Sample = tuple[Tensor, int, int]
 """Image (C, H, W), target, index."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,9 +100,10 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class DataBundle:
-    """The two halves of a data set and its classes, in the order of the targets.
+    """The two halves of a data set, and its classes in the order of the targets.
 
     Attributes:
+        identity: What the data are known by, of `data_identity`.
         left_out: What lies in the folders and is not used, as words; empty for nothing.
     """
 
@@ -97,6 +111,7 @@ class DataBundle:
     val: ValDataset
     num_classes: int
     class_names: list[str]
+    identity: dict[str, Any]
     left_out: str = ""
 
 
@@ -118,10 +133,13 @@ def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
     if augment.crop_scale is None and not np.allclose(augment.crop_ratio, (3 / 4, 4 / 3)):
         warnings.warn("augment.crop_ratio has no effect without augment.crop_scale", stacklevel=2)
     if data.dataset == "digits":
-        return _digits_bundle(augment, spec, seed)
-    if data.dataset == "folder":
-        return _folder_bundle(data, augment, spec, seed)
-    raise ConfigError(f"data.dataset: {data.dataset!r} is not one of 'digits', 'folder'")
+        bundle = _digits_bundle(augment, spec, seed)
+    elif data.dataset == "folder":
+        bundle = _folder_bundle(data, augment, spec, seed)
+    else:
+        raise ConfigError(f"data.dataset: {data.dataset!r} is not one of 'digits', 'folder'")
+    bundle.train.replace_unreadable = data.on_error == "skip"
+    return bundle
 
 
 def _check_spec(spec: ImageSpec) -> None:
@@ -138,11 +156,91 @@ def _check_spec(spec: ImageSpec) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a data set is known by
+# ---------------------------------------------------------------------------------------------------------------------
+
+DIGIT_NAMES = [str(digit) for digit in range(10)]
+
+
+def class_names_of_data(data: DataSection) -> list[str]:
+    """Names of the classes in the order of their targets, without building the data sets.
+
+    Raises:
+        ConfigError: For a missing or wrong folder.
+    """
+    if data.dataset == "digits" or data.root is None:
+        return list(DIGIT_NAMES)
+    return sorted(_scan(_train_and_val_folders(Path(data.root).expanduser())[0]))
+
+
+def data_identity(
+    dataset: str, class_names: Sequence[str], parts: Mapping[str, tuple[Sequence[str], Sequence[int]]]
+) -> dict[str, Any]:
+    """What a data set is known by, as plain values: equal where every index means the same sample with the same label.
+
+    Files are known by their names, not by what is in them, and a name does not hold the root, which may move.
+
+    Args:
+        dataset: `data.dataset`.
+        class_names: In the order of the targets.
+        parts: Names and targets of the samples of `train` and `val`, in the order of their indices.
+    """
+    identity: dict[str, Any] = {"dataset": dataset, "class_names": list(class_names)}
+    for part, (names, targets) in parts.items():
+        digest = hashlib.sha256()
+        for name, target in zip(names, targets, strict=True):
+            digest.update(f"{target} {name}\0".encode("utf-8", "surrogateescape"))  # names may be any bytes
+        counts = np.bincount(np.asarray(targets, dtype=np.int64), minlength=len(class_names)).tolist()
+        identity[part] = {"samples": len(names), "samples_per_class": counts, "names_sha256": digest.hexdigest()}
+    return identity
+
+
+def data_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first thing in which two data sets differ, in words; None where they are the same."""
+    if before.get("dataset") != now["dataset"]:
+        return f"data.dataset was {before.get('dataset')!r}, is {now['dataset']!r}"
+    old, new = before.get("class_names") or [], now["class_names"]
+    if old != new:
+        return class_difference(old, new)
+    for part, what in (("train", "training"), ("val", "validation")):
+        was, found = before.get(part) or {}, now[part]
+        pairs = zip(new, was.get("samples_per_class") or [0] * len(new), found["samples_per_class"], strict=False)
+        changed = [(name, a, b) for name, a, b in pairs if a != b]
+        if changed:
+            name, a, b = changed[0]
+            more = f" (and {len(changed) - 1} more classes changed)" if len(changed) > 1 else ""
+            return f"class '{name}' had {a:,} {what} images, has {b:,}{more}"
+        if was != found:
+            return f"as many {what} images as before, but files have other names"
+    return None
+
+
+def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], *, root: str | None) -> None:
+    """Refuses to go on with a run on other data than it began with.
+
+    Args:
+        before: The identity in the run's checkpoint or data.json.
+        now: That of the data as it is.
+        root: Where it is.
+
+    Raises:
+        ConfigError: Naming what differs.
+    """
+    difference = data_difference(before, now)
+    if difference:
+        where = f"the data in '{root}'" if root else "the data"
+        raise ConfigError(
+            f"--resume: {where} is not what the run began with: {difference}\n"
+            "put it back as it was, or start a new run from the run's weights (model.checkpoint)"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Random draws that depend on nothing but their address
 # ---------------------------------------------------------------------------------------------------------------------
 
 # What a stream is for, so that two purposes with the same numbers never share one.
-_ORDER, _SAMPLE, _MIX, _ERASE = range(1, 5)
+_ORDER, _SAMPLE, _MIX, _ERASE, _REPLACE = range(1, 6)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -199,27 +297,85 @@ class ImageSource(Protocol):
     def augmented(self, indices: Sequence[int], streams: np.ndarray) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """A sample that could not be made. It stands in a batch in the sample's place, or behind those of the batch.
+
+    Attributes:
+        part: `train` or `val`.
+        path: The file.
+        reason: In one line.
+        replaced: Whether another sample took its place.
+    """
+
+    part: str
+    path: str
+    reason: str
+    replaced: bool = False
+
+    def __str__(self) -> str:
+        return f"cannot read image '{self.path}': {self.reason}"
+
+
+class ReadError(RuntimeError):
+    """Data that cannot be read while a run goes on; the message names the file."""
+
+
 class TrainDataset(Dataset[Sample]):
-    """Augmented samples, addressed by (epoch, index): the same address always gives the same image."""
+    """Augmented samples, addressed by (epoch, index): the same address always gives the same image.
+
+    With `replace_unreadable`, a sample that cannot be read is replaced by another, drawn by (seed, epoch, index): so the
+    address still decides alone what comes, in any process and after any resume.
+    """
 
     def __init__(self, source: ImageSource, targets: Sequence[int], *, seed: int) -> None:
         self.source = source
         self.targets = list(targets)
         self.seed = seed
+        self.replace_unreadable = False
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, position: tuple[int, int]) -> Sample:
-        return self.__getitems__([position])[0]
+        return _readable(self.__getitems__([position])[0])
 
-    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Sample]:
+    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Sample | Unreadable]:
         """A whole batch at once, so that the global generators are saved and put back once per batch."""
         epochs, indices = zip(*positions, strict=True)
         streams = _hash(self.seed, _SAMPLE, epochs, indices)
         with _global_generators_kept():
-            images = self.source.augmented(indices, streams)
+            try:
+                images = self.source.augmented(indices, streams)
+            except Exception:
+                if not self.source.paths:
+                    raise
+                return self._one_by_one(positions, streams)
         return [(image, self.targets[i], i) for image, i in zip(images.unbind(), indices, strict=True)]
+
+    def _one_by_one(self, positions: Sequence[tuple[int, int]], streams: np.ndarray) -> list[Sample | Unreadable]:
+        """A batch in which a sample cannot be read: as many samples as addresses, then what had to be replaced."""
+        samples, replaced = [], []
+        for row, (epoch, index) in enumerate(positions):
+            stream = streams[row : row + 1]
+            faults: list[Unreadable] = []
+            for candidate in self._candidates(epoch, index):
+                image = _attempt(lambda c=candidate, s=stream: self.source.augmented([c], s)[0], self, candidate)
+                if isinstance(image, Tensor):
+                    samples.append((image, self.targets[candidate], candidate))
+                    replaced += [replace(fault, replaced=True) for fault in faults]
+                    break
+                faults.append(image)
+            else:
+                samples.append(faults[0])
+        return samples + replaced
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """The sample itself, then those that may stand in for it."""
+        yield index
+        if self.replace_unreadable:
+            attempts = np.arange(MAX_REPLACEMENTS)
+            yield from (_hash(self.seed, _REPLACE, epoch, index, attempts) % np.uint64(len(self))).tolist()
 
 
 class ValDataset(Dataset[Sample]):
@@ -233,11 +389,153 @@ class ValDataset(Dataset[Sample]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.__getitems__([index])[0]
+        return _readable(self.__getitems__([index])[0])
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        images = self.source.plain(indices)
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample | Unreadable]:
+        try:
+            images = self.source.plain(indices)
+        except Exception:
+            if not self.source.paths:
+                raise
+            made = [(_attempt(lambda i=i: self.source.plain([i])[0], self, i), i) for i in indices]
+            return [image if isinstance(image, Unreadable) else (image, self.targets[i], i) for image, i in made]
         return [(image, self.targets[i], i) for image, i in zip(images.unbind(), indices, strict=True)]
+
+
+def _attempt(make: Callable[[], Tensor], dataset: TrainDataset | ValDataset, index: int) -> Tensor | Unreadable:
+    """The image, or why it cannot be had: an image that opens may still be one that a transform cannot take."""
+    path = dataset.source.paths[index]
+    try:
+        return make()
+    except Exception as error:  # a worker's exception would reach the loop as the text of a traceback
+        kind, text = type(error).__name__, " ".join(str(error).split())
+        known = f"cannot read image '{path}': "
+        reason = text.removeprefix(known).replace(f" {path!r}", "") if text.startswith(known) else f"{kind}: {text}"
+        part = "train" if isinstance(dataset, TrainDataset) else "val"
+        return Unreadable(part, path, textwrap.shorten(reason, 300) or kind)
+
+
+def _readable(sample: Sample | Unreadable) -> Sample:
+    if isinstance(sample, Unreadable):
+        raise ReadError(str(sample))
+    return sample
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples that cannot be read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PartialBatch:
+    """What a loader gives in place of a batch in which something could not be read.
+
+    Attributes:
+        batch: (images, targets, indices) of the samples there are; None where there is none.
+        unreadable: The others.
+    """
+
+    batch: Any
+    unreadable: list[Unreadable]
+
+
+def collate(samples: Sequence[Sample | Unreadable]) -> Any:
+    """(images, targets, indices), or a PartialBatch."""
+    good = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    if len(good) == len(samples):
+        return default_collate(good)
+    return PartialBatch(default_collate(good) if good else None, [s for s in samples if isinstance(s, Unreadable)])
+
+
+class SkipList:
+    """What a run does about samples that cannot be read (`data.on_error`): stop at the first, or list and count them.
+
+    The list is a file of the run folder: all processes add to it and a resumed run goes on with it, so a file counts once.
+
+    Args:
+        data: The config's section.
+
+    Attributes:
+        path: The list, columns part, name (relative to the root) and reason; None: kept in memory only.
+    """
+
+    def __init__(self, data: DataSection) -> None:
+        self.limit = data.max_skipped if data.on_error == "skip" else None
+        self.root = Path(data.root or ".").expanduser()
+        self.path: Path | None = None
+        self.known: set[tuple[str, str]] = set()
+
+    def read(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches (images, targets, indices), after doing what is to be done about samples missing in them.
+
+        Raises:
+            ReadError: For the first unreadable sample, or the one above the ceiling.
+        """
+        for batch in batches:
+            if isinstance(batch, PartialBatch):
+                for unreadable in batch.unreadable:
+                    self._note(unreadable)
+                batch = batch.batch
+            if batch is not None:
+                yield batch
+
+    def count(self, part: str) -> int:
+        """Files of `train` or `val` skipped so far, by any process."""
+        self.known |= self._listed()
+        return sum(p == part for p, _ in self.known)
+
+    def _note(self, unreadable: Unreadable) -> None:
+        if self.limit is None:
+            raise ReadError(f"{unreadable}\nmend or remove the file, or leave such files out: data.on_error=skip")
+        if unreadable.part == "train" and not unreadable.replaced:
+            raise ReadError(f"{unreadable}\nnor can any of {MAX_REPLACEMENTS} images drawn to replace it")
+        key = (unreadable.part, _relative([unreadable.path], self.root)[0])
+        if key in self.known:
+            return
+        self.known |= self._listed()
+        if key not in self.known:
+            self.known.add(key)
+            self._append((*key, unreadable.reason))
+        if len(self.known) > self.limit:
+            listed = f"; {self.path} lists them" if self.path else ""
+            raise ReadError(
+                f"{unreadable}\nthe run has skipped {len(self.known)} images, data.max_skipped is {self.limit}{listed}; "
+                "raise it, or mend the files and delete the list"
+            )
+        done = "another takes its place" if unreadable.replaced else "left out of validation"
+        tqdm.write(f"warning: {unreadable}; {done} ({len(self.known)} of at most {self.limit})", file=sys.stderr)
+
+    def _listed(self) -> set[tuple[str, str]]:
+        if self.path is None:
+            return set()
+        with contextlib.suppress(FileNotFoundError), self._open("r") as file:
+            return {(row[0], row[1]) for row in csv.reader(file) if len(row) == 3 and row[0] != "part"}
+        return set()
+
+    def _append(self, row: tuple[str, str, str]) -> None:
+        """Adds a row, on disk when this returns, by one write: several processes may do so at once."""
+        if self.path is None:
+            return
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([row] if self.path.exists() else [("part", "name", "reason"), row])
+        with self._open("a") as file:
+            file.write(text.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _open(self, mode: str) -> IO[str]:
+        assert self.path is not None
+        return self.path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")  # names may be any bytes
+
+
+def lost_worker(error: BaseException) -> str | None:
+    """What to say of a loader's worker that died; None where the error is another one."""
+    text = str(error)
+    if not text.startswith("DataLoader worker"):
+        return None
+    first = text.splitlines()[0].rstrip(". ")
+    return f"{first}\nperhaps out of memory: use fewer data.workers; go on with --resume"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,7 +566,12 @@ def _digits_bundle(augment: AugmentSection, spec: ImageSpec, seed: int) -> DataB
         train=TrainDataset(_Digits(images[train], augment, spec), labels[train].tolist(), seed=seed),
         val=ValDataset(_Digits(images[val], augment, spec), labels[val].tolist()),
         num_classes=10,
-        class_names=[str(digit) for digit in range(10)],
+        class_names=list(DIGIT_NAMES),
+        identity=data_identity(
+            "digits",
+            DIGIT_NAMES,
+            {part: ([str(i) for i in rows], labels[rows].tolist()) for part, rows in (("train", train), ("val", val))},
+        ),
     )
 
 
@@ -396,7 +699,22 @@ def _folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
         num_classes=len(names),
         class_names=names,
         left_out=str(left_out),
+        identity=data_identity(
+            "folder",
+            names,
+            {
+                "train": (_relative(train_paths, train_root), train_targets),
+                "val": (_relative(val_paths, val_root), val_targets),
+            },
+        ),
     )
+
+
+def _relative(paths: Sequence[str], folder: Path) -> list[str]:
+    """Names below a folder, with / between their parts on every system."""
+    prefix = os.path.join(folder, "")
+    return [(path.removeprefix(prefix) if path.startswith(prefix) else os.path.relpath(path, folder)).replace(os.sep, "/")
+            for path in paths]  # fmt: skip
 
 
 def _train_and_val_folders(root: Path) -> tuple[Path, Path]:
@@ -919,13 +1237,17 @@ def posterize_to_any(image: Image.Image, bits_to_keep: int, **options: Any) -> I
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_images(bundle: DataBundle) -> None:
+def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
     """Looks for images that cannot be read, so that training does not stop on one hours later.
 
     Up to 2,000 images are decoded in full. Above that only the header is parsed and the end of the file looked at,
     which finds empty files, files that are no images, and truncated ones; a JPEG or PNG without its end marker in
     place, and any other format, is decoded, so that only the decoder calls a file damaged. Damage amid intact data may
     then be found in training only, where the error names the file. Under several processes one of them is enough.
+
+    Args:
+        bundle: What to look at.
+        allowed: So many unreadable images are only warned of: `data.max_skipped`.
 
     Raises:
         ConfigError: Naming the first unreadable image (training images first) and how many there are.
@@ -942,7 +1264,13 @@ def check_images(bundle: DataBundle) -> None:
     if damaged:
         path, reason = damaged[0]
         count = f"{len(damaged):,} of {len(paths):,} images" if len(damaged) > 1 else f"1 of {len(paths):,} images"
-        raise ConfigError(f"data.root: {count} cannot be read; the first is '{path}'\n{reason}")
+        if len(damaged) <= allowed:
+            logger.warning("warning: %s cannot be read and will be skipped; the first is '%s': %s", count, path, reason)
+            return
+        advice = "mend or remove the files, or leave them out: data.on_error=skip"
+        if allowed:
+            advice = f"data.max_skipped is {allowed}; raise it, or mend or remove the files"
+        raise ConfigError(f"data.root: {count} cannot be read; the first is '{path}'\n{reason}\n{advice}")
 
 
 def _damage(path: str) -> str | None:
@@ -1036,7 +1364,7 @@ def build_train_loader(
             f"data.batch_size: {data.batch_size}{processes} is more than the {len(bundle.train)} training images; "
             f"{advice}"
         )
-    return DataLoader(bundle.train, batch_sampler=sampler, **_loader_options(data.workers, device))
+    return DataLoader(bundle.train, batch_sampler=sampler, collate_fn=collate, **_loader_options(data.workers, device))
 
 
 def build_val_loader(
@@ -1046,7 +1374,8 @@ def build_val_loader(
     shard = range(rank, len(bundle.val), world_size)
     batch_size = data.eval_batch_size or data.batch_size
     workers = min(data.workers, math.ceil(len(shard) / batch_size))  # a worker without a batch is of no use
-    return DataLoader(bundle.val, sampler=shard, batch_size=batch_size, **_loader_options(workers, device))
+    options = _loader_options(workers, device)
+    return DataLoader(bundle.val, sampler=shard, batch_size=batch_size, collate_fn=collate, **options)
 
 
 def _loader_options(workers: int, device: torch.device) -> dict[str, Any]:

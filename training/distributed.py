@@ -41,6 +41,8 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any process, by one all-reduce of a number. Every process must call it."""
+        if self.size == 1:
+            return flag
         return self._reduce(torch.tensor(float(flag)), dist.ReduceOp.MAX).item() > 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:

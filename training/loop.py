@@ -12,7 +12,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from layers.stochastic_depth import StochasticDepth, break_even_of, count_macs, drop_path_report, set_drop_path
-from models.factory import count_parameters, create_model
+from models.factory import class_difference, count_parameters, create_model
 from models.metaformer import MetaFormer
 from models.registry import model_config
 from models.strict_yaml import ConfigError
@@ -41,10 +41,13 @@ from training.data import (
     DataBundle,
     EpochSampler,
     ImageSpec,
+    ReadError,
+    SkipList,
     build_datasets,
     build_train_loader,
     build_val_loader,
     check_images,
+    check_same_data,
 )
 from training.distributed import World
 from training.optim import build_ema, build_loss, build_optimizer, build_scheduler
@@ -102,6 +105,7 @@ class Setup:
     data: DataBundle
     train_loader: DataLoader
     val_loader: DataLoader
+    skips: SkipList
     mixer: BatchMixer
     precision: torch.dtype
     channels_last: bool
@@ -141,20 +145,26 @@ class Setup:
 # ---- building -------------------------------------------------------------------------------------------------------
 
 
-def build(config: TrainConfig, world: World, *, load_checkpoint: bool = True) -> Setup:
+def build(
+    config: TrainConfig, world: World, *, load_checkpoint: bool = True, same_data: Mapping[str, Any] | None = None
+) -> Setup:
     """Builds model, data and optimizer of a run. Nothing is written.
 
     Args:
         config: The run; values that depend on model or data are filled in (`num_classes`, `image_size`, rates).
         world: The processes it runs on.
         load_checkpoint: Load `model.checkpoint` or published weights; false where a resumed run replaces them anyway.
+        same_data: Identity of the data that a resumed run began with; others are refused.
 
     Raises:
         ConfigError: Whatever the user gave that cannot work.
     """
     section = config.model
-    for key, instead in {"drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode"}.items():
-        if key in section.overrides:  # create_model takes them, and set_drop_path below would replace them
+    elsewhere = {
+        "drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode", "class_names": "data.class_names"
+    }  # fmt: skip
+    for key, instead in elsewhere.items():
+        if key in section.overrides:  # create_model takes them, and what is done below would replace them
             raise ConfigError(f"model.{key}: has no effect in a training config; did you mean {instead!r}?")
     base = model_config(section.name)
     in_chans = section.overrides.get("in_chans", base.in_chans)
@@ -167,6 +177,13 @@ def build(config: TrainConfig, world: World, *, load_checkpoint: bool = True) ->
     spec = ImageSpec((in_chans, *described.height_width), tuple(mean), tuple(std), described.interpolation,
                      described.crop_pct)  # fmt: skip
     data = build_datasets(config.data, config.augment, spec, seed=config.seed)
+    if same_data is not None:
+        check_same_data(same_data, data.identity, root=config.data.root)
+    if config.data.class_names not in (None, data.class_names):
+        raise ConfigError(
+            f"data.class_names: the data has others: {class_difference(config.data.class_names, data.class_names)}\n"
+            "leave the key out, or set it to null, to take the data's"
+        )
     if section.num_classes is not None and section.num_classes < data.num_classes:
         raise ConfigError(
             f"model.num_classes: {section.num_classes} is fewer than the data's {data.num_classes} classes"
@@ -179,18 +196,19 @@ def build(config: TrainConfig, world: World, *, load_checkpoint: bool = True) ->
         pretrained=section.pretrained and load_checkpoint,
         checkpoint=section.checkpoint if load_checkpoint else None,
         num_classes=num_classes,
+        class_names=data.class_names,
         **overrides,
     )
     train_loader = build_train_loader(
         data, config.data, seed=config.seed, rank=world.rank, world_size=world.size, device=world.device
     )
     val_loader = build_val_loader(data, config.data, rank=world.rank, world_size=world.size, device=world.device)
-    on_main(world, lambda: check_images(data))
+    on_main(world, lambda: check_images(data, allowed=config.data.max_skipped or 0))
     assert isinstance(train_loader.batch_sampler, EpochSampler)
     steps_per_epoch = math.ceil(train_loader.batch_sampler.batches_per_epoch / config.optim.accumulate)
     depth = _set_drop_path(model, config, steps_per_epoch)
 
-    config = _resolved(config, model, depth, num_classes)
+    config = _resolved(config, model, depth, data)
     precision = _precision(config, world.device)
     channels_last = (
         world.device.type == "cuda" if config.runtime.channels_last == "auto" else config.runtime.channels_last
@@ -206,6 +224,7 @@ def build(config: TrainConfig, world: World, *, load_checkpoint: bool = True) ->
         data=data,
         train_loader=train_loader,
         val_loader=val_loader,
+        skips=SkipList(config.data),
         mixer=BatchMixer(config.augment, num_classes, seed=config.seed, rank=world.rank),
         precision=precision,
         channels_last=channels_last,
@@ -227,6 +246,12 @@ def on_main(world: World, check: Callable[[], None]) -> None:
             problem = error
     if world.any(problem is not None):
         raise problem or ConfigError("stopped, because rank 0 found a mistake")
+
+
+def stop_together(world: World, problem: ReadError | None) -> None:
+    """Raises on every process what one of them could not read, so that none is left waiting for another."""
+    if world.any(problem is not None):
+        raise problem or ReadError("stopped, because another process could not read its data")
 
 
 def seed_everything(seed: int) -> None:
@@ -260,16 +285,18 @@ def _rate(config: TrainConfig, model: MetaFormer) -> float | None:
     return (published.drop_path_rate if published else None) or 0.0
 
 
-def _resolved(config: TrainConfig, model: MetaFormer, depth: StochasticDepth, num_classes: int) -> TrainConfig:
+def _resolved(config: TrainConfig, model: MetaFormer, depth: StochasticDepth, bundle: DataBundle) -> TrainConfig:
     """The config with what was left open filled in, so that it says all about the run."""
     keys = model.config.model_dump(exclude={"name", "published", "pretrained", "num_classes"})
     named = {k: getattr(config.model, k) for k in ("name", "pretrained", "checkpoint")}
-    section = type(config.model)(**named, num_classes=num_classes, **keys)
+    section = type(config.model)(**named, num_classes=model.num_classes, **keys)
     drop_path = config.drop_path.model_copy(
         update={"rate": _rate(config, model), "break_even": break_even_of(depth.blocks)}
     )
     size = model.config.image_size
-    data = config.data.model_copy(update={"image_size": size}) if isinstance(size, int) else config.data
+    data = config.data.model_copy(update={"class_names": bundle.class_names})
+    if isinstance(size, int):
+        data = data.model_copy(update={"image_size": size})
     return config.model_copy(update={"model": section, "drop_path": drop_path, "data": data})
 
 
@@ -365,22 +392,33 @@ def _some(indices: list[int]) -> str:
 
 @torch.no_grad()
 def evaluate(setup: Setup) -> dict[str, float]:
-    """Validation loss and top-1 and top-5 in percent, over all ranks."""
+    """Validation loss and top-1 and top-5 in percent, over all ranks and all images that could be read.
+
+    Raises:
+        ReadError: On every rank, see `SkipList.read`; or where no image is left.
+    """
     model = setup.evaluated
     training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
-    for images, targets, _ in setup.val_loader:
-        images, targets = setup.to_device(images), targets.to(setup.world.device, non_blocking=True)
-        with setup.autocast():
-            logits = model(images)
-        logits = logits.float()
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # (B, 5)
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        counts = [top[:, 0].sum(), top.any(dim=1).sum(), torch.tensor(len(targets), device=loss.device)]
-        sums += torch.stack([loss, *counts]).cpu().double()  # MPS has no float64
+    problem = None
+    try:
+        for images, targets, _ in setup.skips.read(setup.val_loader):
+            images, targets = setup.to_device(images), targets.to(setup.world.device, non_blocking=True)
+            with setup.autocast():
+                logits = model(images)
+            logits = logits.float()
+            top = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # (B, 5)
+            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            counts = [top[:, 0].sum(), top.any(dim=1).sum(), torch.tensor(len(targets), device=loss.device)]
+            sums += torch.stack([loss, *counts]).cpu().double()  # MPS has no float64
+    except ReadError as error:
+        problem = error
     model.train(training)
+    stop_together(setup.world, problem)
     loss, top1, top5, count = setup.world.sum(sums).tolist()
+    if not count:
+        raise ReadError("no image of the validation data could be read, so there is nothing to evaluate on")
     return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
 
 
@@ -395,6 +433,7 @@ def save(setup: Setup, folder: RunFolder, progress: Progress) -> Path:
         "ema": None if setup.ema is None else setup.ema.module.state_dict(),
         "optimizer": setup.optimizer.state_dict(),
         "scaler": setup.scaler.state_dict(),
+        "data": setup.data.identity,
     }
     return save_checkpoint(
         folder.checkpoints,
@@ -425,7 +464,12 @@ def restore(setup: Setup, checkpoint: Checkpoint) -> Progress:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{checkpoint.path}: does not fit this run's config: {reason}") from None
     progress = Progress(**checkpoint.rank_state["progress"])
-    # a run stopped by a signal at the end of an epoch goes on with its evaluation, which notes the rates of that step
+    batches = setup.sampler.batches_per_epoch
+    if progress.batch > batches:
+        raise ConfigError(
+            f"{checkpoint.path}: behind batch {progress.batch} of its epoch, which has only {batches} in this data"
+        )
+    # a checkpoint of the end of an epoch goes on with its evaluation, which notes the rates of that step
     setup.depth.set_step(max(0, progress.step - 1))
     return progress
 
@@ -468,10 +512,12 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
 
     Raises:
         NonFiniteError: See `train_step`.
+        ReadError: Data could not be read; the run is saved as it was before.
     """
     config, world, model = setup.config, setup.world, setup.model
     seed_everything(config.seed + 1_000_003 * (world.rank + 1))  # ranks drop different samples
     progress = Progress() if checkpoint is None else restore(setup, checkpoint)
+    setup.skips.path = folder.skipped
     if world.is_main:
         _start_files(setup, folder, progress)
     if config.runtime.compile:
@@ -484,49 +530,79 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     metrics: dict[str, float] = {}
     pending = None if checkpoint is None else checkpoint.rank_state["random"]
 
-    with StopSignals() as signals, _Board(folder, world, progress) as board, _ProgressBar(setup, progress) as bar:
-        while progress.epoch < config.optim.epochs:
-            model.train()
-            setup.sampler.set_position(progress.epoch, progress.batch)
-            batches = iter(setup.train_loader)
-            if pending is not None:  # nothing may draw between here and the first step
-                set_random_states(pending)
-                pending = None
-            clock = time.perf_counter()
-            for group in _groups(batches, config.optim.accumulate):
-                loss = train_step(setup, trained, group, progress, loss_fn)
-                progress.advance(group, loss, time.perf_counter() - clock)
-                bar.step(progress, loss)
-                if world.any(signals.received is not None):
-                    saved = save(setup, folder, progress)
-                    summary = _write_results(setup, folder, progress, metrics)
-                    reason = signals.received or "a signal"
-                    bar.write(f"{reason}: saved {saved} at step {progress.step}; go on with --resume auto")
-                    return summary | {"stopped_by": reason}
-                every = config.checkpoint.every_steps
-                if every and progress.step % every == 0 and progress.batch < setup.sampler.batches_per_epoch:
-                    save(setup, folder, progress)
-                clock = time.perf_counter()
+    start = saved_step = progress.step  # what is known to be on disk; nothing has to be at step 0
 
-            metrics = _end_epoch(setup, folder, progress)
-            bar.epoch(metrics)
-            board.write(metrics, progress.step)
-            every = config.checkpoint.every_epochs
-            if (every and progress.epoch % every == 0) or progress.epoch == config.optim.epochs:
+    with StopSignals() as signals, _Board(folder, world, progress) as board, _ProgressBar(setup, progress) as bar:
+        try:
+            while progress.epoch < config.optim.epochs:
+                model.train()
+                setup.sampler.set_position(progress.epoch, progress.batch)
+                batches = setup.skips.read(iter(setup.train_loader))
+                if pending is not None:  # nothing may draw between here and the first step
+                    set_random_states(pending)
+                    pending = None
+                clock = time.perf_counter()
+                for group in _groups(batches, config.optim.accumulate, world):
+                    loss = train_step(setup, trained, group, progress, loss_fn)
+                    progress.advance(group, loss, time.perf_counter() - clock)
+                    bar.step(progress, loss)
+                    if world.any(signals.received is not None):
+                        saved = save(setup, folder, progress)
+                        summary = _write_results(setup, folder, progress, metrics)
+                        reason = signals.received or "a signal"
+                        bar.write(f"{reason}: saved {saved} at step {progress.step}; go on with --resume auto")
+                        return summary | {"stopped_by": reason}
+                    every = config.checkpoint.every_steps
+                    if every and progress.step % every == 0 and progress.batch < setup.sampler.batches_per_epoch:
+                        save(setup, folder, progress)
+                        saved_step = progress.step
+                    clock = time.perf_counter()
+
+                # Before the validation, which may fail: a run resumed from here begins with it.
+                every, epoch = config.checkpoint.every_epochs, progress.epoch + 1
+                if progress.step > saved_step and (epoch == config.optim.epochs or (every and epoch % every == 0)):
+                    save(setup, folder, progress)
+                    saved_step = progress.step
+                metrics = _end_epoch(setup, folder, progress, trained=progress.step > start)
+                bar.epoch(metrics)
+                board.write(metrics, progress.step)
+        except ReadError as error:
+            if progress.step > saved_step:
                 save(setup, folder, progress)
+            kept = f"\nthe run is saved at step {progress.step}: go on with --resume" if progress.step else ""
+            raise ReadError(f"{error}{kept}") from error
     if not metrics:  # resumed when nothing was left to do
         metrics = evaluate(setup)
     return _write_results(setup, folder, progress, metrics)
 
 
-def _groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` batches; the last of an epoch may be shorter."""
-    while group := list(islice(batches, size)):
+def _groups(batches: Iterator[Any], size: int, world: World) -> Iterator[list[Any]]:
+    """Lists of `size` batches; the last of an epoch may be shorter.
+
+    Raises:
+        ReadError: On every rank, before any of them begins the step that one cannot take part in.
+    """
+    while True:
+        group, problem = [], None
+        try:
+            group = list(islice(batches, size))
+        except ReadError as error:
+            problem = error
+        stop_together(world, problem)
+        if not group:
+            return
         yield group
 
 
-def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress) -> dict[str, float]:
-    """Evaluates, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch."""
+def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: bool) -> dict[str, float]:
+    """Evaluates, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch.
+
+    Args:
+        setup: The run.
+        folder: Its folder.
+        progress: At the end of the epoch.
+        trained: Whether this process took a step of it: if not, it has no drop-path counts to note.
+    """
     world = setup.world
     clock = time.perf_counter()
     loss_sum, samples = world.sum(torch.tensor([progress.loss_sum, progress.samples], dtype=torch.float64)).tolist()
@@ -548,9 +624,11 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress) -> dict[str,
     progress.batch, progress.samples, progress.loss_sum, progress.epoch_seconds = 0, 0, 0.0, 0.0
     if world.is_main:
         folder.append_metrics(row)
-        save_text(folder.drop_path, drop_path_report(setup.model).to_csv())
+        if trained or not folder.drop_path.exists():
+            save_text(folder.drop_path, drop_path_report(setup.model).to_csv())
         if better:
-            save_weights(folder.best, setup.evaluated.state_dict(), {"model": setup.model.config.model_dump()})
+            about = {"model": setup.model.config.model_dump(), "class_names": setup.data.class_names}
+            save_weights(folder.best, setup.evaluated.state_dict(), about)
     return row
 
 
@@ -561,8 +639,10 @@ def _rates(setup: Setup) -> list[Any]:
 def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
     if progress.step == 0:
         folder.metrics.unlink(missing_ok=True)
+        folder.skipped.unlink(missing_ok=True)
     folder.cut_metrics(progress.epoch)
     save_text(folder.config, dump_config(setup.config))
+    folder.write_json(folder.data, setup.data.identity)
     folder.write_json(folder.environment, describe_environment(setup.world))
 
 
@@ -577,6 +657,7 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "final_top1": metrics.get("val_top1"),
         "epochs": progress.epoch,
         "steps": progress.step,
+        "skipped_images": {part: setup.skips.count(part) for part in ("train", "val")},
         "seconds": progress.seconds,
         "images_per_second": metrics.get("images_per_second"),
         "peak_memory_mb": round(peak, 1),
@@ -652,8 +733,9 @@ class _Board:
     """TensorBoard scalars of the main process."""
 
     def __init__(self, folder: RunFolder, world: World, progress: Progress) -> None:
-        # purge_step hides what was written behind the step that a run is resumed from
-        purge = progress.step + 1 if progress.step else None
+        # purge_step hides what was written from the step on that a run is resumed from: that of a checkpoint at the end of
+        # an epoch, saved before its validation, is written again
+        purge = progress.step or None
         self.writer = SummaryWriter(str(folder.tensorboard), purge_step=purge) if world.is_main else None
 
     def __enter__(self) -> "_Board":
@@ -703,7 +785,7 @@ def dry_run(setup: Setup) -> str:
     """Runs one training step and one validation batch; nothing is kept. Returns what to print."""
     setup.sampler.set_position(0, 0)
     setup.model.train()
-    group = next(_groups(iter(setup.train_loader), setup.config.optim.accumulate))
+    group = next(_groups(setup.skips.read(iter(setup.train_loader)), setup.config.optim.accumulate, setup.world))
     start = time.perf_counter()
     loss = train_step(setup, setup.model, group, Progress(), build_loss(setup.config.augment, setup.mixer.enabled))
     seconds = time.perf_counter() - start

@@ -43,6 +43,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.data = path / "data.json"
+        self.skipped = path / "skipped.csv"
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.csv"
         self.drop_path = path / "drop_path.csv"
@@ -54,6 +56,14 @@ class RunFolder:
     def holds_run(self) -> bool:
         """Whether a run was started here."""
         return os.path.exists(self.config)  # false, no error, behind a folder that may not be entered
+
+    def read_data(self) -> dict[str, Any] | None:
+        """The identity of the data that the run began with (`training.data.data_identity`); None where it is not told."""
+        try:
+            identity = json.loads(self.data.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        return identity if isinstance(identity, dict) else None
 
     def make(self, *, fresh: bool) -> None:
         """Makes the folder and finds out now whether it can be written.

@@ -28,7 +28,7 @@ from models.export import (
     load_folded,
     relative_error,
 )
-from models.factory import create_model
+from models.factory import class_names_of, create_model
 from models.metaformer import MetaFormer, MetaFormerBlock
 from models.pretrained import timm_head
 from models.registry import list_models, model_config
@@ -191,7 +191,8 @@ def test_onnx(name: str, tmp_path: Path) -> None:
     import onnx
     import onnxruntime
 
-    model = built(name, num_classes=7)
+    names = ["cat", "dog", "fox \N{FOX FACE}"]
+    model = built(name, num_classes=7, class_names=names)
     result = exported("onnx", tmp_path, model)
     assert result.error < TOLERANCE["onnx"] and "opset 20" in result.about
     session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
@@ -204,6 +205,7 @@ def test_onnx(name: str, tmp_path: Path) -> None:
         assert relative_error(logits(model, images), torch.from_numpy(actual)) < TOLERANCE["onnx"]
     properties = {p.key: p.value for p in onnx.load(tmp_path / "out.onnx").metadata_props}
     assert json.loads(properties["preprocessing"])["mean"] == list(model.pretrained_cfg["mean"])
+    assert json.loads(properties["class_names"]) == names
     assert {p.name for p in tmp_path.iterdir()} == {"out.onnx"}, "weights are inside"
 
 
@@ -240,6 +242,34 @@ def test_timm_folder(name: str, tmp_path: Path) -> None:
     assert tuple(data["input_size"]) == (1, *model.config.height_width)
     ours = create_model(name, checkpoint=tmp_path / "out", num_classes=7, in_chans=1, head=timm_head(config), **size)
     assert relative_error(logits(model, images), logits(ours.eval(), images)) < 1e-6
+
+
+# ---- names of classes -------------------------------------------------------------------------------------------------
+
+NAMES = ["cat", "dog", "fox \N{FOX FACE}"]
+
+
+def test_class_names_are_in_the_other_formats(tmp_path: Path) -> None:
+    model = built("caformer_n4", class_names=NAMES)
+    exported("folded", tmp_path / "named", model)
+    assert class_names_of(load_folded(tmp_path / "named" / "out")) == NAMES
+    extra = {"class_names.json": ""}
+    exported("torch", tmp_path / "named", model)
+    torch.export.load(tmp_path / "named" / "out.pt2", extra_files=extra)
+    assert json.loads(extra["class_names.json"]) == NAMES
+    exported("folded", tmp_path, built("caformer_n4"))
+    assert "class_names" not in (load_weights(tmp_path / "out")[1] or {"class_names": ""})
+    assert class_names_of(load_folded(tmp_path / "out")) is None
+
+
+def test_class_names_of_a_timm_folder(tmp_path: Path) -> None:
+    model = built("poolformerv2_s12", class_names=NAMES, image_size=64)
+    exported("timm", tmp_path, model)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == NAMES
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert list(theirs.pretrained_cfg["label_names"]) == NAMES  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    again = create_model("poolformerv2_s12", checkpoint=tmp_path / "out", num_classes=3, image_size=64)
+    assert class_names_of(again) == NAMES
 
 
 # ---- refused ----------------------------------------------------------------------------------------------------------

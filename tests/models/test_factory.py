@@ -15,7 +15,15 @@ import torch
 from configs import CONFIGS
 from layers.drop_path import DropPath
 from models.config import HeadConfig, MetaFormerConfig, PatchConfig, override_config
-from models.factory import count_parameters, create_model, trained_config
+from models.factory import (
+    class_difference,
+    class_names_of,
+    count_parameters,
+    create_model,
+    set_class_names,
+    trained_class_names,
+    trained_config,
+)
 from models.metaformer import MetaFormerBlock
 from models.registry import model_config, register_model, unregister_model
 from models.strict_yaml import ConfigError
@@ -396,3 +404,97 @@ def test_half_precision_weights_are_cast(tmp_path):
     model = create_model(SMALL, checkpoint=tmp_path / "half.safetensors")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(torch.equal(v, half[k].float()) for k, v in model.state_dict().items())
+
+
+# ---- names of classes -------------------------------------------------------------------------------------------------
+
+PETS = ["cat", "dog", "fox"]
+
+
+def named(folder, names=PETS, *, key="class_names"):
+    """A folder of weights that names its classes, as a run leaves it."""
+    model = create_model(SMALL, num_classes=len(PETS))
+    save_weights(folder / "best", model.state_dict(), {"model": model.config.model_dump(), key: names})
+    return folder / "best", model
+
+
+def test_names_set_the_number_of_classes_and_are_kept():
+    model = create_model(SMALL, class_names=PETS)
+    assert model.num_classes == 3 and class_names_of(model) == PETS == model.pretrained_cfg["label_names"]
+    assert class_names_of(create_model(SMALL, num_classes=5, class_names=PETS)) == PETS, "logits without a class"
+    assert class_names_of(create_model(SMALL)) is None
+    model.reset_classifier(3)
+    assert class_names_of(model) is None, "a new classifier has no names yet"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["a", "b", "a"], "'a' is given twice"),
+        (["a", ""], "must be a list of names, got ''"),
+        (["a", 3], "must be a list of names, got 3"),
+        ("ab", "must be a list of names, got 'ab'"),
+        (list("abcd"), "4 names for a model of 3 classes"),
+    ],
+)
+def test_names_that_cannot_be(names, words):
+    with pytest.raises(ConfigError, match=f"class_names: {words}"):
+        create_model(SMALL, num_classes=3, class_names=names)
+    model = create_model(SMALL, class_names=PETS)
+    with pytest.raises(ConfigError, match=words):
+        set_class_names(model, names)
+    assert class_names_of(model) == PETS
+
+
+def test_weights_bring_their_names(tmp_path):
+    folder, model = named(tmp_path)
+    again = create_model(model.config, checkpoint=folder)
+    assert class_names_of(again) == PETS and equal(again.state_dict(), model.state_dict())
+    assert class_names_of(create_model(SMALL, checkpoint=folder, num_classes=4)) is None, "a new classifier"
+    assert class_names_of(create_model(SMALL, checkpoint=folder, num_classes=3)) == PETS
+    same = create_model(SMALL, checkpoint=folder, class_names=PETS)
+    assert equal(same.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("key", ["class_names", "label_names"])
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["cat", "dog", "hen"], "classes gone: 'fox', new: 'hen'"),
+        (["dog", "cat", "fox"], "the same classes in another order: class 0 was 'cat', is 'dog'"),
+    ],
+)
+def test_other_classes_of_the_same_number_get_a_new_classifier(tmp_path, caplog, names, words, key):
+    folder, model = named(tmp_path, key=key)
+    tuned = create_model(SMALL, checkpoint=folder, class_names=names)
+    before, after = model.state_dict(), tuned.state_dict()
+    changed = [k for k in before if not torch.equal(before[k], after[k])]
+    assert changed and all(k.startswith("head.fc.") for k in changed)
+    assert f"classifier of 3 classes replaced by a new one of 3, though of as many: {words}" in caplog.text
+    assert class_names_of(tuned) == names
+
+
+def test_names_are_not_compared_where_there_are_none(tmp_path, caplog):
+    folder, model = saved(tmp_path, num_classes=3)
+    tuned = create_model(SMALL, checkpoint=folder, class_names=PETS)
+    assert equal(tuned.state_dict(), model.state_dict()) and class_names_of(tuned) == PETS
+    assert "replaced" not in caplog.text
+    folder, _ = named(tmp_path / "more")
+    create_model(SMALL, checkpoint=folder, class_names=["cat", "dog"])
+    assert "classifier of 3 classes replaced by a new one of 2" in caplog.text
+    assert "as many" not in caplog.text
+
+
+def test_how_names_differ():
+    assert class_difference(PETS, PETS) is None and class_difference(PETS, tuple(PETS)) is None
+    many = [f"n{i}" for i in range(9)]
+    assert class_difference([], many) == "classes new: 'n0', 'n1', 'n2', 'n3', 'n4' and 4 more"
+    assert class_difference(PETS, PETS[:1]) == "classes gone: 'dog', 'fox'"
+    for wrong in (
+        {},
+        {"class_names": "cat"},
+        {"class_names": [1, 2]},
+        {"label_names": {"0": "cat"}},
+        {"class_names": []},
+    ):
+        assert trained_class_names(wrong) is None

@@ -149,6 +149,10 @@ def test_further_model_keys_are_overrides_of_the_model(path: Path) -> None:
         ("drop_path.break_even=2", "must be at most 1 or a section of keys, got 2"),
         ("data.dataset=folder", "dataset 'folder' needs a root, for example data.root=/path/to/imagenet"),
         ("data.root=x", "has no effect with dataset 'digits'; leave it out or set it to null"),
+        ("data.on_error=skip", "'skip' has no effect with dataset 'digits'"),
+        ("data.on_error=skpi", "expected 'stop' or 'skip', got \"skpi\"; did you mean 'skip'?"),
+        ("data.max_skipped=5", "has no effect with on_error 'stop'; set data.on_error=skip"),
+        ("data.class_names=cat", 'expected a list, got "cat"'),
         ("data.batch_size=0", "must be at least 1, got 0"),
         ("augment.label_smoothing=1", "must be less than 1, got 1"),
         ("augment.crop_scale=[0.5]", "needs at least 2 entries, got [0.5]"),
@@ -291,6 +295,14 @@ def test_json_schema_describes_every_key() -> None:
         assert section["description"]
         for name, key in section["properties"].items():
             assert "description" in key or "$ref" in key, name
+
+
+def test_the_ceiling_of_skipping_is_filled_in(path: Path) -> None:
+    folder = ["data.dataset=folder", "data.root=x", "data.on_error=skip"]
+    assert load_config(path, folder).data.max_skipped == 100
+    assert load_config(path, [*folder, "data.max_skipped=3"]).data.max_skipped == 3
+    assert load_config(path).data.max_skipped is None
+    assert "max_skipped" in fault(path, *folder, "data.max_skipped=0")
 
 
 def test_the_published_poolformer_recipe() -> None:

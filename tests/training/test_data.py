@@ -4,14 +4,18 @@ import csv
 import errno
 import hashlib
 import io
+import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import shutil
+import signal
 import struct
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +36,21 @@ from training.data import (
     DataBundle,
     EpochSampler,
     ImageSpec,
+    PartialBatch,
+    ReadError,
+    SkipList,
+    TrainDataset,
+    Unreadable,
+    ValDataset,
     build_datasets,
     build_train_loader,
     build_val_loader,
     check_images,
+    check_same_data,
+    class_names_of_data,
+    data_difference,
     digits_split,
+    lost_worker,
     read_image,
     to_rgb,
 )
@@ -141,7 +155,7 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_index(
 
     train = build(seed=3).train
     positions = [(2, 7), (2, 0), (2, 11), (4, 7), (2, 7)]
-    batch = train.__getitems__(positions)
+    batch: list[Any] = train.__getitems__(positions)
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
@@ -188,8 +202,10 @@ def test_fetching_batches_leaves_the_global_random_states_alone(
 def test_a_failing_image_leaves_the_global_random_states_alone(image_root: Path, unmoved_random_states: None) -> None:
     bundle = folder(image_root, **EVERYTHING)
     Path(bundle.train.source.paths[1]).write_bytes(b"")
-    with pytest.raises(RuntimeError):
-        bundle.train.__getitems__([(0, 0), (0, 1)])
+    _, damaged = bundle.train.__getitems__([(0, 0), (0, 1)])
+    assert isinstance(damaged, Unreadable)
+    with pytest.raises(ReadError):
+        bundle.train[0, 1]
 
 
 # --- Digits ---
@@ -963,7 +979,7 @@ def test_settings_without_effect_are_warned_of() -> None:
 @pytest.mark.parametrize("limit", [0, 2000], ids=["end of file", "decoded"])
 @pytest.mark.parametrize("kind", ["empty", "truncated jpg", "truncated png", "text", "truncated bmp"])
 def test_a_damaged_image_is_found_before_training(
-    kind: str, limit: int, image_root: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, limit: int, image_root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(data_module, "FULL_CHECK_LIMIT", limit)
     suffix = kind.split()[-1] if "truncated" in kind else "jpg"
@@ -974,8 +990,12 @@ def test_a_damaged_image_is_found_before_training(
     with fails("data.root: 1 of 22 images cannot be read", str(path), "the file is empty" if kind == "empty" else ""):
         check_images(bundle)
     (image_root / "val" / "aster" / "deeper" / "0.jpg").write_bytes(b"")
-    with fails("2 of 22 images cannot be read", f"the first is '{path}'"):
+    with fails("2 of 22 images cannot be read", f"the first is '{path}'", "data.on_error=skip"):
         check_images(bundle)
+    with fails("2 of 22 images cannot be read", "data.max_skipped is 1"):
+        check_images(bundle, allowed=1)
+    check_images(bundle, allowed=2)
+    assert f"2 of 22 images cannot be read and will be skipped; the first is '{path}'" in caplog.text
 
 
 def test_an_image_with_an_unusual_end_is_not_called_damaged(image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -999,13 +1019,234 @@ def test_digits_have_no_files_to_check() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_breaks_during_training_is_named(workers: int, image_root: Path) -> None:
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_image_that_breaks_during_training_is_named(part: str, workers: int, image_root: Path) -> None:
     bundle = folder(image_root)
-    path = Path(bundle.train.source.paths[4])
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(RuntimeError, match=f"cannot read image '{re.escape(str(path))}'") as caught:
-        list(train_loader(bundle, batch_size=15, workers=workers))
+    path = damage(getattr(bundle, part), 4)
+    with pytest.raises(ReadError) as caught:
+        list(SkipList(data_section()).read(loaders(bundle, workers=workers)[part]))
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(f"cannot read image '{path}': ") and lines[1].endswith("data.on_error=skip")
+    assert len(lines) == 2
     traceback.clear_frames(caught.tb)  # they hold the loader in a cycle, from which its worker takes 5 s to stop
+
+
+def test_an_image_that_a_transform_cannot_take_is_named(image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = folder(image_root)
+    (target,) = [p for p in bundle.train.source.paths if p.endswith("daisy/3-grey.jpg")]
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        if image.size == (29, 25):  # only that one
+            raise ZeroDivisionError("division\nby zero")
+        return torch.zeros(3, 16, 16)
+
+    monkeypatch.setattr(bundle.train.source, "train_transform", transform)
+    index = bundle.train.source.paths.index(target)
+    with pytest.raises(ReadError) as caught:
+        bundle.train[0, index]
+    assert str(caught.value) == f"cannot read image '{target}': ZeroDivisionError: division by zero"
+
+
+def test_a_worker_that_dies_is_told_in_words() -> None:
+    loader = train_loader(digits(), batch_size=16, workers=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    with pytest.raises(RuntimeError) as caught:
+        list(batches)
+    told = lost_worker(caught.value)
+    assert told is not None and "killed" in told.lower() and "data.workers" in told and len(told.splitlines()) == 2
+    assert lost_worker(RuntimeError("another error")) is None
+
+
+# --- Skipping what cannot be read ---
+
+
+def damage(dataset: TrainDataset | ValDataset, *indices: int) -> Path:
+    """Cuts these images short; returns the last one's path."""
+    path = Path()
+    for index in indices:
+        path = Path(dataset.source.paths[index])
+        path.write_bytes(path.read_bytes()[:60])
+    return path
+
+
+def loaders(bundle: DataBundle, **data: Any) -> dict[str, DataLoader]:
+    data = {"batch_size": 5, **data}
+    return {"train": train_loader(bundle, **data), "val": build_val_loader(bundle, data_section(**data), device=CPU)}
+
+
+def skipping(root: Path, *, seed: int = 0, **data: Any) -> tuple[DataBundle, SkipList]:
+    section = data_section(dataset="folder", root=str(root), on_error="skip", **data)
+    return build_datasets(section, augment_section(**EVERYTHING), COLOUR, seed=seed), SkipList(section)
+
+
+def test_a_replacement_is_a_pure_function_of_the_address(image_root: Path, unmoved_random_states: None) -> None:
+    bundle, _ = skipping(image_root)
+    damage(bundle.train, 3, 8)
+    positions = [(epoch, index) for epoch in range(4) for index in (3, 5, 8)]
+    batch = bundle.train.__getitems__(positions)
+    samples, replaced = batch[:12], batch[12:]
+    assert all(isinstance(sample, tuple) for sample in samples)
+    assert len(replaced) >= 8 and all(isinstance(r, Unreadable) and r.replaced for r in replaced)
+    stand_ins = [sample[2] for sample in samples]  # pyright: ignore[reportIndexIssue]
+    assert stand_ins[1::3] == [5] * 4 and not {3, 8} & set(stand_ins)
+    assert len(set(stand_ins)) > 4, "another one in each epoch"
+    again, _ = skipping(image_root)
+    for position, sample in zip(positions, samples, strict=True):
+        assert isinstance(sample, tuple)
+        image, target, index = again.train[position]
+        assert torch.equal(image, sample[0]) and (target, index) == sample[1:]
+        assert target == bundle.train.targets[index]
+    other, _ = skipping(image_root, seed=1)
+    assert [other.train[position][2] for position in positions] != stand_ins
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_what_is_skipped_does_not_depend_on_workers(part: str, image_root: Path, tmp_path: Path) -> None:
+    found = []
+    for workers in (0, 2):
+        bundle, skips = skipping(image_root)
+        damage(getattr(bundle, part), 1, 4)
+        skips.path = tmp_path / f"skipped-{workers}.csv"
+        loader = loaders(bundle, workers=workers)[part]
+        found.append(([part for batch in skips.read(loader) for part in batch], skips.path.read_text()))
+    assert found[0][1] == found[1][1] and found[0][1].count("\n") == 3
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+
+
+def test_validation_leaves_out_what_it_cannot_read(image_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, skips = skipping(image_root)
+    whole = {
+        int(i): image for images, _, indices in loaders(bundle)["val"] for image, i in zip(images, indices, strict=True)
+    }
+    damage(bundle.val, 2, 5)  # 5 is alone in the last batch
+    batches = list(skips.read(loaders(bundle)["val"]))
+    assert [batch[2].tolist() for batch in batches] == [[0, 1, 3, 4]]
+    assert all(torch.equal(image, whole[i]) for image, i in zip(batches[0][0], [0, 1, 3, 4], strict=True))
+    assert (skips.count("train"), skips.count("val")) == (0, 2)
+    assert capsys.readouterr().err.count("left out of validation") == 2
+
+
+def test_the_list_of_a_run_counts_a_file_once(image_root: Path, tmp_path: Path) -> None:
+    bundle, skips = skipping(image_root)
+    damage(bundle.train, 7)
+    damage(bundle.val, 0)
+    other, later = skipping(image_root)[1], skipping(image_root)[1]
+    for number, skip_list in enumerate((skips, other, later)):  # two processes, and one after a resume
+        skip_list.path = tmp_path / "skipped.csv"
+        for _ in range(2):
+            for loader in loaders(bundle, batch_size=15).values():
+                list(skip_list.read(loader))
+        assert (skip_list.count("train"), skip_list.count("val")) == (1, 1), number
+    with (tmp_path / "skipped.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["part", "name", "reason"]
+    names = [os.path.relpath(s.source.paths[i], image_root) for s, i in ((bundle.train, 7), (bundle.val, 0))]
+    assert [row[:2] for row in rows[1:]] == [["train", names[0]], ["val", names[1]]]
+    assert all(row[2] for row in rows[1:])
+
+
+def test_the_ceiling_is_of_the_whole_run(image_root: Path, tmp_path: Path) -> None:
+    bundle, skips = skipping(image_root, max_skipped=2)
+    damage(bundle.train, 1, 2)
+    skips.path = tmp_path / "skipped.csv"
+    list(skips.read(loaders(bundle)["train"]))
+    damage(bundle.val, 3)
+    again = skipping(image_root, max_skipped=2)[1]
+    again.path = skips.path
+    with pytest.raises(
+        ReadError, match=r"has skipped 3 images, data.max_skipped is 2; .*skipped.csv lists them"
+    ) as caught:
+        list(again.read(loaders(bundle)["val"]))
+    assert bundle.val.source.paths[3] in str(caught.value) and len(str(caught.value).splitlines()) == 2
+    assert "val/" in skips.path.read_text(), "the list names that one as well"
+
+
+def test_nothing_left_to_replace_with(image_root: Path) -> None:
+    bundle, skips = skipping(image_root)
+    damage(bundle.train, *range(15))
+    with pytest.raises(ReadError, match="nor can any of 100 images drawn to replace it"):
+        list(skips.read(loaders(bundle)["train"]))
+
+
+def test_a_batch_of_nothing() -> None:
+    lost = [Unreadable("val", "a.png", "empty"), Unreadable("val", "b.png", "empty")]
+    assert data_module.collate(lost) == PartialBatch(None, lost)
+
+
+# --- What a data set is known by ---
+
+
+def identity(root: Path) -> dict[str, Any]:
+    return folder(root).identity
+
+
+def test_a_data_set_is_known_wherever_it_lies(image_root: Path, tmp_path: Path) -> None:
+    before = identity(image_root)
+    assert before["class_names"] == ["aster", "daisy", "tulip"] and before["dataset"] == "folder"
+    assert before["train"]["samples_per_class"] == [5, 5, 5] and before["val"]["samples_per_class"] == [2, 2, 2]
+    moved = image_root.rename(tmp_path / "moved to")
+    (moved / "val").rename(moved / "validation")
+    assert identity(moved) == before
+    check_same_data(before, identity(moved), root=str(moved))
+    write_image(moved / "train" / "aster" / "0-plain.JPEG", seed=99)
+    assert identity(moved) == before, "files are known by name"
+    assert digits().identity == digits(COLOUR, seed=3).identity
+    assert digits().identity["train"]["samples"] == 1437 and sum(digits().identity["val"]["samples_per_class"]) == 360
+    assert json.loads(json.dumps(before)) == before
+
+
+def rename_class(root: Path, old: str, new: str) -> None:
+    for part in ("train", "val"):
+        (root / part / old).rename(root / part / new)
+
+
+def add_class(root: Path) -> None:
+    for part in ("train", "val"):
+        write_image(root / part / "rose" / "0.jpg")
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "renamed": (lambda r: rename_class(r, "aster", "zinnia"), "classes gone: 'aster', new: 'zinnia'"),
+    "capital": (lambda r: rename_class(r, "tulip", "Tulip"), "classes gone: 'tulip', new: 'Tulip'"),
+    "added": (add_class, "classes new: 'rose'"),
+    "gone": (lambda r: [shutil.rmtree(r / p / "daisy") for p in ("train", "val")], "classes gone: 'daisy'"),
+    "fewer": (lambda r: (r / "train/daisy/0-plain.JPEG").unlink(), "class 'daisy' had 5 training images, has 4"),
+    "more": (lambda r: write_image(r / "val/tulip/x.png"), "class 'tulip' had 2 validation images, has 3"),
+    "file": (lambda r: (r / "train/aster/0-plain.JPEG").rename(r / "train/aster/9.JPEG"),
+             "as many training images as before, but files have other names"),
+    "validation file": (lambda r: (r / "val/aster/deeper/0.jpg").rename(r / "val/aster/0.jpg"),
+                        "as many validation images as before, but files have other names"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_data_is_refused_by_what_differs(change: str, image_root: Path) -> None:
+    before = identity(image_root)
+    act, words = CHANGES[change]
+    act(image_root)
+    assert data_difference(before, identity(image_root)) == words
+    with fails("--resume", str(image_root), words):
+        check_same_data(before, identity(image_root), root=str(image_root))
+
+
+def test_several_changed_classes_are_counted(image_root: Path) -> None:
+    before = identity(image_root)
+    for name in ("aster", "tulip"):
+        write_image(image_root / "train" / name / "new.png")
+    assert data_difference(before, identity(image_root)) == (
+        "class 'aster' had 5 training images, has 6 (and 1 more classes changed)"
+    )
+    assert data_difference(digits().identity, before) == "data.dataset was 'digits', is 'folder'"
+    assert data_difference({"dataset": "digits"}, digits().identity) is not None, "of an identity that is cut short"
+
+
+def test_class_names_without_building(image_root: Path) -> None:
+    section = data_section(dataset="folder", root=str(image_root))
+    assert class_names_of_data(section) == folder(image_root).class_names
+    assert class_names_of_data(data_section()) == digits().class_names == [str(i) for i in range(10)]
 
 
 # --- Sampling ---

@@ -2,6 +2,7 @@
 the whole command."""
 
 import csv
+import json
 import math
 import os
 import re
@@ -11,15 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from layers.stochastic_depth import count_macs
+from models.factory import class_names_of, create_model
 from models.strict_yaml import ConfigError
 from models.weights import weights_sha256
 from training import loop
 from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.config import dump_config, load_config
+from training.data import ReadError
 from training.distributed import World
 from training.loop import (
     NonFiniteError,
@@ -490,6 +494,187 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
         assert signals.received == "SIGINT"
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+# ---- data that cannot be read ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[str]:
+    """12 training and 6 validation images of two classes; what makes a run on them, 3 epochs of 3 steps."""
+    for part, count in (("train", 6), ("val", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                path = tmp_path / "images" / part / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), 100 * label + 9 * i).save(path)
+    return [f"data={{dataset: folder, root: {tmp_path / 'images'}, batch_size: 4, workers: 0}}", "optim.epochs=3",
+            "augment.random_erasing=0.5"]  # fmt: skip
+
+
+def image_path(settings: list[str], name: str) -> Path:
+    return Path(load_config(None, [*TINY, *settings]).data.root or "") / name
+
+
+def damaging(monkeypatch: pytest.MonkeyPatch, epoch: int, path: Path) -> None:
+    """Cuts an image short when that epoch, counted from 0, has been trained and before it is validated."""
+    real = loop._end_epoch
+
+    def end_epoch(setup: Setup, folder: RunFolder, progress: Progress, **options: Any) -> dict[str, float]:
+        if progress.epoch == epoch:
+            path.write_bytes(path.read_bytes()[:40])
+        return real(setup, folder, progress, **options)
+
+    monkeypatch.setattr(loop, "_end_epoch", end_epoch)
+
+
+@pytest.mark.parametrize("every", ["1", "null"])
+def test_a_validation_image_that_breaks_loses_nothing(
+    images: list[str], tmp_path: Path, monkeypatch, every: str
+) -> None:
+    """The trained epoch is saved before it is validated; mended and resumed, the run ends as one without the fault."""
+    settings = [*images, f"checkpoint.every_epochs={every}"]
+    _, expected = run(tmp_path / "whole", *settings)
+    path = image_path(images, "val/dog/1.png")
+    content = path.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(ReadError) as caught:
+        damaging(patch, 1, path)
+        run(tmp_path / "run", *settings)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(f"cannot read image '{path}'") and "saved at step 6" in lines[-1] and len(lines) == 3
+    assert len(metrics(tmp_path / "run")) == 1
+    with pytest.raises(ReadError, match="saved at step 6"):
+        train_unchecked(tmp_path / "run", *settings, resume=True)
+    path.write_bytes(content)
+    _, found = run(tmp_path / "run", *settings, resume=True)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole") and len(metrics(tmp_path / "run")) == 3
+    for key in ("weights_sha256", "best_top1", "final_top1"):
+        assert found[key] == expected[key]
+
+
+def test_the_checkpoint_of_an_epoch_comes_before_its_validation(tmp_path: Path, monkeypatch) -> None:
+    _, expected = run(tmp_path / "whole")
+
+    def kill(_: Setup) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(loop, "evaluate", kill)
+        run(tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+    checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == 5
+    _, found = run(tmp_path / "run", resume=True)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert found["weights_sha256"] == expected["weights_sha256"]
+
+
+def test_a_training_image_that_breaks_saves_the_steps_before_it(images: list[str], tmp_path: Path, monkeypatch) -> None:
+    settings = [*images, "checkpoint.every_epochs=null"]
+    _, expected = run(tmp_path / "whole", *settings)
+    setup = build_tiny(*settings)
+    index = list(setup.sampler)[2][1][1]  # read by the third step
+    path = Path(setup.data.train.source.paths[index])
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(ReadError, match=r"saved at step 2") as caught:
+        train_unchecked(tmp_path / "run", *settings)
+    assert str(path) in str(caught.value)
+    path.write_bytes(content)
+    _, found = run(tmp_path / "run", *settings, resume=True)
+    assert found["weights_sha256"] == expected["weights_sha256"]
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def train_unchecked(folder: Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
+    """As `run`, on data whose damage is not looked for first, as in a folder of more images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "check_images", lambda *_, **__: None)
+        return run(folder, *overrides, resume=resume)[1]
+
+
+def test_skipping_is_exact_after_a_resume(images: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    settings = [*images, "data.on_error=skip", "data.max_skipped=2", "checkpoint.every_steps=1", "checkpoint.keep=9"]
+    path = image_path(images, "train/cat/2.png")
+    path.write_bytes(b"")
+    image_path(images, "val/dog/0.png").write_bytes(b"")
+    expected = train_unchecked(tmp_path / "whole", *settings)
+    assert expected["skipped_images"] == {"train": 1, "val": 1}
+    assert capsys.readouterr().err.count("warning: cannot read image") == 2, "once per file, not once per epoch"
+    listed = (tmp_path / "whole" / "skipped.csv").read_text()
+    assert [line.split(",")[:2] for line in listed.splitlines()[1:]] == [
+        ["train", "train/cat/2.png"], ["val", "val/dog/0.png"]
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        signal_at(patch, 5)
+        assert train_unchecked(tmp_path / "run", *settings)["stopped_by"] == "SIGUSR1"
+    again = train_unchecked(tmp_path / "run", *settings, "data.workers=2", resume=True)
+    assert again["weights_sha256"] == expected["weights_sha256"]
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert (tmp_path / "run" / "skipped.csv").read_text() == listed
+    with pytest.raises(ReadError, match="no image of the validation data could be read"):
+        for file in image_path(images, "val").glob("*/*.png"):
+            file.write_bytes(b"")
+        train_unchecked(tmp_path / "all", *settings, "data.max_skipped=20")
+
+
+def test_validation_without_some_images_equals_that_of_the_others(images: list[str]) -> None:
+    setup = build_tiny(*images, "data.on_error=skip", "data.eval_batch_size=2")
+    others = build_tiny(*images)
+    for name in ("cat/1", "dog/0", "dog/2"):  # one of each batch
+        image_path(images, f"val/{name}.png").write_bytes(b"")
+    found = evaluate(setup)
+    others.val_loader = [tuple(torch.utils.data.default_collate([others.data.val[i] for i in (0, 2, 4)]))]  # type: ignore[assignment]
+    assert found == pytest.approx(evaluate(others), rel=1e-6)
+
+
+def test_resuming_a_finished_run_keeps_its_drop_path_counts(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    before = (tmp_path / "run" / "drop_path.csv").read_text()
+    assert before.splitlines()[-1].split(",")[4], "a realised rate"
+    run(tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "drop_path.csv").read_text() == before
+
+
+# ---- the data of a run ----------------------------------------------------------------------------------------------
+
+
+def test_the_data_is_noted_beside_the_config_and_in_checkpoints(images: list[str], tmp_path: Path) -> None:
+    setup, _ = run(tmp_path / "run", *images)
+    told = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert told == setup.data.identity and told["class_names"] == ["cat", "dog"]
+    checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None and checkpoint.shared["data"] == told
+    assert load_config(tmp_path / "run" / "config.yaml").data.class_names == ["cat", "dog"]
+    assert json.loads((tmp_path / "run" / "best" / "config.json").read_text())["class_names"] == ["cat", "dog"]
+    model = create_model(setup.model.config, checkpoint=tmp_path / "run" / "best")
+    assert class_names_of(model) == ["cat", "dog"]
+
+
+def test_other_data_than_the_runs_is_refused_before_all_else(images: list[str]) -> None:
+    config = load_config(None, [*TINY, *images])
+    identity = build(config, WORLD).data.identity
+    build(config, WORLD, same_data=identity)
+    other = identity | {"class_names": ["cat", "fox"]}
+    with pytest.raises(ConfigError, match=r"--resume: .*classes gone: 'fox', new: 'dog'"):
+        build(load_config(None, [*TINY, *images, "model.num_classes=1"]), WORLD, same_data=other)
+
+
+def test_class_names_that_the_data_has_not(images: list[str]) -> None:
+    assert build_tiny(*images, "data.class_names=[cat, dog]").config.data.class_names == ["cat", "dog"]
+    for names, words in (("[dog, cat]", "in another order: class 0 was 'dog', is 'cat'"), ("[cat]", "new: 'dog'")):
+        with pytest.raises(ConfigError, match=rf"data\.class_names: .*{words}\nleave the key out"):
+            build_tiny(*images, f"data.class_names={names}")
+    with pytest.raises(ConfigError, match=r"model\.class_names: .*did you mean 'data.class_names'"):
+        build_tiny("model.class_names=[a]")
+
+
+def test_a_checkpoint_behind_the_end_of_an_epoch_is_refused(images: list[str], tmp_path: Path) -> None:
+    """Of a run that noted no data."""
+    setup = build_tiny(*images)
+    saved = load_checkpoint(save(setup, RunFolder(tmp_path / "run"), Progress(batch=4, step=4)))
+    with pytest.raises(ConfigError, match="behind batch 4 of its epoch, which has only 3"):
+        restore(setup, saved)
 
 
 # ---- what a person sees ---------------------------------------------------------------------------------------------

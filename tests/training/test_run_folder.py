@@ -100,6 +100,19 @@ def test_a_folder_without_permission(tmp_path: Path, monkeypatch, mode: int, fre
         (tmp_path / "locked").chmod(0o755)
 
 
+# ---- data.json ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", '"text"'])
+def test_a_run_whose_data_is_not_told(tmp_path: Path, content: str | None) -> None:
+    folder = RunFolder(tmp_path)
+    if content is not None:
+        folder.data.write_text(content)
+    assert folder.read_data() is None
+    folder.write_json(folder.data, {"dataset": "digits"})
+    assert folder.read_data() == {"dataset": "digits"}
+
+
 # ---- metrics.csv and JSON -------------------------------------------------------------------------------------------
 
 
