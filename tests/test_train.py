@@ -14,6 +14,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import joblib
 import pytest
 import torch
 from PIL import Image
@@ -220,7 +221,8 @@ def test_fine_tuning_replaces_the_head_and_says_so(finished: Path, tmp_path: Pat
     settings = [*TINY, "data.dataset=folder", f"data.root={tmp_path / 'data'}", "data.batch_size=16", "optim.epochs=1",
                 f"model.checkpoint={finished / 'best'}", "model.num_classes=5", "drop_path.rate=0.2"]  # fmt: skip
     result = run(*settings, "--output", tmp_path / "tuned", cwd=tmp_path)
-    two = run(*settings, "--dry-run", cwd=tmp_path, processes=2)
+    two = run(*settings, "runtime.threads=auto", "--dry-run", cwd=tmp_path, processes=2)
+    assert f"{max(1, joblib.cpu_count(only_physical_cores=True) // 2)} CPU thread" in two.stdout, "cores are shared out"
     for done in (result, two):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("classifier of 10 classes replaced by a new one of 5") == 1
@@ -255,6 +257,35 @@ def test_print_config_and_dry_run_write_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_refuses_what_a_run_would(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter").touch()
+    outputs = {"file": "cannot write to file", "file/run": "cannot write to file/run", "full": "is not empty",
+               str(finished): "already holds a run"}  # fmt: skip
+    for output, message in outputs.items():
+        result = run(*TINY, "--dry-run", "--output", output, cwd=tmp_path)
+        assert result.returncode == 2 and message in result.stderr, output
+        assert "one step" not in result.stdout
+    result = run("--dry-run", "--resume", finished, "optim.lr=0.5", cwd=tmp_path)
+    assert result.returncode == 2 and "optim.lr is 0.5" in result.stderr
+    result = run(*TINY, "--dry-run", "--output", "new/run", cwd=tmp_path)
+    assert result.returncode == 0 and not (tmp_path / "new").exists()
+
+
+def test_other_threads_are_warned_about(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for arguments in (["runtime.threads=2"], []):
+        result = run("--resume", folder, *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        before, now = (1, 2) if arguments else (2, 2)  # the run's config now says 2
+        assert (f"threads was {before}, is now {now}; the result will not" in result.stderr) == (before != now)
+        assert json.loads((folder / "environment.json").read_text())["threads"] == now
+    result = run("--resume", folder, "runtime.compile=true", cwd=tmp_path)
+    assert result.returncode == 2 and "runtime.compile is True" in result.stderr
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
     result = run(*TINY, "optim.lr=1e30", "optim.warmup_epochs=0", "--output", tmp_path / "run", cwd=tmp_path)
     assert result.returncode == 1
@@ -277,6 +308,9 @@ MISTAKES = {
     "device": (["runtime.device=cuda:7"], ["cuda:7"]),
     "resume": (["--resume", "nowhere"], ["nowhere"]),
     "batch": (["data.batch_size=5000"], ["1437"]),
+    "threads": (["runtime.threads=0"], ["runtime.threads", "at least 1"]),
+    "sizes": (["data.image_size=32"], ["data.image_size=32", "model.image_size is 16"]),
+    "sharp sign": (["data.dataset=folder", "data.root=nowhere #2"], ["nowhere #2"]),
 }
 
 

@@ -296,7 +296,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 _ORIGIN = {
-    "Machine": ("device", "processes", "threads", "cpu_count", "platform"),
+    "Machine": ("device", "processor", "processes", "threads", "cpu_count", "platform"),
     "Versions": ("python", "torch", "torchvision", "timm", "numpy", "cuda"),
 }
 
