@@ -212,12 +212,33 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(finished: Path, t
     assert summary(folder)["weights_sha256"] == summary(finished)["weights_sha256"]
 
 
-def test_fine_tuning_replaces_the_head_and_says_so(finished: Path, tmp_path: Path) -> None:
-    for label in range(5):
+def make_images(root: Path, classes: int) -> None:
+    """8 grey images per class and split."""
+    for label in range(classes):
         for split in ("train", "val"):
-            (tmp_path / "data" / split / str(label)).mkdir(parents=True)
+            (root / split / str(label)).mkdir(parents=True)
             for i in range(8):
-                Image.new("L", (8, 8), 40 * label + i).save(tmp_path / "data" / split / str(label) / f"{i}.png")
+                Image.new("L", (8, 8), 40 * label + i).save(root / split / str(label) / f"{i}.png")
+
+
+@pytest.mark.parametrize("name", ["run #2", "1e3", "yes", "'a'", " [1", "\udcff"])
+def test_a_folder_of_any_name_is_trained_on_and_resumed(name: str, tmp_path: Path) -> None:
+    try:
+        make_images(tmp_path / name, 2)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    folder = tmp_path / f"{name} runs"
+    settings = ["data.dataset=folder", f"data.root={name}", "data.batch_size=16", "optim.epochs=1"]
+    result = run(*TINY, *settings, "--output", folder, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (folder / "report.html").unlink()
+    result = run("--resume", folder, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "16 training and 16 validation images" in result.stdout and (folder / "report.html").exists()
+
+
+def test_fine_tuning_replaces_the_head_and_says_so(finished: Path, tmp_path: Path) -> None:
+    make_images(tmp_path / "data", 5)
     settings = [*TINY, "data.dataset=folder", f"data.root={tmp_path / 'data'}", "data.batch_size=16", "optim.epochs=1",
                 f"model.checkpoint={finished / 'best'}", "model.num_classes=5", "drop_path.rate=0.2"]  # fmt: skip
     result = run(*settings, "--output", tmp_path / "tuned", cwd=tmp_path)

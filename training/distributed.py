@@ -4,7 +4,7 @@ Everything works the same in a single process, where there is no process group a
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import overload
 
@@ -30,7 +30,7 @@ class World:
     local_rank: int
     size: int
     device: torch.device
-    local_size: int = 1
+    local_size: int = field(default=1, compare=False)
 
     @property
     def is_main(self) -> bool:
