@@ -227,7 +227,7 @@ def test_a_folder_of_any_name_is_trained_on_and_resumed(name: str, tmp_path: Pat
         make_images(tmp_path / name, 2)
     except OSError:
         pytest.skip("this file system has no such names")
-    folder = tmp_path / f"{name} runs"
+    folder = tmp_path / (f"{name} runs" if name.isprintable() else "runs")
     settings = ["data.dataset=folder", f"data.root={name}", "data.batch_size=16", "optim.epochs=1"]
     result = run(*TINY, *settings, "--output", folder, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -70,6 +70,7 @@ class RunFolder:
                 f"{self.path} already holds a run; choose another --output, or continue it: --resume auto"
             )
         try:
+            os.fspath(self.path.absolute()).encode()  # TensorBoard writes to no other names
             if fresh and self.path.exists() and any(self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and holds no run; choose another --output")
             self.path.mkdir(parents=True, exist_ok=True)
@@ -78,6 +79,9 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}; choose another --output") from None
+        except UnicodeEncodeError:
+            shown = ascii(str(self.path))
+            raise ConfigError(f"cannot write to {shown}: the name is not UTF-8; choose another --output") from None
 
     def probe(self, *, fresh: bool) -> None:
         """Finds out what `make` would, and leaves nothing behind.

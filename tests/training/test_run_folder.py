@@ -103,7 +103,7 @@ def test_a_file_in_the_way(tmp_path: Path, below: str, attempt) -> None:
 
 
 @ATTEMPTS
-@pytest.mark.parametrize("name", ["x" * 300, "link"])
+@pytest.mark.parametrize("name", ["x" * 300, "link", "\udcff"])
 def test_a_name_that_cannot_be(tmp_path: Path, name: str, attempt) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="cannot write to"):
