@@ -1,17 +1,23 @@
 """Speed and memory side by side, in one process, in turns: `python benchmark.py --help`."""
 
+from training.threads import wait_passively
+
+wait_passively()  # before torch loads
+
 import argparse
+import contextlib
 import copy
+import csv
 import gc
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,7 @@ from models.config import MetaFormerConfig, PatchConfig
 from models.export import compare_speed, fold_scales
 from models.factory import create_model
 from models.metaformer import build_block
+from training.run_folder import describe_processor
 
 RATES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
 FOLDED = [
@@ -39,8 +46,11 @@ FOLDED = [
     "deit3_small_patch16_224",
     "resmlp_12_224",
 ]
+ROOT = Path(__file__).resolve().parent
 # Small architectures of many families of timm and torchvision, one a line.
-ARCHITECTURES = Path(__file__).parent / "benchmarks" / "architectures.txt"
+ARCHITECTURES = ROOT / "benchmarks" / "architectures.txt"
+# Share of its throughput that a run should keep beside a busy process: a fair share of two cores for one thread is 1/2.
+WANTED = 0.4
 
 
 # ---- what is compared -----------------------------------------------------------------------------------------------
@@ -486,22 +496,85 @@ def digits_seeds(args: argparse.Namespace) -> dict[str, Any]:
     for c in (1, 10):
         machine = SVC(C=c, gamma="scale").fit(inputs[train], targets[train])
         machines[f"rbf_svm_c{c}"] = round(100 * float(machine.score(inputs[val], targets[val])), 2)
-    rows = []
+    rows, threads = [], 0
+    keys = ("final_top1", "best_top1", "seconds", "images_per_second")
     for seed in range(args.seeds):
         output = args.runs / f"digits-seed-{seed}"
-        command = [sys.executable, "train.py", f"seed={seed}", "--output", str(output), *args.overrides]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        threads = train_digits(output, [f"seed={seed}", *args.overrides])
         summary = json.loads((output / "summary.json").read_text())
-        rows.append(
-            {"seed": seed, **{k: summary[k] for k in ("final_top1", "best_top1", "seconds", "images_per_second")}}
-        )
+        rows.append({"seed": seed, **{k: summary[k] for k in (*keys, "weights_sha256")}})
         print(rows[-1], flush=True)
-    mean = {k: round(statistics.mean(r[k] for r in rows), 3) for k in ("final_top1", "best_top1", "seconds")}
+    mean = {k: round(statistics.mean(r[k] for r in rows), 3) for k in keys}
     print({**mean, **machines})
-    return {"rows": rows, "mean": mean, **machines}
+    return {"machine": machine(threads), "rows": rows, "mean": mean, **machines}
+
+
+def train_digits(output: Path, overrides: list[str]) -> int:
+    """Runs train.py as a user would; returns the number of threads that it computed with."""
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, "--output", str(output)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit("\n".join(done.stderr.strip().splitlines()[-3:]))
+    return json.loads((output / "environment.json").read_text())["threads"]
+
+
+# ---- beside others --------------------------------------------------------------------------------------------------
+
+
+NEIGHBOUR = """
+import os, torch
+torch.set_num_threads(2)
+parent, matrix = os.getppid(), torch.randn(1024, 1024)
+matrix @ matrix
+print("computing", flush=True)
+while os.getppid() == parent:  # does not outlive the benchmark
+    matrix @ matrix
+"""
+"""A process of two computing threads that wait as they do by default: spinning."""
+
+
+@contextlib.contextmanager
+def busy_neighbour() -> Iterator[None]:
+    """Another process computes with two threads."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
+    with subprocess.Popen([sys.executable, "-c", NEIGHBOUR], stdout=subprocess.PIPE, env=environment) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"computing\n"
+            yield
+        finally:
+            process.kill()
+
+
+def busy_benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Throughput of the default training run beside a process of two computing threads, over its throughput alone."""
+    sides = {"alone": contextlib.nullcontext, "beside": busy_neighbour}
+    rows, threads = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(args.rounds):
+            row: dict[str, float] = {}
+            for side, company in sides.items():
+                output = Path(folder) / f"{side}-{number}"
+                with company():
+                    threads = train_digits(output, [f"optim.epochs={args.epochs}", *args.overrides])
+                with (output / "metrics.csv").open() as file:
+                    rates = [float(epoch["images_per_second"]) for epoch in csv.DictReader(file)]
+                row[side] = round(statistics.median(rates), 1)
+            rows.append({**row, "ratio": round(row["beside"] / row["alone"], 3)})
+            print(rows[-1], flush=True)
+    median = {key: round(statistics.median(r[key] for r in rows), 3) for key in rows[0]}
+    print(
+        f"beside a process of two computing threads: {median['ratio']:.2f} of the throughput alone (wanted: {WANTED})"
+    )
+    return {"machine": machine(threads), "rows": rows, "median": median, "wanted": WANTED}
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def machine(threads: int) -> str:
+    """Processor, cores, threads in use, and GPU."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{describe_processor()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {device}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -553,6 +626,11 @@ def main(argv: list[str] | None = None) -> int:
     three.add_argument("--runs", type=Path, default=Path("runs"))
     three.add_argument("overrides", nargs="*")
     three.set_defaults(run=digits_seeds)
+    six = commands.add_parser("busy", help="the default run beside a busy process, over alone", parents=[common])
+    six.add_argument("--rounds", type=int, default=3)
+    six.add_argument("--epochs", type=int, default=5, help="of each run")
+    six.add_argument("overrides", nargs="*")
+    six.set_defaults(run=busy_benchmark)
     args = parser.parse_args(argv)
     if "threads" in args:
         torch.set_num_threads(args.threads)
@@ -561,14 +639,17 @@ def main(argv: list[str] | None = None) -> int:
     about = {
         "command": f"python benchmark.py {' '.join(argv if argv is not None else sys.argv[1:])}",
         "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"),
+        "machine": machine(torch.get_num_threads()),
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-    result = {**about, **args.run(args)}
     output = args.output or Path("benchmarks/results") / f"{args.command}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:  # before what may take hours
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("a").close()
+    except OSError as error:
+        parser.error(f"--output {output}: {error.strerror}")
+    result = {**about, **args.run(args)}
     output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written {output}")
     return 0

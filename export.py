@@ -1,5 +1,9 @@
 """Weights for use elsewhere: `python export.py --model NAME|YAML --checkpoint PATH --format onnx --output FILE`."""
 
+from training.threads import wait_passively
+
+wait_passively()  # before torch loads
+
 import argparse
 import logging
 import sys
@@ -22,7 +26,7 @@ from models.factory import create_model, set_class_names, trained_config
 from models.metaformer import MetaFormer
 from models.pretrained import published_config
 from models.registry import model_config
-from models.strict_yaml import ConfigError, Document, parse_value
+from models.strict_yaml import ConfigError, Document, annotation_at, set_overrides
 from models.weights import CONFIG, CheckpointError, load_weights
 
 
@@ -105,20 +109,15 @@ def _read_config(checkpoint: Path, saved: dict[str, Any] | None) -> MetaFormerCo
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
-    """`head.order=pool_norm` -> {"head": {"order": "pool_norm"}}; values are YAML."""
-    document = Document({}, "")
-    for word in words:
-        key, separator, text = word.partition("=")
-        place = f"on the command line: {word}"
-        if not separator or not key:
-            raise ConfigError(f"{place}: expected KEY=VALUE, for example num_classes=10")
+    """`head.order=pool_norm` -> {"head": {"order": "pool_norm"}}; see `set_overrides`."""
+
+    def annotation(key: str) -> Any:
         if key in ("name", "checkpoint"):
-            raise ConfigError(f"{place}: this is what --{key.replace('name', 'model')} is for")
-        try:
-            value = parse_value(text)
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from None
-        document.set(tuple(key.split(".")), value, place=place)
+            raise ConfigError(f"this is what --{key.replace('name', 'model')} is for")
+        return annotation_at(MetaFormerConfig, key)  # other keys are create_model's, none of them text
+
+    document = Document({}, "")
+    set_overrides(document, words, annotation=annotation, example="num_classes=10")
     return document.data
 
 

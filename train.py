@@ -1,5 +1,9 @@
 """Trains one model from one YAML: `python train.py --config FILE [key=value ...]`, the same under torchrun."""
 
+from training.threads import wait_passively
+
+wait_passively()  # before torch loads
+
 import argparse
 import logging
 import sys
@@ -23,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", metavar="auto|PATH", help="go on: from --output or the newest run, or from a path")
     parser.add_argument("--print-config", action="store_true", help="print the whole config and stop")
     parser.add_argument(
-        "--dry-run", action="store_true", help="build all, run one batch, print the plan, write nothing"
+        "--dry-run", action="store_true", help="build all, run one batch, print the plan, leave nothing behind"
     )
     return parser.parse_intermixed_args(argv)
 
@@ -113,15 +117,16 @@ def run(args: argparse.Namespace, config: TrainConfig, path: Path | None, world:
     if checkpoint is not None and path is not None and world.is_main:
         for change in changed_environment(RunFolder(path), world):
             _warn(f"{change}; the result will not be bit-equal to an uninterrupted run's")
+    name = args.config.stem if args.config else "digits"
+    folder = RunFolder(path or new_run_path(name, world))
+    check_same_run(folder, setup.config, resuming=bool(args.resume))
     if args.dry_run:
+        on_main(world, lambda: folder.probe(fresh=not args.resume))
         plan = describe(setup)
         result = dry_run(setup)
         if world.is_main:
             print(f"{plan}\n{result}")
         return 0
-    name = args.config.stem if args.config else "digits"
-    folder = RunFolder(path or new_run_path(name, world))
-    check_same_run(folder, setup.config, resuming=bool(args.resume))
     on_main(world, lambda: folder.make(fresh=not args.resume))
     if world.is_main:
         print(describe(setup))
@@ -142,6 +147,15 @@ def run(args: argparse.Namespace, config: TrainConfig, path: Path | None, world:
     return 0
 
 
+# Keys that may change when a run goes on, by section: they change nothing that is learned, but for the rounding of other
+# threads, which `changed_environment` warns of.
+# Change nothing that is learned: the data themselves are compared by `build`, the number of threads is warned about.
+FREE_TO_CHANGE = {
+    "data": {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped"},
+    "runtime": {"threads"},
+}
+
+
 def check_same_run(folder: RunFolder, config: TrainConfig, *, resuming: bool) -> None:
     """Refuses to go on with a run under settings that would make it another run.
 
@@ -153,9 +167,8 @@ def check_same_run(folder: RunFolder, config: TrainConfig, *, resuming: bool) ->
     old, new = load_config(folder.config).model_dump(), config.model_dump()
     for section in ("seed", "model", "drop_path", "data", "augment", "optim", "ema", "runtime"):
         before, after = old[section], new[section]
-        if section == "data":
-            # change nothing that is learned from data that is the same, which `build` has checked
-            free = {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped"}
+        if section in FREE_TO_CHANGE:
+            free = FREE_TO_CHANGE[section]
             before, after = ({k: v for k, v in d.items() if k not in free} for d in (before, after))
         if before != after:
             keys = [k for k in after if before.get(k) != after[k]] if isinstance(after, dict) else []

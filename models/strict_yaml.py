@@ -7,10 +7,11 @@ Stricter than YAML 1.1: only `true` and `false` are booleans (`on` and `yes` are
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -132,8 +133,67 @@ def parse_yaml(text: str, *, source: str = "<string>") -> Document:
 
 
 def parse_value(text: str) -> Any:
-    """Parses one scalar, list or mapping as given on a command line: '1e-3', '[1, 2]', '{kind: early}'; '' is null."""
-    return _parse(text, None, {})
+    """Parses one scalar, list or mapping as given on a command line: '1e-3', '[1, 2]', '{kind: early}'; '' is null.
+
+    Raises:
+        ConfigError: Not valid, or with a comment: nobody writes one there, so that a ` #` belongs to the value.
+    """
+    return _parse(text, None, {}, loader_cls=_ValueLoader)
+
+
+def set_overrides(document: Document, words: Iterable[str], *, annotation: Callable[[str], Any], example: str) -> None:
+    """Sets keys as given on a command line, KEY=VALUE with a dotted key, in their order: the last word on a key wins.
+
+    What the schema types as text, such as a path or a name, is taken as it stands: `yes`, `1e3`, quotes, blanks and ` #`
+    included. Where it may also be null, `null` and nothing at all are null (a file of that name is `./null`). Everything
+    else is YAML, see `parse_value`.
+
+    Args:
+        document: Is changed.
+        words: What the user gave.
+        annotation: The type of a dotted key, `None` where only the value can tell, see `annotation_at`; raises
+            ConfigError for a key that may not be given.
+        example: Of KEY=VALUE, for the error where a word is none.
+
+    Raises:
+        ConfigError: Naming the word, and what is wrong with it.
+    """
+    for word in words:
+        key, separator, text = word.partition("=")
+        key, place = key.strip(), f"on the command line: {word if word.isprintable() else ascii(word)}"
+        if not separator or not key:
+            raise ConfigError(f"{place}: expected KEY=VALUE, for example {example}")
+        try:
+            nullable = _nullable_text(annotation(key))
+            if nullable is None:
+                value: Any = parse_value(text)
+            elif nullable and text in ("", "null"):
+                value = None
+            else:
+                value = text
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+        document.set(tuple(key.split(".")), value, place=place)
+
+
+def annotation_at(model_cls: type[BaseModel], key: str) -> Any:
+    """The type of a dotted key of a schema; `None` where the schema does not name it."""
+    section, _, rest = key.partition(".")
+    field_info = model_cls.model_fields.get(section)
+    if field_info is None or not rest:
+        return None if field_info is None else field_info.annotation
+    found = (annotation_at(inner, rest) for inner in _sections(field_info.annotation))
+    return next((annotation for annotation in found if annotation is not None), None)
+
+
+def _nullable_text(annotation: Any) -> bool | None:
+    """Whether a type of text may also be null; `None` for every other type, choices between given words included."""
+    if get_origin(annotation) is Annotated:
+        return _nullable_text(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        arms = set(get_args(annotation))
+        return NoneType in arms if {_nullable_text(arm) for arm in arms - {NoneType}} == {False} else None
+    return False if annotation is str else None
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
@@ -248,6 +308,18 @@ class _Loader(yaml.SafeLoader):
         return data
 
 
+class _ValueLoader(_Loader):
+    """Refuses comments."""
+
+    def scan_to_next_token(self) -> None:
+        start = self.pointer
+        super().scan_to_next_token()
+        if "#" in self.buffer[start : self.pointer]:
+            raise _Refused(
+                problem="' #' begins a comment, and what follows would be lost; quote the text that holds it"
+            )
+
+
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = {}  # noqa: RUF012
 
@@ -264,10 +336,12 @@ for _name, (_pattern, _first) in _SCALARS.items():
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})\\Z"), _first)
 
 
-def _parse(text: str, source: str | None, places: dict[KeyPath, int | str]) -> Any:
+def _parse(
+    text: str, source: str | None, places: dict[KeyPath, int | str], *, loader_cls: type[_Loader] = _Loader
+) -> Any:
     """Data of a text; `source` None leaves file and line out of errors."""
     try:
-        loader = _Loader(text)
+        loader = loader_cls(text)
         node = loader.get_single_node()
         return None if node is None else loader.plain(node, (), places)
     except yaml.reader.ReaderError as error:

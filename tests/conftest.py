@@ -1,8 +1,16 @@
 """What tests share: kills at any operation and disks that fill up, for files written durably; counts of compilations."""
 
+import os
+
+from training.threads import wait_passively
+
+# Before torch loads, for this process and for those that tests start: one thread, because rounding depends on the number
+# of threads; and where a test asks for several, they sleep while they wait, so that tests are not starved beside others.
+os.environ["OMP_NUM_THREADS"] = "1"
+wait_passively()
+
 import errno
 import io
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,8 +20,14 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-# One thread: rounding depends on the number of threads, and the processes that tests start have one.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A run sets the number of threads of its process; the next test has one again."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

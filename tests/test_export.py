@@ -228,6 +228,11 @@ def test_overrides() -> None:
         "head": {"order": "pool_norm", "norm": "layer_norm"}, "num_classes": 5, "layer_scale": 1e-5}  # fmt: skip
     with pytest.raises(ConfigError, match="is not a section"):
         parse_overrides(["head=1", "head.order=x"])
+    for word, message in {"num_classes=5 # five": "begins a comment", "checkpoint=x": "what --checkpoint is for",
+                          "num_classes": "for example num_classes=10"}.items():  # fmt: skip
+        with pytest.raises(ConfigError, match=f"^on the command line: {word}: .*{message}"):
+            parse_overrides([word])
+    assert parse_overrides(["published.source=page #2"]) == {"published": {"source": "page #2"}}
 
 
 @pytest.mark.slow

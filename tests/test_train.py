@@ -14,6 +14,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import joblib
 import pytest
 import torch
 from PIL import Image
@@ -212,16 +213,38 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(finished: Path, t
     assert summary(folder)["weights_sha256"] == summary(finished)["weights_sha256"]
 
 
-def test_fine_tuning_replaces_the_head_and_says_so(finished: Path, tmp_path: Path) -> None:
-    for label in range(5):
+def make_images(root: Path, classes: int) -> None:
+    """8 grey images per class and split."""
+    for label in range(classes):
         for split in ("train", "val"):
-            (tmp_path / "data" / split / str(label)).mkdir(parents=True)
+            (root / split / str(label)).mkdir(parents=True)
             for i in range(8):
-                Image.new("L", (8, 8), 40 * label + i).save(tmp_path / "data" / split / str(label) / f"{i}.png")
+                Image.new("L", (8, 8), 40 * label + i).save(root / split / str(label) / f"{i}.png")
+
+
+@pytest.mark.parametrize("name", ["run #2", "1e3", "yes", "'a'", " [1", "\udcff"])
+def test_a_folder_of_any_name_is_trained_on_and_resumed(name: str, tmp_path: Path) -> None:
+    try:
+        make_images(tmp_path / name, 2)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    folder = tmp_path / (f"{name} runs" if name.isprintable() else "runs")
+    settings = ["data.dataset=folder", f"data.root={name}", "data.batch_size=16", "optim.epochs=1"]
+    result = run(*TINY, *settings, "--output", folder, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (folder / "report.html").unlink()
+    result = run("--resume", folder, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "16 training and 16 validation images" in result.stdout and (folder / "report.html").exists()
+
+
+def test_fine_tuning_replaces_the_head_and_says_so(finished: Path, tmp_path: Path) -> None:
+    make_images(tmp_path / "data", 5)
     settings = [*TINY, "data.dataset=folder", f"data.root={tmp_path / 'data'}", "data.batch_size=16", "optim.epochs=1",
                 f"model.checkpoint={finished / 'best'}", "model.num_classes=5", "drop_path.rate=0.2"]  # fmt: skip
     result = run(*settings, "--output", tmp_path / "tuned", cwd=tmp_path)
-    two = run(*settings, "--dry-run", cwd=tmp_path, processes=2)
+    two = run(*settings, "runtime.threads=auto", "--dry-run", cwd=tmp_path, processes=2)
+    assert f"{max(1, joblib.cpu_count(only_physical_cores=True) // 2)} CPU thread" in two.stdout, "cores are shared out"
     for done in (result, two):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("classifier of 10 classes replaced by a new one of 5") == 1
@@ -254,6 +277,35 @@ def test_print_config_and_dry_run_write_nothing(tmp_path: Path) -> None:
     for word in ("model", "1437 training", "drop path", "expected depth", "stages.1.blocks.0", "one step: loss"):
         assert word in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_what_a_run_would(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter").touch()
+    outputs = {"file": "cannot write to file", "file/run": "cannot write to file/run", "full": "is not empty",
+               str(finished): "already holds a run"}  # fmt: skip
+    for output, message in outputs.items():
+        result = run(*TINY, "--dry-run", "--output", output, cwd=tmp_path)
+        assert result.returncode == 2 and message in result.stderr, output
+        assert "one step" not in result.stdout
+    result = run("--dry-run", "--resume", finished, "optim.lr=0.5", cwd=tmp_path)
+    assert result.returncode == 2 and "optim.lr is 0.5" in result.stderr
+    result = run(*TINY, "--dry-run", "--output", "new/run", cwd=tmp_path)
+    assert result.returncode == 0 and not (tmp_path / "new").exists()
+
+
+def test_other_threads_are_warned_about(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for arguments in (["runtime.threads=2"], []):
+        result = run("--resume", folder, *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        before, now = (1, 2) if arguments else (2, 2)  # the run's config now says 2
+        assert (f"threads was {before}, is now {now}; the result will not" in result.stderr) == (before != now)
+        assert json.loads((folder / "environment.json").read_text())["threads"] == now
+    result = run("--resume", folder, "runtime.compile=true", cwd=tmp_path)
+    assert result.returncode == 2 and "runtime.compile is True" in result.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
@@ -418,6 +470,9 @@ MISTAKES = {
     "device": (["runtime.device=cuda:7"], ["cuda:7"]),
     "resume": (["--resume", "nowhere"], ["nowhere"]),
     "batch": (["data.batch_size=5000"], ["1437"]),
+    "threads": (["runtime.threads=0"], ["runtime.threads", "at least 1"]),
+    "sizes": (["data.image_size=32"], ["data.image_size=32", "model.image_size is 16"]),
+    "sharp sign": (["data.dataset=folder", "data.root=nowhere #2"], ["nowhere #2"]),
 }
 
 

@@ -21,11 +21,12 @@ from layers.schedule import DropPathSchedule, Kind
 from models.strict_yaml import (
     ConfigError,
     FieldError,
+    annotation_at,
     dump_yaml,
     known_keys,
     load_yaml,
     nearest,
-    parse_value,
+    set_overrides,
     unknown_key,
     validate,
 )
@@ -170,7 +171,11 @@ class DataSection(_Section):
         description="digits: scikit-learn's, no download. folder: images in root/train/CLASS and root/val/CLASS."
     )
     root: str | None = Field(default=None, description="The folder of dataset 'folder'.")
-    image_size: int | None = Field(default=None, ge=1, description="Pixels, height and width. Default: the model's.")
+    image_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pixels, height and width. Default: the model's; where model.image_size is given too, they are equal.",
+    )
     batch_size: int = Field(default=128, ge=1, description="Samples per process and forward pass.")
     eval_batch_size: int | None = Field(
         default=None, ge=1, description="Samples per process in validation. Default: batch_size."
@@ -367,6 +372,11 @@ class RuntimeSection(_Section):
     compile: bool = Field(default=False, description="torch.compile the model.")
     deterministic: bool = Field(default=False, description="Deterministic algorithms only; slower on CUDA.")
     tf32: bool = Field(default=True, description="TF32 matrix products for float32 on CUDA.")
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        default="auto",
+        description="CPU threads per process. auto: OMP_NUM_THREADS where it is set, else the cores there are, shared out "
+        "between the processes. A small model gains nothing from more than 1, which also suffers least beside others.",
+    )
 
     @field_validator("device")
     @classmethod
@@ -401,6 +411,15 @@ class TrainConfig(_Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
 
     @model_validator(mode="after")
+    def _check_one_image_size(self) -> "TrainConfig":
+        size, of_model = self.data.image_size, self.model.overrides.get("image_size")
+        if size is not None and of_model is not None and of_model not in (size, [size, size]):
+            raise FieldError(
+                "data.image_size", f"is {size}, but model.image_size is {of_model}; give one of them, or both alike"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_schedule_fits(self) -> "TrainConfig":
         schedule, epochs = self.drop_path.schedule, self.optim.epochs
         ends = {"cutoff_epochs": schedule.cutoff_epochs, "points": schedule.points and schedule.points[-1][0]}
@@ -415,27 +434,23 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Train
 
     Args:
         path: A YAML file; None for the embedded default, `configs/train/digits.yaml`.
-        overrides: KEY=VALUE, a dotted key and a value in YAML, as in `optim.lr=1e-3` or `model.depths=[1, 1, 1, 1]`.
-            A section given as a whole, `drop_path.schedule={kind: early, cutoff_epochs: 3}`, replaces the file's.
+        overrides: KEY=VALUE, as in `optim.lr=1e-3`, `model.depths=[1, 1, 1, 1]` or `data.root=/path/of #2`; paths and
+            names as they stand, all else in YAML, see `set_overrides`. A section given as a whole,
+            `drop_path.schedule={kind: early, cutoff_epochs: 3}`, replaces the file's.
 
     Raises:
         ConfigError: Naming file and line, or the override, with key, value and what is allowed.
     """
     document = load_yaml(DEFAULT_CONFIG if path is None else path)
     known = known_keys(TrainConfig)
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        key, place = key.strip(), f"on the command line: {override}"
-        if not separator or not key:
-            raise ConfigError(f"{place}: expected KEY=VALUE, for example optim.epochs=3")
+
+    def annotation(key: str) -> Any:
         # model.* may be any key of the model's configuration, which create_model knows.
         if key not in known and not re.fullmatch(r"model(\.\w+)+", key):
-            raise ConfigError(f"{place}: {unknown_key(key, known)}")
-        try:
-            value = parse_value(text)
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from None
-        document.set(tuple(key.split(".")), value, place=place)
+            raise ConfigError(unknown_key(key, known))
+        return annotation_at(TrainConfig, key)
+
+    set_overrides(document, overrides, annotation=annotation, example="optim.epochs=3")
     return validate(TrainConfig, document)
 
 

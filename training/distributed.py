@@ -4,7 +4,7 @@ Everything works the same in a single process, where there is no process group a
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import overload
 
@@ -23,12 +23,14 @@ class World:
         local_rank: Rank on this machine; the index of the GPU it uses.
         size: Number of processes.
         device: Where this process computes.
+        local_size: Number of processes on this machine.
     """
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    local_size: int = field(default=1, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -90,7 +92,7 @@ def init_world(device: str = "auto", *, timeout: timedelta = timedelta(minutes=1
         local_rank = _from_environment("LOCAL_RANK", high=size - 1)
         local_size = _from_environment("LOCAL_WORLD_SIZE", default=local_rank + 1, low=local_rank + 1)
         picked = _pick_device(device, local_rank=local_rank, local_size=local_size, size=size)
-        world = World(rank=rank, local_rank=local_rank, size=size, device=picked)
+        world = World(rank=rank, local_rank=local_rank, size=size, device=picked, local_size=local_size)
     on_cuda = world.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(world.device)

@@ -53,6 +53,7 @@ from training.distributed import World
 from training.optim import build_ema, build_loss, build_optimizer, build_scheduler
 from training.report import write_report
 from training.run_folder import RunFolder, describe_environment
+from training.threads import number_of_threads
 
 
 class NonFiniteError(RuntimeError):
@@ -159,6 +160,8 @@ def build(
     Raises:
         ConfigError: Whatever the user gave that cannot work.
     """
+    threads = number_of_threads(config.runtime.threads, processes=world.local_size)
+    torch.set_num_threads(threads)  # first: all that is computed below rounds as the run does
     section = config.model
     elsewhere = {
         "drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode", "class_names": "data.class_names"
@@ -763,6 +766,7 @@ def describe(setup: Setup) -> str:
     batch = config.data.batch_size * world.size * config.optim.accumulate
     section = config.drop_path
     height, width = setup.model.config.height_width
+    threads = torch.get_num_threads()
     profile = section.profile if isinstance(section.profile, str) else "as listed"
     lines = [
         f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs / 1e9:.3g} GMACs at "
@@ -773,7 +777,8 @@ def describe(setup: Setup) -> str:
         f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, {config.optim.schedule}",
         f"device    {world.device} x {world.size}, {str(setup.precision).removeprefix('torch.')}"
-        f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}",
+        f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}, "
+        f"{threads} CPU thread{'s' if threads > 1 else ''}{' each' if world.size > 1 else ''}",
         f"drop path up to {max(setup.depth.rates):.3g}, {profile}, mode {section.mode}, schedule {section.schedule.kind}: "
         f"expected depth {report.expected_depth:.2f} of {len(report.blocks)} blocks, "
         f"{report.compute_saved or 0.0:.1%} of training compute saved",

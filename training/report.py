@@ -296,7 +296,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 _ORIGIN = {
-    "Machine": ("device", "processes", "threads", "cpu_count", "platform"),
+    "Machine": ("device", "processor", "processes", "threads", "cpu_count", "platform"),
     "Versions": ("python", "torch", "torchvision", "timm", "numpy", "cuda"),
 }
 
@@ -714,7 +714,7 @@ def _write(path: Path, text: str) -> Path:
     """Writes beside the final place and renames, so that a reader never meets half a page."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

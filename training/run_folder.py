@@ -1,5 +1,6 @@
 """The run folder: which files a run leaves, what may be written where, and where a run is resumed from."""
 
+import contextlib
 import csv
 import datetime
 import json
@@ -79,6 +80,7 @@ class RunFolder:
                 f"{self.path} already holds a run; choose another --output, or continue it: --resume auto"
             )
         try:
+            os.fspath(self.path.absolute()).encode()  # TensorBoard writes to no other names
             if fresh and self.path.exists() and any(self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and holds no run; choose another --output")
             self.path.mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,23 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}; choose another --output") from None
+        except UnicodeEncodeError:
+            shown = ascii(str(self.path))
+            raise ConfigError(f"cannot write to {shown}: the name is not UTF-8; choose another --output") from None
+
+    def probe(self, *, fresh: bool) -> None:
+        """Finds out what `make` would, and leaves nothing behind.
+
+        Raises:
+            ConfigError: As `make`.
+        """
+        missing = [folder for folder in (self.path, *self.path.parents) if not os.path.exists(folder)]
+        try:
+            self.make(fresh=fresh)
+        finally:
+            for folder in missing:  # the innermost first
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def append_metrics(self, row: dict[str, float]) -> None:
         """Adds one epoch to metrics.csv, on disk when this returns."""
@@ -142,6 +161,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(world.device) if on_cuda else str(world.device),
+        "processor": describe_processor(),
         "processes": world.size,
         "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
@@ -155,14 +175,23 @@ def describe_environment(world: World) -> dict[str, Any]:
     }
 
 
+def describe_processor() -> str:
+    """The CPU's name and the instructions that torch uses on it, both of which rounding depends on."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # only Linux has this file, and only there platform does not know the name
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+        name = found[1].strip() if found else name
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def changed_environment(folder: RunFolder, world: World) -> list[str]:
-    """What differs from where a run was started and may change its rounding: device, threads, versions."""
+    """What differs from where a run was started and may change its rounding: device, processor, threads, versions."""
     try:
         before = json.loads(folder.environment.read_text())
     except (OSError, ValueError):
         return []
     now = describe_environment(world)
-    keys = ("device", "threads", "torch", "torchvision", "timm", "numpy", "cuda")
+    keys = ("device", "processor", "threads", "torch", "torchvision", "timm", "numpy", "cuda")
     return [f"{key} was {before[key]}, is now {now[key]}" for key in keys if key in before and before[key] != now[key]]
 
 

@@ -1,19 +1,22 @@
 """models/strict_yaml.py: what is read, what is refused, and that each refusal says where."""
 
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.strict_yaml import (
     ConfigError,
+    Document,
     FieldError,
+    annotation_at,
     dump_yaml,
     load_yaml,
     nearest,
     parse_value,
     parse_yaml,
+    set_overrides,
     validate,
 )
 
@@ -118,6 +121,75 @@ def test_billion_laughs_is_refused_at_its_first_alias() -> None:
 def test_a_bad_value_has_no_line() -> None:
     with pytest.raises(ConfigError, match=r"^not valid YAML: expected ',' or"):
         parse_value("[1")
+
+
+# ---- KEY=VALUE --------------------------------------------------------------------------------------------------------
+
+
+class Deep(BaseModel):
+    root: str | None = None
+    title: Annotated[str, Field(min_length=1)] = "x"
+    either: int | str = 0
+    names: list[str] | None = None
+    kind: Literal["a", "b"] = "a"
+    count: int | None = None
+
+
+class Wide(BaseModel):
+    deep: Deep | None = None
+    name: str = ""
+
+
+def override(*words: str) -> dict[str, Any]:
+    document = Document({}, "")
+    set_overrides(document, words, annotation=lambda key: annotation_at(Wide, key), example="name=x")
+    return document.data
+
+
+AS_IT_STANDS = [
+    "/x/run #2", "#2", "yes", "true", "1e3", "010", "~", "~/x", "Null", "'quoted'", '"quoted"', "[1", "{a: 1}", "ä",
+    " blank at both ends ", "a: b", "a=b", "- a", "*alias", "!tag", "&x", "%x", "@x", "`x`", "tab\there", "x\ny",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AS_IT_STANDS)
+def test_text_is_taken_as_it_stands(text: str) -> None:
+    assert override(f"name={text}") == {"name": text}
+    assert override(f"deep.root={text}", f"deep.title={text}") == {"deep": {"root": text, "title": text}}
+    if "\n" not in text:  # and what was taken is saved and read back
+        assert parse_yaml(dump_yaml({"root": text})).data == {"root": text}
+
+
+@pytest.mark.parametrize("text", ["null", ""])
+def test_text_that_may_be_null(text: str) -> None:
+    assert override(f"deep.root={text}") == {"deep": {"root": None}}
+    assert override(f"deep.title={text}", f"name={text}") == {"deep": {"title": text}, "name": text}, "may not be null"
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("deep.count=1", 1), ("deep.count=", None), ("deep.either=1", 1), ("deep.names=[a, 'b #1']", ["a", "b #1"]),
+     ("deep.kind= b ", "b"), ("deep.kind='b'", "b"), ("deep.further='x #1'", "x #1"), ("deep.further=x#1", "x#1")],
+)  # fmt: skip
+def test_all_else_is_yaml(word: str, value: object) -> None:
+    key = word.partition("=")[0].removeprefix("deep.")
+    assert override(word) == {"deep": {key: value}}
+
+
+@pytest.mark.parametrize(
+    "word", ["deep.count=1 # x", "deep.count=#1", "deep.names=[a, b] # c", "deep.names=[a, b #1]", "deep.further=x #1",
+             "deep={root: /x/run #2}", "deep=root: x #1", "deep.further= #", "deep.kind=b #", "deep.further=x\n# y"]
+)  # fmt: skip
+def test_a_comment_in_a_value_is_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"^on the command line: .*: ' #' begins a comment, .* quote") as caught:
+        override(word)
+    assert "\n" not in str(caught.value)
+
+
+def test_annotation_at() -> None:
+    assert annotation_at(Wide, "deep.count") == int | None
+    assert annotation_at(Wide, "name") is str and annotation_at(Wide, "deep") == Deep | None
+    assert [annotation_at(Wide, key) for key in ("deep.nothing", "nothing", "name.x", "")] == [None] * 4
 
 
 def test_load(tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ def test_no_path_is_the_embedded_default(path: Path, monkeypatch: pytest.MonkeyP
         ("augment.auto_augment=augmix-m5-w4", "augmix-m5-w4"),
         ("augment.crop_scale=[0.08, 1]", [0.08, 1.0]), ("optim.betas=[0.9, 0.95]", [0.9, 0.95]),
         ("optim.name=sgd", "sgd"),
+        ("data.root=", None), ("data.root=null", None), ("model.name=yes", "yes"), ("model.name=1e3", "1e3"),
+        ("model.name=null", "null"), ("model.checkpoint=/x/run #2", "/x/run #2"), ("model.checkpoint=010", "010"),
+        ("model.checkpoint=null", None), ("model.checkpoint=~", "~"),
+        ("runtime.threads=auto", "auto"), ("runtime.threads=3", 3),
         (" optim.epochs = 20", 20), ("checkpoint.every_epochs=null", None),
     ],
 )  # fmt: skip
@@ -170,11 +174,47 @@ def test_further_model_keys_are_overrides_of_the_model(path: Path) -> None:
         ("runtime.device=gpu", "expected auto, cpu, cuda, cuda:N or mps, got 'gpu'; did you mean 'cpu'?"),
         ("runtime.device=cuda:x", "expected auto, cpu, cuda, cuda:N or mps, got 'cuda:x'"),
         ("runtime.channels_last=ato", "expected 'auto' or true or false, got \"ato\"; did you mean 'auto'?"),
+        ("runtime.threads=0", "expected 'auto' or must be at least 1, got 0"),
+        ("runtime.threads=1025", "expected 'auto' or must be at most 1024, got 1025"),
+        ("runtime.threads=1.5", "expected 'auto' or an integer, got 1.5"),
+        ("runtime.threads=true", "expected 'auto' or an integer, got true"),
+        ("runtime.threads=all", "expected 'auto' or an integer, got \"all\""),
+        ("optim.epochs=3 # three", "' #' begins a comment"),
+        ("model.dims=[8, 16] # small", "' #' begins a comment"),
+        ("model.further=a #1", "' #' begins a comment"),
+        ("data={dataset: folder, root: /x/run #2}", "' #' begins a comment"),
+        ("optim.name=adamw #", "unknown optimizer 'adamw #'; did you mean 'adamw'?"),
         ("checkpoint.keep=0", "must be at least 1, got 0"),
     ],
 )  # fmt: skip
 def test_override_refused(path: Path, override: str, message: str) -> None:
     assert fault(path, override).startswith(f"on the command line: {override}: {message}")
+
+
+def test_a_root_with_a_sharp_sign(path: Path) -> None:
+    config = load_config(path, ["data.dataset=folder", "data.root=/x/run #2"])
+    assert config.data.root == "/x/run #2"
+    path.write_text(dump_config(config))
+    assert load_config(path).data.root == "/x/run #2"
+
+
+def test_two_image_sizes(path: Path) -> None:
+    both = "is 32, but model.image_size is {}; give one of them, or both alike"
+    word = "data.image_size=32"
+    for size in ("16", "[16, 32]"):
+        expected = f"on the command line: {word}: {both.format(size)}"
+        assert fault(path, f"model.image_size={size}", word) == expected
+        assert fault(path, word, f"model.image_size={size}") == expected
+    path.write_text(MINIMAL.replace("digits", "digits\n  image_size: 32"))
+    assert fault(path, "model.image_size=16") == f"{path}:5: data.image_size: {both.format(16)}"
+    for size in ("32", "[32, 32]", "null"):
+        assert load_config(path, [f"model.image_size={size}"]).data.image_size == 32
+    assert load_config(path, ["model.image_size=16", "data.image_size=null"]).data.image_size is None
+
+
+def test_the_digits_take_one_thread() -> None:
+    """A small model gains nothing from more, and its weights are then the same on every machine of one kind."""
+    assert load_config(None).runtime.threads == 1
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ from training.checkpoint import CheckpointError, latest_checkpoint, save_checkpo
 from training.distributed import close_world, init_world
 
 world = init_world("cpu")
-assert world.size == 2 and world.rank == world.local_rank and dist.get_backend() == "gloo"
+assert world.size == world.local_size == 2 and world.rank == world.local_rank and dist.get_backend() == "gloo"
 check(world)
 folder = Path() / "checkpoints"
 

@@ -40,7 +40,7 @@ from training.loop import (
     train_step,
 )
 from training.optim import build_loss
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, describe_environment
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 # 1,437 digits in batches of 256 are 5 steps per epoch.
@@ -96,7 +96,7 @@ def test_points_within_one_step_are_refused() -> None:
 
 # ---- building -------------------------------------------------------------------------------------------------------
 
-PUBLISHED = ["model.name=poolformer_s12", "model.depths=[1,1,1,2]", "model.dims=[8,8,16,16]", "data.image_size=32",
+PUBLISHED = ["model.name=poolformer_s12", "model.depths=[1,1,1,2]", "model.dims=[8,8,16,16]", "model.image_size=32",
              "drop_path.rate=null"]  # fmt: skip
 RESOLVABLE = {
     "plain": [],
@@ -105,7 +105,8 @@ RESOLVABLE = {
     "break-even": ["drop_path.break_even=0.3", "drop_path.schedule={kind: early, cutoff_epochs: 1}"],
     "published": PUBLISHED,
     "published as a mean": [*PUBLISHED, "drop_path.rate_is=mean"],
-    "data's size": ["model.image_size=16", "data.image_size=8"],
+    "data's size": ["model.image_size=null", "data.image_size=16"],
+    "both sizes": ["model.image_size=[8, 8]", "data.image_size=8"],
     "more classes": ["model.num_classes=12", "ema.enabled=true", "optim.layer_decay=0.5"],
 }
 
@@ -151,13 +152,27 @@ def test_expected_macs_is_reached() -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "size"),
-    [(["model.image_size=12"], 12), (["model.image_size=12", "data.image_size=8"], 8), (["data.image_size=10"], 10)],
+    [
+        (["model.image_size=12"], 12),
+        (["model.image_size=8", "data.image_size=8"], 8),
+        (["model.image_size=null", "data.image_size=10"], 10),
+    ],
 )
 def test_image_size_comes_from_the_data_or_the_model(overrides: list[str], size: int) -> None:
     setup = build_tiny(*overrides)
     assert setup.model.config.image_size == size == setup.config.data.image_size
     assert first_batches(setup)[0][0].shape == (256, 1, size, size)
     assert next(iter(setup.val_loader))[0].shape[1:] == (1, size, size)
+
+
+def test_a_run_computes_with_its_threads() -> None:
+    for threads in (2, 1):
+        setup = build_tiny(f"runtime.threads={threads}")
+        assert torch.get_num_threads() == threads == describe_environment(WORLD)["threads"]
+        assert f"cpu x 1, float32, {threads} CPU thread" in describe(setup)
+    torch.set_num_threads(3)
+    build_tiny("runtime.threads=auto")
+    assert torch.get_num_threads() == 1, "OMP_NUM_THREADS, whatever a run before it had"
 
 
 def test_classes_come_from_the_data_or_the_model() -> None:

@@ -52,6 +52,9 @@ def nobody() -> Iterator[None]:
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
 
+ATTEMPTS = pytest.mark.parametrize("attempt", [RunFolder.make, RunFolder.probe], ids=["make", "probe"])
+
+
 def test_a_fresh_folder_is_made_with_its_parents(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a" / "b")
     assert not folder.holds_run()
@@ -69,23 +72,49 @@ def test_a_folder_with_a_run_is_for_going_on_only(tmp_path: Path) -> None:
     assert folder.config.read_text() == "seed: 0\n"
 
 
-def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "a" / "b").probe(fresh=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    RunFolder(tmp_path / "a" / "b" / "c").probe(fresh=True)
+    assert not list((tmp_path / "a").iterdir()), "what was there before stays"
+    folder = RunFolder(started(tmp_path / "run"))
+    folder.probe(fresh=False)
+    assert [p.name for p in folder.path.iterdir()] == ["config.yaml"]
+    with pytest.raises(ConfigError, match="already holds a run"):
+        folder.probe(fresh=True)
+
+
+@ATTEMPTS
+def test_a_folder_with_something_else_is_refused(tmp_path: Path, attempt) -> None:
     (tmp_path / "thesis.tex").write_text("words")
     with pytest.raises(ConfigError, match="is not empty and holds no run"):
-        RunFolder(tmp_path).make(fresh=True)
+        attempt(RunFolder(tmp_path), fresh=True)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("below", ["", "run"])
-def test_a_file_in_the_way(tmp_path: Path, below: str) -> None:
+@ATTEMPTS
+@pytest.mark.parametrize("below", ["", "run", "runs/run"])
+def test_a_file_in_the_way(tmp_path: Path, below: str, attempt) -> None:
     (tmp_path / "file").write_text("words")
     with pytest.raises(ConfigError, match="cannot write to"):
-        RunFolder(tmp_path / "file" / below).make(fresh=True)
+        attempt(RunFolder(tmp_path / "file" / below), fresh=True)
+    assert (tmp_path / "file").read_text() == "words"
 
 
+@ATTEMPTS
+@pytest.mark.parametrize("name", ["x" * 300, "link", "\udcff"])
+def test_a_name_that_cannot_be(tmp_path: Path, name: str, attempt) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="cannot write to"):
+        attempt(RunFolder(tmp_path / name), fresh=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["link"]
+
+
+@ATTEMPTS
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("mode", [0o555, 0o000])
-def test_a_folder_without_permission(tmp_path: Path, monkeypatch, mode: int, fresh: bool) -> None:
+def test_a_folder_without_permission(tmp_path: Path, monkeypatch, mode: int, fresh: bool, attempt) -> None:
     """Not writable, and not even to be entered: a message at once instead of a traceback or a lost epoch."""
     (tmp_path / "locked").mkdir()
     tmp_path.chmod(0o755)
@@ -95,7 +124,7 @@ def test_a_folder_without_permission(tmp_path: Path, monkeypatch, mode: int, fre
         with nobody():
             for path in (Path("locked"), Path("locked/run")):
                 with pytest.raises(ConfigError, match=f"cannot write to {path}: .*denied; choose another --output"):
-                    RunFolder(path).make(fresh=fresh)
+                    attempt(RunFolder(path), fresh=fresh)
     finally:
         (tmp_path / "locked").chmod(0o755)
 
@@ -212,6 +241,7 @@ def test_resume_finds_what_new_run_named(tmp_path: Path, monkeypatch) -> None:
 def test_the_environment_says_what_ran_where() -> None:
     told = json.loads(json.dumps(describe_environment(WORLD)))
     assert told["torch"] == torch.__version__ and told["threads"] == torch.get_num_threads()
+    assert told["processor"].endswith(torch.backends.cpu.get_cpu_capability()) and len(told["processor"]) > 12
     assert told["device"] == "cpu" and told["processes"] == 1 and told["cuda"] is None
     assert told["command"] and told["started"].endswith("+00:00")
     assert told["commit"] is None or len(told["commit"].rstrip("+")) == 40
@@ -231,8 +261,9 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     now = describe_environment(WORLD)
     folder.write_json(folder.environment, now | {"command": "another", "started": "earlier", "commit": "f00"})
     assert changed_environment(folder, WORLD) == [], "these do not change rounding"
-    folder.write_json(folder.environment, now | {"threads": 64, "torch": "1.0"})
+    folder.write_json(folder.environment, now | {"threads": 64, "torch": "1.0", "processor": "Z80"})
     assert changed_environment(folder, WORLD) == [
+        f"processor was Z80, is now {now['processor']}",
         f"threads was 64, is now {torch.get_num_threads()}",
         f"torch was 1.0, is now {torch.__version__}",
     ]
