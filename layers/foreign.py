@@ -272,11 +272,17 @@ class BlockSkip:
 
 @dataclass
 class Owner:
-    """A module that holds drop-path modules."""
+    """A module that holds drop-path modules.
+
+    Attributes:
+        slots: What stands under each attribute (`drop_paths.0` in a list).
+        beside: Name of the block that a model's own list of drop-path modules has one element for; else empty.
+    """
 
     name: str
     module: nn.Module
-    slots: dict[str, nn.Module | None]  # attribute (`drop_paths.0` in a list) -> what stands there
+    slots: dict[str, nn.Module | None]
+    beside: str = ""
 
 
 def find_owners(model: nn.Module) -> list[Owner]:
@@ -286,13 +292,18 @@ def find_owners(model: nn.Module) -> list[Owner]:
     for name, module in model.named_modules():
         if type(module).__name__ in CLASS_ATTENTION or module in listed:
             continue
+        # without the part that torch.compile puts into the name: names tell blocks and stages apart
+        name = ".".join(part for part in name.split(".") if part != "_orig_mod")
         slots: dict[str, nn.Module | None] = {}
         for key, child in module.named_children():
             if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and ATTRIBUTE.search(key):
-                elements = dict(child.named_children())
+                elements = {f"{key}.{i}": element for i, element in child.named_children()}
                 if all(is_slot(key, element) for element in elements.values()):
                     listed.add(child)
-                    slots |= {f"{key}.{i}": element for i, element in elements.items()}
+                    if _one_for_each_block(name, module, child):
+                        owners += [Owner(name, module, {i: e}, f"{name}.{i}".lstrip(".")) for i, e in elements.items()]
+                    else:
+                        slots |= dict(elements)
             elif is_slot(key, child):
                 slots[key] = child
         for key, value in (*vars(module).items(), *module._modules.items()):
@@ -301,9 +312,16 @@ def find_owners(model: nn.Module) -> list[Owner]:
         if ends := branch_ends(module):
             slots = {f"drop_path_{end}": getattr(module, f"drop_path_{end}", None) for end in ends}
         if slots:
-            # without the part that torch.compile puts into the name: names tell blocks and stages apart
-            owners.append(Owner(".".join(p for p in name.split(".") if p != "_orig_mod"), module, slots))
+            owners.append(Owner(name, module, slots))
     return owners
+
+
+def _one_for_each_block(name: str, module: nn.Module, drop_paths: nn.Module) -> bool:
+    """Whether a list of drop-path modules stands beside a model's list of blocks, and not inside a block."""
+    count = len(list(drop_paths.children()))
+    lists = (child for child in module.children() if isinstance(child, (nn.ModuleList, nn.Sequential, nn.ModuleDict)))
+    blocks = any(child is not drop_paths and len(child) == count and [*child.parameters()] for child in lists)
+    return count > 1 and blocks and not any(part.isdigit() for part in name.split("."))
 
 
 def is_slot(key: str, module: nn.Module) -> bool:
@@ -345,6 +363,9 @@ def block_names(owners: Sequence[Owner]) -> list[str]:
     """
     names = []
     for owner in owners:
+        if owner.beside:
+            names.append(owner.beside)
+            continue
         parts = owner.name.split(".")
         for i, part in enumerate(parts):
             if part in NESTED:
@@ -488,6 +509,11 @@ def foreign_rate(module: nn.Module | None) -> float:
     return law.rate(module)
 
 
+def bounded(rate: float) -> float:
+    """The next rate in [0, 1]: somebody's own module may hold any number."""
+    return min(max(rate, 0.0), 1.0) if rate == rate else 0.0
+
+
 def unknown_modules(model: nn.Module) -> dict[str, str]:
     """What stands in places for stochastic depth and is neither known nor an identity: by name, what it is."""
     unknown: dict[str, str] = {}
@@ -525,11 +551,11 @@ def graft(model: nn.Module) -> None:
             else:
                 law = drop_law(child)
                 assert law is not None
-                grafted = GraftedDropPath(law.rate(child), law.scale_by_keep, law.mode)
+                grafted = GraftedDropPath(bounded(law.rate(child)), law.scale_by_keep, law.mode)
             parent, _, attribute = key.rpartition(".")
             holder = owner.module.get_submodule(parent)
             holder.__dict__.pop(attribute, None)
-            grafted.train(owner.module.training)
+            grafted.train(child.training if child is not None else owner.module.training)
             setattr(holder, attribute, grafted)
             if end := key.removeprefix("drop_path_") if branch_ends(owner.module) else "":
                 owner.module.get_submodule(end).register_forward_hook(ApplyAfter(grafted))
@@ -685,12 +711,14 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Convers
     """
     owners = [o for o in find_owners(model) if all(isinstance(s, GraftedDropPath) for s in o.slots.values())]
     with undisturbed(model), full_precision(next(model.parameters()).device):
-        calls = _watch(model, owners, input_size)
+        calls = _watch(model, [owner for owner in owners if not owner.beside], input_size)
         found: dict[Any, dict[str, Any]] = {}
         conversions = []
         for owner in owners:
-            conversion = Conversion(owner.name)
-            if owner.name not in calls:
+            conversion = Conversion(owner.beside or owner.name)
+            if owner.beside:
+                _install(owner, {"reason": "it stands beside its block, not in it"}, conversion)
+            elif owner.name not in calls:
                 _install(owner, {"reason": "not called in a forward pass"}, conversion)
             elif dims := {slot.batch_dim for slot in owner.slots.values() if isinstance(slot, GraftedDropPath)} - {0}:
                 _install(owner, {"reason": f"samples lie in dimension {dims.pop()} there, behind tokens"}, conversion)

@@ -19,6 +19,7 @@ from layers.foreign import (
     GraftedDropPath,
     Owner,
     block_names,
+    bounded,
     class_attention_blocks,
     convert_to_skip,
     find_owners,
@@ -364,7 +365,7 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
             for slot in slots:
                 branches[id(slot)] = branches.get(id(slot), 0.0) + share
 
-        if not slots:
+        if not slots or owner.beside:  # whose compute is another module's
             return []
         before = owner.module.register_forward_pre_hook(lambda *_: started.append(counter.get_total_flops()))
         return [before, owner.module.register_forward_hook(finish)]
@@ -508,7 +509,7 @@ def _foreign_blocks(model: nn.Module) -> tuple[list[Block], list[str]]:
             rate = foreign_rate(child)
             if not 0.0 <= rate <= 1.0:
                 problems.append(f"{owner.name}.{key}: rate {rate} is outside [0, 1]")
-            block.drop_paths[f"{owner.name}.{key}"] = DropPath(min(max(rate, 0.0), 1.0) if rate == rate else 0.0)
+            block.drop_paths[f"{owner.name}.{key}"] = DropPath(bounded(rate))
     return list(blocks.values()), problems
 
 
