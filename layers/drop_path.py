@@ -9,9 +9,10 @@ is what timm made common. Differences from timm's `DropPath`:
 - the rate may change at any time without recompiling, and how often samples were dropped is counted.
 """
 
+import numbers
 import warnings
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,17 +41,25 @@ MASKED_COMPILED = 0.2
 rates, which may change at every step, and branches this cheap gain little."""
 
 
+def as_number(value: Any) -> float | None:
+    """The float that a number of Python, NumPy or torch stands for, also one in a 0-dim array or tensor; else `None`."""
+    if getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False):
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+
+
 def check_drop_prob(drop_prob: float | None, name: str = "drop_prob") -> float:
-    """Returns the probability as a float, `None` meaning 0.
+    """Returns the probability as a float, `None` meaning 0; numbers of NumPy and torch are numbers.
 
     Raises:
         ValueError: It is not a number in [0, 1].
     """
     if drop_prob is None:
         return 0.0
-    if isinstance(drop_prob, bool) or not isinstance(drop_prob, (int, float)) or not 0.0 <= drop_prob <= 1.0:
+    number = as_number(drop_prob)
+    if number is None or not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must be a number in [0, 1], got {drop_prob!r}")
-    return float(drop_prob)
+    return number
 
 
 def drop_path(x: Tensor, drop_prob: float | None = 0.0, training: bool = False, scale_by_keep: bool = True) -> Tensor:

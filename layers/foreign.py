@@ -1,29 +1,38 @@
 """Stochastic depth in residual blocks that are not ours, timm's and torchvision's: the one file that knows such blocks.
 
-Their drop-path modules are found by class name, by attribute name where an identity (or nothing) stands for rate 0, and
-replaced by `GraftedDropPath`; blocks that have no place for one, or a wrong one, get it behind the last module of each
-branch (`BRANCH_ENDS`). A block's own forward is left alone. To skip, the kept samples are selected in a hook in
-front of the first module of a branch, and the grafted module at the branch's end scatters the result into zeros of the
-full batch. Where a branch begins is found by watching one forward pass, and every conversion is then run against masking
-with the same kept set, outputs and gradients, on a copy with randomised scales. What does not agree falls back to
-skipping the whole block, and what does not agree then either is masked.
+Their drop-path modules are found by class name and by attribute name, also where an identity (or nothing) stands for
+rate 0. What such a module does (its rate, scaling, one draw per sample or per batch) is found by running a copy of it, and
+it is replaced by a `GraftedDropPath` that does the same; one that does something else is refused by name. Blocks that have
+no place for one, or a wrong one, get it behind the last module of each branch (`BRANCH_ENDS`). A block's own forward is
+left alone. To skip, the kept samples are selected in a hook in front of the first module of a branch, and the grafted
+module at the branch's end scatters the result into zeros of the full batch. Where a branch begins is found by watching a
+forward pass in training mode, and every conversion is then run against masking with the same kept set, outputs and
+gradients, in float32 on a copy with randomised scales. What does not agree falls back to skipping the whole block, and
+what does not agree then is masked. Nothing is installed that has not agreed exactly as it is installed.
 """
 
 import copy
+import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from layers.drop_path import DropPath, Mode, is_fixed_conv
+from layers.drop_path import DropPath, Mode, as_number, is_fixed_conv
 
 Role = Literal["mask", "branch", "block", "silent"]
 
-CLASS_NAMES = ("DropPath", "StochasticDepth")
-ATTRIBUTE = re.compile(r"drop_path|stochastic_depth")
+# Classes (or their bases) as timm's DropPath, transformers' ConvNextDropPath and torchvision's StochasticDepth.
+CLASS_NAME = re.compile(r"(drop_?path|stochastic_?depth)_?(v?\d+d?)?$", re.IGNORECASE)
+ATTRIBUTE = re.compile(r"drop_?path|path_?drop|stochastic_?depth", re.IGNORECASE)
+PLACE = re.compile(r"(drop_?path|stochastic_?depth)_?\d*", re.IGNORECASE)
+# Attributes that may hold `None` at rate 0. Not numbered ones: timm's DaViT has no branch where drop_path2 is None.
+OPTIONAL = ("drop_path", "stochastic_depth")
 # Containers of what shares the rate of the block around it: branches side by side (timm's parallel ViT), and the
 # transformer inside a MobileViT block.
 NESTED = ("attns", "ffns", "transformer")
@@ -46,7 +55,9 @@ MISPLACED = ("ResNestBottleneck",)
 """Classes whose own forward applies drop path to something else than a branch (timm 1.0.31)."""
 # Modules tried as the beginning of a branch: children in the order of their calls, then deeper ones.
 CANDIDATES = 12
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of float32, in which conversions are tried
+# Images in a probe: two numbers, since only what grows with them is a dimension of samples (a model may have 3 tokens).
+PROBE_BATCHES = (3, 2)
 
 
 class GraftedDropPath(DropPath):
@@ -56,11 +67,15 @@ class GraftedDropPath(DropPath):
         role: What it does where its mode skips. `mask`: nothing could be proven, multiply. `branch`: a hook in front of
             the branch selects the kept samples and this module scatters the result. `block`: hooks of the block do both.
             `silent`: another module of the block drops for this one.
+        batch_dim: Dimension of its input that holds the samples: 1 for tokens first, (L, B, C). There it masks.
+        parts: Rows of that dimension for each sample; more than 1 where the block works on parts of samples.
     """
 
-    def __init__(self, drop_prob: float = 0.0, mode: Mode = "mask") -> None:
-        super().__init__(drop_prob, mode=mode)
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, mode: Mode = "mask") -> None:
+        super().__init__(drop_prob, scale_by_keep, mode)
         self.role: Role = "mask"
+        self.batch_dim: int | None = 0  # None: no dimension holds samples
+        self.parts = 1
         self.reason = ""  # why it does not skip, or skips with its whole block
         self.tried = False  # whether `convert_to_skip` has looked at it
         self.applied = True  # whether a forward pass calls it at all: blocks without a shortcut do not
@@ -112,6 +127,8 @@ class GraftedDropPath(DropPath):
         return self._draw_count(batch), torch.rand(batch, device=device).argsort()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.batch_dim:
+            return super().forward(x.movedim(self.batch_dim, 0)).movedim(0, self.batch_dim)
         if not self.training or self.role == "mask" or self._draw is None:
             return super().forward(x)
         if self.role == "branch":
@@ -255,33 +272,81 @@ class BlockSkip:
 
 @dataclass
 class Owner:
-    """A module that holds drop-path modules."""
+    """A module that holds drop-path modules.
+
+    Attributes:
+        slots: What stands under each attribute (`drop_paths.0` in a list).
+        beside: Name of the block that a model's own list of drop-path modules has one element for; else empty.
+    """
 
     name: str
     module: nn.Module
-    slots: dict[str, nn.Module | None]  # attribute -> what stands there
+    slots: dict[str, nn.Module | None]
+    beside: str = ""
 
 
 def find_owners(model: nn.Module) -> list[Owner]:
     """Modules with a drop-path module, or a place for one, in order of registration."""
     owners = []
+    listed: set[nn.Module] = set()  # lists of drop-path modules: their slots are those of the module around them
     for name, module in model.named_modules():
-        slots: dict[str, nn.Module | None] = {}
-        if type(module).__name__ in CLASS_ATTENTION:
+        if type(module).__name__ in CLASS_ATTENTION or module in listed:
             continue
+        # without the part that torch.compile puts into the name: names tell blocks and stages apart
+        name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        slots: dict[str, nn.Module | None] = {}
         for key, child in module.named_children():
-            named = isinstance(child, nn.Identity) and ATTRIBUTE.search(key)
-            if isinstance(child, DropPath) or type(child).__name__ in CLASS_NAMES or named:
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and ATTRIBUTE.search(key):
+                elements = {f"{key}.{i}": element for i, element in child.named_children()}
+                if all(is_slot(key, element) for element in elements.values()):
+                    listed.add(child)
+                    if _one_for_each_block(name, module, child):
+                        owners += [Owner(name, module, {i: e}, f"{name}.{i}".lstrip(".")) for i, e in elements.items()]
+                    else:
+                        slots |= dict(elements)
+            elif is_slot(key, child):
                 slots[key] = child
-        for key, value in vars(module).items():
-            if value is None and ATTRIBUTE.fullmatch(key):  # timm's ResNet at rate 0
+        for key, value in (*vars(module).items(), *module._modules.items()):
+            if value is None and key in OPTIONAL:  # timm's ResNet at rate 0
                 slots[key] = None
         if ends := branch_ends(module):
             slots = {f"drop_path_{end}": getattr(module, f"drop_path_{end}", None) for end in ends}
         if slots:
-            # without the part that torch.compile puts into the name: names tell blocks and stages apart
-            owners.append(Owner(".".join(p for p in name.split(".") if p != "_orig_mod"), module, slots))
+            owners.append(Owner(name, module, slots))
     return owners
+
+
+def _one_for_each_block(name: str, module: nn.Module, drop_paths: nn.Module) -> bool:
+    """Whether a list of drop-path modules stands beside a model's list of blocks, and not inside a block."""
+    count = len(list(drop_paths.children()))
+    lists = (child for child in module.children() if isinstance(child, (nn.ModuleList, nn.Sequential, nn.ModuleDict)))
+    blocks = any(child is not drop_paths and len(child) == count and [*child.parameters()] for child in lists)
+    return count > 1 and blocks and not any(part.isdigit() for part in name.split("."))
+
+
+def is_slot(key: str, module: nn.Module) -> bool:
+    """Whether a module under the attribute `key` is, or stands for, a drop-path module; whether we know it is left open.
+
+    What holds drop-path modules of its own is none: these are found in it.
+    """
+    if isinstance(module, DropPath):
+        return True
+    inner = [(name.rpartition(".")[2], m) for name, m in module.named_modules() if name]
+    if any(named_drop_path(m) or ATTRIBUTE.search(attribute) for attribute, m in inner):
+        return False
+    # a class called like stochastic depth that has both parts and parameters is a whole block
+    leaf = not inner or next(module.parameters(), None) is None
+    return bool(ATTRIBUTE.search(key)) or (named_drop_path(module) and leaf)
+
+
+def named_drop_path(module: nn.Module) -> bool:
+    """Whether a module's class, or one that it derives from, is called like one of stochastic depth."""
+    return any(CLASS_NAME.search(cls.__name__) for cls in type(module).__mro__)
+
+
+def is_identity(module: nn.Module | None) -> bool:
+    """Whether this stands for rate 0: nothing, an identity, or an empty sequence."""
+    return module is None or isinstance(module, nn.Identity) or (type(module) is nn.Sequential and not len(module))
 
 
 def branch_ends(module: nn.Module) -> tuple[str, ...]:
@@ -298,6 +363,9 @@ def block_names(owners: Sequence[Owner]) -> list[str]:
     """
     names = []
     for owner in owners:
+        if owner.beside:
+            names.append(owner.beside)
+            continue
         parts = owner.name.split(".")
         for i, part in enumerate(parts):
             if part in NESTED:
@@ -333,24 +401,164 @@ def misplaced(owner: Owner) -> bool:
     return type(owner.module).__name__ in MISPLACED and isinstance(getattr(owner.module, "drop_path", None), nn.Module)
 
 
+@dataclass(frozen=True)
+class DropLaw:
+    """What a drop-path module of another library does.
+
+    Attributes:
+        attribute: The number that its rate is read from: `.drop_prob`, or `PART.p` where a part of it holds that.
+        keeps: Whether that is the probability of keeping a sample.
+        scale_by_keep: Whether kept samples are divided by that probability.
+        mode: `mask` (one draw per sample) or `batch` (one per batch).
+    """
+
+    attribute: str
+    keeps: bool
+    scale_by_keep: bool
+    mode: Mode
+
+    def rate(self, module: nn.Module) -> float:
+        """The rate of a module that follows this law."""
+        part, _, key = self.attribute.rpartition(".")
+        number = as_number(getattr(module.get_submodule(part), key))
+        return 0.0 if number is None else 1.0 - number if self.keeps else number
+
+
+def drop_law(module: nn.Module) -> DropLaw | None:
+    """Finds out what a module does, by running copies of it with other rates.
+
+    Names tell little: `p` may be a rate or the chance of keeping, and a subclass may do anything. A module is known if in
+    evaluation it returns its input, and in training, at two rates that are put into one of its attributes, whole samples
+    become 0 in that share and the others are multiplied by 1 or 1 / (1 - rate).
+
+    Returns:
+        The law; `None` if the module does something else, or takes no tensor alone.
+    """
+    names = [f"{part}.{key}" for part, m in module.named_modules() for key, value in (*vars(m).items(), *m._buffers.items())
+             if as_number(value) is not None or (value is None and not key.startswith("_"))]  # fmt: skip
+    with undisturbed(module):
+        for name in names:
+            for keeps in (False, True):
+                seen = {_observe(module, name, keeps, rate) for rate in (0.25, 0.5)}
+                if len(seen) == 1 and (law := seen.pop()) is not None:
+                    return law
+    return None
+
+
+def _observe(module: nn.Module, attribute: str, keeps: bool, rate: float) -> DropLaw | None:
+    """The law that a copy of the module follows at that rate, if it follows one."""
+    laws: set[tuple[bool, Mode] | None] = set()
+    try:
+        trial = copy.deepcopy(module).cpu().train()
+        part, _, key = attribute.rpartition(".")
+        holder = trial.get_submodule(part)
+        old, value = getattr(holder, key), 1.0 - rate if keeps else rate
+        setattr(holder, key, torch.full_like(old, value, dtype=torch.float32) if isinstance(old, Tensor) else value)
+    except Exception:  # somebody's module may refuse anything
+        return None
+    # Sizes that broadcast with no other: a module may be made for images (B, C, H, W) or for tokens (B, L, C) only.
+    for shape in ((3,), (3, 5), (3, 5, 7)):
+        x = torch.rand(512, *shape) + 0.5
+        try:
+            trial.eval()
+            if not torch.equal(trial(x.clone()), x):
+                return None
+            trial.train()
+            factors = _factors(trial, x)
+            mode: Mode = "mask"
+            if len((factors != 0).unique()) == 1:
+                mode = "batch"
+                factors = torch.stack([_factors(trial, x[:2]) for _ in range(200)])  # (200, 2)
+                if not torch.equal(factors[:, 0] != 0, factors[:, 1] != 0):
+                    return None
+        except Exception:
+            continue
+        kept = factors[factors != 0]
+        share = 1.0 - kept.numel() / factors.numel()
+        scales = [scaled for scaled, factor in ((False, 1.0), (True, 1.0 / (1.0 - rate)))
+                  if torch.allclose(kept, torch.tensor(factor))]  # fmt: skip
+        # 0.12: four standard deviations of 200 draws at least; at a rate of 0.25, 0.75 is far outside
+        laws.add((scales[0], mode) if len(scales) == 1 and abs(share - rate) < 0.12 else None)
+    if len(laws) != 1 or (law := laws.pop()) is None:
+        return None
+    return DropLaw(attribute, keeps, *law)
+
+
+def _factors(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module multiplied each sample of x by, (B,); NaN where it was not one number."""
+    out = module(x.clone())
+    if out.shape != x.shape:
+        raise TypeError("not made for this number of dimensions")
+    ratio = (out / x).flatten(1)  # (B, ...)
+    return torch.where((ratio - ratio[:, :1]).abs().amax(1) < 1e-5, ratio[:, 0], torch.nan)
+
+
 def foreign_rate(module: nn.Module | None) -> float:
-    """The rate of timm's or torchvision's module; 0 for an identity or nothing."""
-    return float(getattr(module, "drop_prob", getattr(module, "p", 0.0)) or 0.0)
+    """The rate of a drop-path module, timm's, torchvision's or another's; 0 for an identity or nothing.
+
+    Raises:
+        ValueError: It is not known what the module does.
+    """
+    if is_identity(module):
+        return 0.0
+    if isinstance(module, DropPath):
+        return module.drop_prob
+    assert module is not None
+    if (law := drop_law(module)) is None:
+        raise ValueError(f"{type(module).__name__} is not known to drop whole samples")
+    return law.rate(module)
+
+
+def bounded(rate: float) -> float:
+    """The next rate in [0, 1]: somebody's own module may hold any number."""
+    return min(max(rate, 0.0), 1.0) if rate == rate else 0.0
+
+
+def unknown_modules(model: nn.Module) -> dict[str, str]:
+    """What stands in places for stochastic depth and is neither known nor an identity: by name, what it is."""
+    unknown: dict[str, str] = {}
+    for owner in find_owners(model):
+        for key, child in owner.slots.items():
+            if child is not None and not isinstance(child, DropPath) and not is_identity(child) and not drop_law(child):
+                unknown[f"{owner.name}.{key}".lstrip(".")] = type(child).__name__
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if PLACE.fullmatch(key) and callable(value) and not isinstance(value, (nn.Module, type)):
+                unknown[f"{name}.{key}".lstrip(".")] = getattr(value, "__name__", type(value).__name__)
+    return unknown
 
 
 def graft(model: nn.Module) -> None:
-    """Puts a `GraftedDropPath` into every place for one. State-dict keys and evaluation stay as they are."""
+    """Puts a `GraftedDropPath` into every place for one. State-dict keys and evaluation stay as they are.
+
+    Raises:
+        ValueError: A module in such a place does something else than dropping whole samples.
+    """
+    if unknown := unknown_modules(model):
+        names = [f"{name} ({kind})" for name, kind in unknown.items()]
+        raise ValueError(
+            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}: named like stochastic depth, but "
+            "not known to drop whole samples at a rate that can be set; put layers.drop_path.DropPath or nn.Identity there"
+        )
     for owner in find_owners(model):
         if misplaced(owner):
             owner.module.drop_path = None  # type: ignore[assignment]
         for key, child in owner.slots.items():
-            if not isinstance(child, DropPath):
-                grafted = GraftedDropPath(foreign_rate(child))
-                owner.module.__dict__.pop(key, None)
-                grafted.train(owner.module.training)
-                setattr(owner.module, key, grafted)
-                if end := key.removeprefix("drop_path_") if branch_ends(owner.module) else "":
-                    owner.module.get_submodule(end).register_forward_hook(ApplyAfter(grafted))
+            if isinstance(child, DropPath):
+                continue
+            if child is None or is_identity(child):
+                grafted = GraftedDropPath()
+            else:
+                law = drop_law(child)
+                assert law is not None
+                grafted = GraftedDropPath(bounded(law.rate(child)), law.scale_by_keep, law.mode)
+            parent, _, attribute = key.rpartition(".")
+            holder = owner.module.get_submodule(parent)
+            holder.__dict__.pop(attribute, None)
+            grafted.train(child.training if child is not None else owner.module.training)
+            setattr(holder, attribute, grafted)
+            if end := key.removeprefix("drop_path_") if branch_ends(owner.module) else "":
+                owner.module.get_submodule(end).register_forward_hook(ApplyAfter(grafted))
 
 
 # ---- converting to skip ---------------------------------------------------------------------------------------------
@@ -366,33 +574,127 @@ class Conversion:
 
 
 def mark_applied(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Finds out by one forward pass which grafted modules are called at all."""
-    called: set[int] = set()
-    handles = [m.register_forward_pre_hook(lambda module, _: called.add(id(module))) for m in grafted(model)]
+    """Finds out by forward passes which grafted modules are called at all, and which dimension of theirs holds samples."""
+    shapes: dict[int, list[dict[int, list[torch.Size]]]] = {}
+
+    def look(training: bool) -> set[int]:
+        seen = [_given_shapes(model, input_size, images, training) for images in PROBE_BATCHES]
+        for key in seen[0].keys() & seen[1].keys():
+            shapes.setdefault(key, seen)
+        return set(shapes)
+
+    _look_in_training_first(look, {id(m) for m in grafted(model)})
+    for module in grafted(model):
+        module.applied = id(module) in shapes
+        if module.applied:
+            by_batch = [seen[id(module)] for seen in shapes[id(module)]]
+            module.batch_dim, module.parts = _sample_dimension(*by_batch)
+
+
+def _look_in_training_first(look: Callable[[bool], set[int]], wanted: set[int]) -> None:
+    """Calls `look(training=True)`, since drop path may be called only then, and `look(False)` for what that did not find.
+
+    Raises:
+        Exception: What the model raised, if it runs in neither mode.
+    """
+    found: set[int] | None = None
+    for training in (True, False):
+        try:
+            found = look(training)
+        except Exception:  # a detector, say, wants targets in training; the other mode may do
+            if not training and found is None:
+                raise
+        if found is not None and found >= wanted:
+            break
+
+
+def _given_shapes(
+    model: nn.Module, input_size: Sequence[int], images: int, training: bool
+) -> dict[int, list[torch.Size]]:
+    """By id of a grafted module, the shapes that it is given in one forward pass."""
+    shapes: dict[int, list[torch.Size]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        shapes.setdefault(id(module), []).extend(a.shape for a in args[:1] if isinstance(a, Tensor))
+
+    handles = [module.register_forward_pre_hook(note) for module in grafted(model)]
     try:
-        _probe(model, input_size)
+        _probe(model, input_size, images=images, training=training)
     finally:
         for handle in handles:
             handle.remove()
-    for module in grafted(model):
-        module.applied = id(module) in called
+    return shapes
 
 
-def _probe(model: nn.Module, input_size: Sequence[int]) -> None:
-    """One forward pass of three random images in eval mode; random states and training flags stay as they were."""
-    parameter = next(model.parameters())
-    training = [(m, m.training) for m in model.modules()]
-    model.eval()
+def _sample_dimension(more: Sequence[torch.Size], fewer: Sequence[torch.Size]) -> tuple[int | None, int]:
+    """The dimension that grows with the number of images in all calls (`None`: there is none), and its rows per image."""
+    a, b = PROBE_BATCHES
+    found = [
+        [(dim, x // a) for dim, (x, y) in enumerate(zip(large, small, strict=True)) if x * b == y * a]
+        for large, small in zip(more, fewer, strict=False)
+        if len(large) == len(small)
+    ]
+    dims = {grows[0][0] if grows else None for grows in found}
+    dim = dims.pop() if len(dims) == 1 else None
+    return dim, 1 if dim is None else max(grows[0][1] for grows in found)
+
+
+def _probe(model: nn.Module, input_size: Sequence[int], *, images: int = PROBE_BATCHES[0], training: bool) -> None:
+    """One forward pass of random images that leaves no trace; in training mode norms, dropout and drop path do not train."""
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    with undisturbed(model), torch.no_grad():
+        for module in model.modules():  # not model.train(), which people override
+            still = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, DropPath)
+            module.training = training and not isinstance(module, still)
+        model(torch.randn(images, *input_size, device=parameter.device, dtype=parameter.dtype))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Draws start at one seed inside; afterwards random states, training flags and buffers (statistics) are as before."""
+    numpy = sys.modules.get("numpy")  # only if somebody else draws from it
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [(m._buffers, key, buffer, buffer.detach().clone())
+               for m in model.modules() for key, buffer in m._buffers.items() if buffer is not None]  # fmt: skip
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=_cuda(parameter)):
-            model(torch.randn(3, *input_size, device=parameter.device, dtype=parameter.dtype))
+        with torch.random.fork_rng(devices=cuda):
+            # not torch.manual_seed, which would seed a CUDA device that is started later
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
+                generator.manual_seed(0)
+            random.seed(0)
+            if numpy:
+                numpy.random.seed(0)
+            yield
     finally:
-        for module, flag in training:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        for module, flag in flags:
             module.training = flag
+        for store, key, buffer, value in buffers:
+            store[key] = buffer
+            if not buffer.is_meta and not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
 
 
-def _cuda(tensor: Tensor) -> list[torch.device]:
-    return [tensor.device] if tensor.device.type == "cuda" else []
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products of float32 are computed in float32: neither TF32 nor bfloat16 nor autocast."""
+    backends: Any = torch.backends
+    units = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,
+                        backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]  # fmt: skip
+    lower = [(unit, unit.fp32_precision) for unit in units if unit.fp32_precision not in ("none", "ieee")]
+    try:
+        for unit, _ in lower:
+            unit.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for unit, precision in lower:
+            unit.fp32_precision = precision
 
 
 def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Conversion]:
@@ -408,15 +710,18 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Convers
         What was found, one entry per owner.
     """
     owners = [o for o in find_owners(model) if all(isinstance(s, GraftedDropPath) for s in o.slots.values())]
-    with torch.random.fork_rng(devices=_cuda(next(model.parameters()))):
-        torch.manual_seed(0)
-        calls = _watch(model, owners, input_size)
+    with undisturbed(model), full_precision(next(model.parameters()).device):
+        calls = _watch(model, [owner for owner in owners if not owner.beside], input_size)
         found: dict[Any, dict[str, Any]] = {}
         conversions = []
         for owner in owners:
-            conversion = Conversion(owner.name)
-            if owner.name not in calls:
+            conversion = Conversion(owner.beside or owner.name)
+            if owner.beside:
+                _install(owner, {"reason": "it stands beside its block, not in it"}, conversion)
+            elif owner.name not in calls:
                 _install(owner, {"reason": "not called in a forward pass"}, conversion)
+            elif dims := {slot.batch_dim for slot in owner.slots.values() if isinstance(slot, GraftedDropPath)} - {0}:
+                _install(owner, {"reason": f"samples lie in dimension {dims.pop()} there, behind tokens"}, conversion)
             else:
                 call = calls[owner.name]
                 key = (*_structure(owner.module), *call.shapes)
@@ -495,7 +800,20 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _watch(model: nn.Module, owners: list[Owner], input_size: Sequence[int]) -> dict[str, _Call]:
-    """Runs one forward pass on three random images and notes how owners and their parts are called."""
+    """Runs forward passes on random images and notes how owners and their parts are called: in training, if they are."""
+    calls: dict[str, _Call] = {}
+    numbers = {owner.name: i for i, owner in enumerate(owners)}
+
+    def look(training: bool) -> set[int]:
+        for name, call in _watch_once(model, owners, input_size, training).items():
+            calls.setdefault(name, call)
+        return {numbers[name] for name in calls}
+
+    _look_in_training_first(look, set(numbers.values()))
+    return calls
+
+
+def _watch_once(model: nn.Module, owners: list[Owner], input_size: Sequence[int], training: bool) -> dict[str, _Call]:
     calls: dict[str, _Call] = {}
     handles = []
 
@@ -504,19 +822,21 @@ def _watch(model: nn.Module, owners: list[Owner], input_size: Sequence[int]) -> 
             if owner.name in calls:
                 calls[owner.name].times += 1
             else:
-                calls[owner.name] = _Call(_clone(args), _clone(kwargs))
+                calls[owner.name] = _Call(_for_trials(args), _for_trials(kwargs))
 
         return hook
 
     def note_part(owner: Owner, part: str) -> Callable[..., None]:
+        holds_slots = any(slot.startswith(f"{part}.") for slot in owner.slots)
+
         def hook(_m: nn.Module, args: tuple[Any, ...]) -> None:
             call = calls.get(owner.name)
-            if call is None or call.times > 1:
+            if call is None or call.times > 1 or not args or not isinstance(args[0], Tensor) or not args[0].ndim:
                 return
             if part in owner.slots:
                 call.slots.setdefault(part, []).append(_slot_call(len(args[0]), call))
                 call.parts.clear()
-            elif args and isinstance(args[0], Tensor) and args[0].ndim:
+            elif not holds_slots:
                 call.parts.append((part, len(args[0])))
 
         return hook
@@ -527,7 +847,7 @@ def _watch(model: nn.Module, owners: list[Owner], input_size: Sequence[int]) -> 
             if part:
                 handles.append(module.register_forward_pre_hook(note_part(owner, part)))
     try:
-        _probe(model, input_size)
+        _probe(model, input_size, training=training)
     finally:
         for handle in handles:
             handle.remove()
@@ -581,12 +901,13 @@ def _try(owner: Owner, call: _Call) -> dict[str, Any]:
     failure = _disagreement(owner, call, None)
     if not failure:
         return {"block": True, "reason": "its branches cannot be skipped one by one"}
-    if complete and not _disagreement(owner, call, entries):
-        return {"entries": entries, "kinds": kinds}
-    entries = {slot: found for slot, found in entries.items() if len(found) == 1}
+    agreed: dict[str, list[_Entry]] = {}  # as many branches as agree together
+    for slot, found in entries.items():
+        if not _disagreement(owner, call, {**agreed, slot: found}):
+            agreed[slot] = found
     often = [f"{slot} is called {len(calls)} times" for slot, calls in call.slots.items() if len(calls) > 1]
     why = "; ".join([*often, f"neither branches nor block agree with masking: {failure}"])
-    return {"entries": entries, "kinds": kinds, "reason": why}
+    return {"entries": agreed, "kinds": kinds, "reason": why if len(agreed) < len(owner.slots) else ""}
 
 
 def _has_matrices(owner: Owner, first: _Entry, slot_call: _SlotCall) -> bool:
@@ -600,13 +921,15 @@ def _has_matrix(module: nn.Module, part: str) -> bool:
 
 
 def _disagreement(owner: Owner, call: _Call, entries: dict[str, list[_Entry]] | None) -> str:
-    """Runs a copy, skipping and masking with the same kept set; returns what differs, or an empty string.
+    """Runs a copy in float32, skipping and masking with the same kept set; returns what differs, or an empty string.
 
-    `entries` gives the first module of the branches to skip; `None` skips the block.
+    `entries` gives the first module of the branches to skip, while the others are masked; `None` skips the block.
     """
-    trial = copy.deepcopy(owner.module).train()
+    trial = _in_float32(copy.deepcopy(owner.module)).train()
+    own = [trial.get_submodule(slot) for slot in owner.slots]
     for module in trial.modules():
-        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+        still = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, DropPath)
+        if isinstance(module, still) and module not in own:
             module.eval()  # statistics and random streams of other batches are not what is compared
     with torch.no_grad():
         for parameter in trial.parameters():
@@ -616,13 +939,11 @@ def _disagreement(owner: Owner, call: _Call, entries: dict[str, list[_Entry]] | 
                 or max(parameter.shape) == parameter.numel()
             ):
                 parameter.uniform_(0.5, 1.5)  # a layer scale of 1e-6 would hide any error
-    tested = list(owner.slots) if entries is None else list(entries)
-    for slot in owner.slots:
-        module = trial.get_submodule(slot)
+    for slot, module in zip(owner.slots, own, strict=True):
         assert isinstance(module, GraftedDropPath)
         module.__class__ = _FixedDraw
-        module.mode, module.role = ("skip", "mask") if slot in tested else ("mask", "mask")
-        module.drop_prob = 0.5 if slot in tested else 0.0
+        module.mode, module.role = "skip" if entries is None or slot in entries else "mask", "mask"
+        module.drop_prob = 0.5
     try:
         expected = _run(trial, call)
     except Exception as error:  # somebody's code may raise anything
@@ -667,6 +988,34 @@ def _run(module: nn.Module, call: _Call) -> list[Tensor | None]:
     return [*(out.detach() for out in outs), *gradients]
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _in_float32(module: nn.Module) -> nn.Module:
+    """All half-precision tensors of a module as float32, in which skipping and masking differ by rounding alone."""
+    module._apply(lambda tensor: tensor.float() if tensor.dtype in HALF else tensor)
+    for part in module.modules():
+        for key, value in vars(part).items():
+            if isinstance(value, Tensor) and value.dtype in HALF:  # a mask or table that is no buffer
+                vars(part)[key] = value.float()
+    return module
+
+
+def _for_trials(value: Any) -> Any:
+    """Arguments copied, half precision as float32, and with random numbers where half precision overflowed."""
+    if isinstance(value, Tensor):
+        copied = value.detach().clone()
+        if not copied.is_floating_point():
+            return copied
+        copied = copied.float() if copied.dtype in HALF else copied
+        return torch.where(copied.isfinite(), copied, torch.randn_like(copied))
+    if isinstance(value, dict):
+        return {k: _for_trials(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_for_trials(v) for v in value)
+    return value
+
+
 def _has_gradient(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
@@ -685,7 +1034,7 @@ def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> Non
         for key, slot in slots.items():
             if key in entries:
                 _hook_branch(owner.module, entries[key], slot)
-                slot.kind = found["kinds"][key]
+                slot.kind, slot.reason = found["kinds"][key], ""
     conversion.roles = {key: slot.role for key, slot in slots.items()}
 
 

@@ -6,10 +6,11 @@ be compared at equal strength. Unlike timm's, a single block gets the full rate 
 """
 
 import math
+import numbers
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from layers.drop_path import check_drop_prob
+from layers.drop_path import as_number, check_drop_prob
 
 ProfileName = Literal["linear", "linear_from_first", "constant", "stagewise", "cosine"]
 Profile = ProfileName | Sequence[float]
@@ -30,11 +31,11 @@ def drop_path_rates(
     """One drop-path rate per block, in order.
 
     Args:
-        rate: In [0, 1]; what it measures is `rate_is`. With a list as profile it may be `None`.
+        rate: In [0, 1], of Python, NumPy or torch; what it measures is `rate_is`. With a list as profile it may be `None`.
         depths: Blocks per stage.
         profile: `linear` (rate * i / (L - 1)), `linear_from_first` (rate * l / L with l from 1, Huang et al. 2016,
             equation 4), `constant`, `stagewise` (one rate per stage, rising linearly from 0), `cosine` (half a cosine
-            from 0 to rate), or an explicit list of L rates.
+            from 0 to rate), or L rates: a list, or an array or tensor with one dimension.
         rate_is: `max` (the largest rate), `mean` (over blocks), or `expected_macs` (the share of the model's training
             compute that is dropped in expectation).
         block_macs: Compute of each block's branches, needed by `expected_macs`; any unit.
@@ -48,26 +49,21 @@ def drop_path_rates(
     """
     depths = _check_depths(depths)
     count = sum(depths)
-    if rate_is not in RATE_IS:
-        raise ValueError(f"rate_is must be one of {', '.join(RATE_IS)}, got {rate_is!r}")
+    rate, profile = check_request(rate, profile, rate_is)
     weights, total = _weights(rate_is, count, block_macs, total_macs)
 
-    if not isinstance(profile, (str, Sequence)):
-        raise ValueError(f"profile must be one of {', '.join(PROFILES)} or a list of rates, got {profile!r}")
     if not isinstance(profile, str):
-        rates = [check_drop_prob(r, f"drop-path rate {i} of the list") for i, r in enumerate(profile)]
+        rates = list(profile)
         if len(rates) != count:
             raise ValueError(f"the list of drop-path rates has {len(rates)} entries, the model {count} blocks")
         reached = _strength(rates, rate_is, weights, total)
-        if rate is not None and not math.isclose(check_drop_prob(rate, "rate"), reached, abs_tol=1e-6):
+        if rate is not None and not math.isclose(rate, reached, abs_tol=1e-6):
             raise ValueError(
-                f"rate {rate} contradicts the list of rates, whose {rate_is} is {reached:.6g}; leave one of them out"
+                f"rate {rate:.6g} contradicts the list of rates, whose {rate_is} is {reached:.6g}; leave one of them out"
             )
         return rates
 
-    if not isinstance(rate, (int, float)):
-        raise ValueError(f"rate must be a number in [0, 1], got {rate!r}; a list of rates is given as the profile")
-    rate = check_drop_prob(rate, "rate")
+    assert rate is not None
     shape = _shape(profile, depths)
     reached_at_1 = _strength(shape, rate_is, weights, total)
     if rate > reached_at_1 * (1 + 1e-12):
@@ -79,10 +75,39 @@ def drop_path_rates(
     return [peak * s for s in shape]
 
 
+def check_request(rate: float | None, profile: Profile, rate_is: str) -> tuple[float | None, Profile]:
+    """What can be said of a rate, a profile and a meaning without knowing the model: both as plain floats.
+
+    Raises:
+        ValueError: One of them cannot be met by any model, with the reason.
+    """
+    if rate_is not in RATE_IS:
+        raise ValueError(f"rate_is must be one of {', '.join(RATE_IS)}, got {rate_is!r}")
+    if not isinstance(profile, str):
+        values = as_list(profile)
+        if values is None:
+            raise ValueError(f"profile must be one of {', '.join(PROFILES)} or a list of rates, got {profile!r}")
+        rates = [check_drop_prob(r, f"drop-path rate {i} of the list") for i, r in enumerate(values)]
+        return None if rate is None else check_drop_prob(rate, "rate"), rates
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)} or a list of rates, got {profile!r}")
+    if as_number(rate) is None:
+        raise ValueError(f"rate must be a number in [0, 1], got {rate!r}; a list of rates is given as the profile")
+    return check_drop_prob(rate, "rate"), profile
+
+
+def as_list(values: Any) -> list[Any] | None:
+    """The entries of a list, a tuple, or an array or tensor with one dimension; else `None`."""
+    if getattr(values, "ndim", None) == 1:
+        return values.tolist()
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, (str, bytes)) else None
+
+
 def _check_depths(depths: Sequence[int]) -> list[int]:
-    if not depths or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in depths):
+    counts = as_list(depths)
+    if not counts or any(isinstance(d, bool) or not isinstance(d, numbers.Integral) or d < 1 for d in counts):
         raise ValueError(f"depths must be a list of block counts of at least 1, got {depths!r}")
-    return list(depths)
+    return [int(d) for d in counts]
 
 
 def _shape(profile: str, depths: list[int]) -> list[float]:
@@ -100,9 +125,8 @@ def _shape(profile: str, depths: list[int]) -> list[float]:
         stages = len(depths)
         per_stage = [s / (stages - 1) for s in range(stages)] if stages > 1 else [1.0]
         return [per_stage[s] for s, depth in enumerate(depths) for _ in range(depth)]
-    if profile == "cosine":
-        return [(1.0 - math.cos(math.pi * p)) / 2.0 for p in position]
-    raise ValueError(f"profile must be one of {', '.join(PROFILES)} or a list of rates, got {profile!r}")
+    assert profile == "cosine"
+    return [(1.0 - math.cos(math.pi * p)) / 2.0 for p in position]
 
 
 def _weights(

@@ -19,6 +19,7 @@ from layers.foreign import (
     GraftedDropPath,
     Owner,
     block_names,
+    bounded,
     class_attention_blocks,
     convert_to_skip,
     find_owners,
@@ -28,8 +29,9 @@ from layers.foreign import (
     is_foreign,
     mark_applied,
     misplaced,
+    unknown_modules,
 )
-from layers.rates import Profile, RateIs, drop_path_rates
+from layers.rates import Profile, RateIs, check_request, drop_path_rates
 from layers.schedule import DropPathSchedule
 
 NO_SHORTCUT = "no shortcut"
@@ -133,7 +135,7 @@ def set_drop_path(
 
     Args:
         model: Ours, or one of timm or torchvision, also inside DDP or torch.compile, built at any rate.
-        rate: In [0, 1]; what it measures is `rate_is`. `None` with a list as profile.
+        rate: In [0, 1], a number of Python, NumPy or torch; what it measures is `rate_is`. `None` with a list as profile.
         profile: How rates follow depth; see `drop_path_rates`.
         rate_is: `max`, `mean` or `expected_macs`.
         mode: `mask`, `skip` or `batch`; `None` leaves each module's own.
@@ -147,11 +149,44 @@ def set_drop_path(
         The blocks, their rates and the schedule, set to step 0.
 
     Raises:
-        ValueError: A setting is wrong or cannot be reached, or the model has no block to set. No rate is changed then.
+        ValueError: A setting is wrong or cannot be reached, the model has no block to set, or a module where stochastic
+            depth is expected does something else. The model is as it was then.
     """
-    inner = unwrap(model)
+    rate, profile = check_request(rate, profile, rate_is)
     if mode is not None and mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if schedule is not None and not callable(schedule):
+        raise ValueError(f"schedule must be a DropPathSchedule, got {schedule!r}")
+    with _restored_on_error(unwrap(model)):
+        blocks = _prepare(model, input_size)
+        macs, total = None, None
+        if rate_is == "expected_macs":
+            counted = count_macs(model, input_size)
+            macs, total = [counted.block(b) for b in blocks], counted.total
+        rates = drop_path_rates(rate, stage_depths(model, blocks), profile, rate_is, block_macs=macs, total_macs=total)
+        if any((mode or m.mode) != "mask" and not m.tried for m in grafted(unwrap(model))):
+            _try_out(convert_to_skip, unwrap(model), input_size)
+        thresholds = _break_even_by_kind(blocks, break_even)
+        for block, block_rate in zip(blocks, rates, strict=True):
+            for module in block.drop_paths.values():
+                if mode is not None:
+                    module.mode = mode
+                module.break_even = thresholds.get(module.kind, BREAK_EVEN.get(module.kind, 0.0))
+                module.drop_prob = block_rate
+                module.multiplier = 1.0
+                module.reset_counts()
+        result = StochasticDepth(blocks, rates, schedule or DropPathSchedule(), _foreign_notes(unwrap(model), blocks))
+        result.set_step(0)
+    return result
+
+
+def _prepare(model: nn.Module, input_size: Sequence[int] | None) -> list[Block]:
+    """The blocks of a model, after replacing what is not ours; refuses places where nothing can be dropped.
+
+    Raises:
+        ValueError: There is no block to set, or one that is given something else than samples.
+    """
+    inner = unwrap(model)
     if is_foreign(inner):
         graft(inner)
         _try_out(mark_applied, inner, input_size)
@@ -161,25 +196,36 @@ def set_drop_path(
             f"{type(inner).__name__} has places for stochastic depth only in blocks without a shortcut "
             f"({blocks[0].name}{', ...' * (len(blocks) > 1)}), where nothing can be dropped"
         )
-    macs, total = None, None
-    if rate_is == "expected_macs":
-        counted = count_macs(model, input_size)
-        macs, total = [counted.block(b) for b in blocks], counted.total
-    rates = drop_path_rates(rate, stage_depths(model, blocks), profile, rate_is, block_macs=macs, total_macs=total)
-    if any((mode or m.mode) != "mask" and not m.tried for m in grafted(inner)):
-        _try_out(convert_to_skip, inner, input_size)
-    thresholds = _break_even_by_kind(blocks, break_even)
-    for block, block_rate in zip(blocks, rates, strict=True):
-        for module in block.drop_paths.values():
-            if mode is not None:
-                module.mode = mode
-            module.break_even = thresholds.get(module.kind, BREAK_EVEN.get(module.kind, 0.0))
-            module.drop_prob = block_rate
-            module.multiplier = 1.0
-            module.reset_counts()
-    result = StochasticDepth(blocks, rates, schedule or DropPathSchedule(), _foreign_notes(inner, blocks))
-    result.set_step(0)
-    return result
+    for block in blocks:
+        for key, module in block.drop_paths.items():
+            if isinstance(module, GraftedDropPath) and module.applied and module.batch_dim is None:
+                raise ValueError(
+                    f"{block.name}.{key}: no dimension of what it is given grows with the number of images, so that "
+                    "there are no samples to drop; put nn.Identity under another name there"
+                )
+    return blocks
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Puts back modules, hooks and settings of a model if anything goes wrong inside."""
+    before = [(module, dict(vars(module)), {k: v.copy() for k, v in vars(module).items() if isinstance(v, dict)})
+              for module in model.modules()]  # fmt: skip
+    # rates and counts of drop-path modules are tensors that are changed in place
+    tensors = [(v, v.clone()) for module, attributes, _ in before if isinstance(module, DropPath)
+               for v in attributes.values() if isinstance(v, Tensor)]  # fmt: skip
+    try:
+        yield
+    except BaseException:
+        for module, attributes, dicts in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, content in dicts.items():
+                attributes[key].clear()
+                attributes[key].update(content)
+        for tensor, value in tensors:
+            tensor.copy_(value)
+        raise
 
 
 def _try_out(probe: Callable[[nn.Module, Sequence[int]], object], model: nn.Module, size: Sequence[int] | None) -> None:
@@ -218,6 +264,12 @@ def _foreign_notes(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
     lines = [f"{count} drop-path modules: {what}" for what, count in notes.items()]
     if untouched := class_attention_blocks(model):
         lines.append(f"{untouched} class-attention blocks: left alone, as their authors do")
+    parts = [m.parts for block in blocks for m in block.drop_paths.values()
+             if isinstance(m, GraftedDropPath) and m.applied and m.parts > 1]  # fmt: skip
+    if parts:
+        lines.append(
+            f"{len(parts)} drop-path modules: draw for each of {max(parts)} parts of an image, as their blocks do"
+        )
     return lines
 
 
@@ -313,7 +365,7 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
             for slot in slots:
                 branches[id(slot)] = branches.get(id(slot), 0.0) + share
 
-        if not slots:
+        if not slots or owner.beside:  # whose compute is another module's
             return []
         before = owner.module.register_forward_pre_hook(lambda *_: started.append(counter.get_total_flops()))
         return [before, owner.module.register_forward_hook(finish)]
@@ -441,7 +493,10 @@ def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = Non
 
 def _foreign_blocks(model: nn.Module) -> tuple[list[Block], list[str]]:
     """What a model's own drop-path modules say, as blocks of modules of ours that are not in the model."""
-    owners, problems = find_owners(model), []
+    owners, unknown = find_owners(model), unknown_modules(model)
+    problems = [
+        f"{name}: {kind} is not known to drop whole samples; set_drop_path refuses it" for name, kind in unknown.items()
+    ]
     blocks: dict[str, Block] = {}
     for owner, name in zip(owners, block_names(owners), strict=True):
         block = blocks.setdefault(name, Block(name, {}))
@@ -449,10 +504,12 @@ def _foreign_blocks(model: nn.Module) -> tuple[list[Block], list[str]]:
             kind = type(owner.module).__name__
             problems.append(f"{owner.name}: {kind} drops its input, not its branch; set_drop_path mends that")
         for key, child in owner.slots.items():
+            if f"{owner.name}.{key}".lstrip(".") in unknown:
+                continue
             rate = foreign_rate(child)
             if not 0.0 <= rate <= 1.0:
                 problems.append(f"{owner.name}.{key}: rate {rate} is outside [0, 1]")
-            block.drop_paths[f"{owner.name}.{key}"] = DropPath(min(max(rate, 0.0), 1.0) if rate == rate else 0.0)
+            block.drop_paths[f"{owner.name}.{key}"] = DropPath(bounded(rate))
     return list(blocks.values()), problems
 
 

@@ -67,7 +67,7 @@ def create_model(
     if overrides:
         config = override_config(config, overrides, source=f"model {name}")
     try:
-        model = MetaFormer(config, drop_path_rate or 0.0, drop_path_mode)
+        model = MetaFormer(config, 0.0 if drop_path_rate is None else drop_path_rate, drop_path_mode)
     except ValueError as error:
         raise ConfigError(f"model {name}: {error}") from None
     if class_names is not None:

@@ -2,27 +2,33 @@
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 import copy
+import math
 import pickle
+import random
 import warnings
 from collections.abc import Callable
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth, stochastic_depth
 
 from benchmark import masking_twin, randomise_scales
-from layers.drop_path import DropPath
+from layers.drop_path import DropPath, Mode
 from layers.foreign import (
     GraftedDropPath,
     block_names,
     convert_to_skip,
     find_owners,
     foreign_rate,
+    full_precision,
     graft,
     grafted,
 )
@@ -630,3 +636,548 @@ def test_structures_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     conversions = convert_to_skip(model, size_of("vit_tiny_patch16_224"))
     assert calls == ["blocks.0"] and len(conversions) == 3
     assert len(find_blocks(model)) == 3
+
+
+# ---- modules of other libraries -------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """x + drop_path(mlp(x)) with somebody's module, under somebody's name."""
+
+    def __init__(self, drop: nn.Module | None, attribute: str = "drop_path") -> None:
+        super().__init__()
+        self.mlp = nn.Linear(8, 8)
+        self.attribute = attribute
+        setattr(self, attribute, drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + getattr(self, self.attribute)(self.mlp(x))
+
+
+class Net(nn.Module):
+    """Blocks on (B, 8)."""
+
+    size = (3, 8, 8)
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 8, 8, 8), nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(self.stem(x).flatten(2))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(B, C, L) -> what blocks work on."""
+        return x.mean(2)
+
+
+def copied_drop_path(x: Tensor, drop_prob: float, training: bool) -> Tensor:
+    """The function that transformers and others carry along."""
+    if drop_prob == 0.0 or not training:
+        return x
+    keep_prob = 1 - drop_prob
+    random_tensor = keep_prob + torch.rand((x.shape[0], *(1,) * (x.ndim - 1)), dtype=x.dtype, device=x.device)
+    return x.div(keep_prob) * random_tensor.floor_()
+
+
+class Dinov2DropPath(nn.Module):
+    """As in transformers, where every model has one of its own."""
+
+    def __init__(self, drop_prob: float | None = None) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return copied_drop_path(hidden_states, self.drop_prob or 0.0, self.training)
+
+
+class ConvNextDropPath(Dinov2DropPath):
+    pass
+
+
+class Branchless(timm.layers.DropPath):
+    """A subclass whose name says nothing."""
+
+
+class TokenDropPath(nn.Module):
+    """Made for (B, L, C) only; calls its rate `drop_rate`."""
+
+    def __init__(self, drop_rate: float) -> None:
+        super().__init__()
+        self.eps, self.drop_rate = 1e-6, drop_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        batch, _, _ = x.shape
+        keep = torch.rand(batch, 1, 1, device=x.device) >= self.drop_rate
+        return x * keep / (1 - self.drop_rate)
+
+
+class Survival(nn.Module):
+    """Holds the chance of keeping, in a buffer."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.p: Tensor
+        self.register_buffer("p", torch.tensor(1 - drop_prob))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.rand(len(x), *(1,) * (x.ndim - 1)) < self.p
+        return x * kept / self.p if self.training else x
+
+
+class ByDropout(nn.Module):
+    """Has torch's dropout make the mask."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(drop_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.dropout(torch.ones(len(x), *(1,) * (x.ndim - 1)))
+
+
+class WholeBatch(nn.Module):
+    """Drops all samples or none, by Python's generator, and scales nothing."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0 if self.training and random.random() < self.prob else x
+
+
+KNOWN: dict[str, tuple[Callable[[float], nn.Module], str, bool, str]] = {
+    # name: module at a rate, the attribute it stands under, scale_by_keep, mode
+    "timm": (timm.layers.DropPath, "drop_path", True, "mask"),
+    "timm unscaled": (lambda p: timm.layers.DropPath(p, scale_by_keep=False), "drop_path", False, "mask"),
+    "torchvision row": (lambda p: StochasticDepth(p, "row"), "stochastic_depth", True, "mask"),
+    "torchvision batch": (lambda p: StochasticDepth(p, "batch"), "sd", True, "batch"),
+    "subclass": (Branchless, "anything", True, "mask"),
+    "transformers": (Dinov2DropPath, "drop_path1", True, "mask"),
+    "subclass in transformers": (ConvNextDropPath, "dropout_layer", True, "mask"),
+    "tokens": (TokenDropPath, "droppath", True, "mask"),
+    "chance of keeping": (Survival, "drop_path_mlp", True, "mask"),
+    "by dropout": (ByDropout, "drop_path", True, "mask"),
+    "whole batch": (WholeBatch, "path_drop", False, "batch"),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_module_of_another_library_is_known_by_what_it_does(name: str) -> None:
+    build_module, attribute, scale_by_keep, mode = KNOWN[name]
+    for rate in (0.0, 0.3, 1.0):
+        assert foreign_rate(build_module(rate)) == pytest.approx(rate)
+    model = Net(*(Residual(build_module(rate), attribute) for rate in (0.0, 0.3, 0.6)))
+    if name == "tokens":
+        model.tokens = lambda x: x.transpose(1, 2)  # (B, L, C)
+    assert [b.nominal_rate for b in drop_path_report(model, input_size=Net.size).blocks] == pytest.approx([0, 0.3, 0.6])
+    result = set_drop_path(model, 0.4, profile="constant", input_size=Net.size)
+    assert [b.name for b in result.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+    modules = [block.get_submodule(attribute) for block in model.blocks]
+    assert all(isinstance(m, GraftedDropPath) and m.drop_prob == 0.4 for m in modules)
+    assert all((m.scale_by_keep, m.mode) == (scale_by_keep, mode) for m in modules), "no mode leaves each module's own"
+
+
+@pytest.mark.parametrize("name", ["timm", "timm unscaled", "torchvision batch", "chance of keeping", "whole batch"])
+@pytest.mark.parametrize("mode", [None, "skip"])
+def test_a_replaced_module_multiplies_kept_samples_as_before(name: str, mode: Mode | None) -> None:
+    build_module, attribute, scaled, own_mode = KNOWN[name]
+    model = Net(Residual(build_module(0.5), attribute)).train()
+    set_drop_path(model, 0.5, mode=mode, input_size=Net.size)
+    block, x = model.blocks[0], torch.randn(64, 8)
+    branch = block.eval().mlp(x)  # in training a hook of the block selects what it is given
+    block.train()
+    outcomes = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        factors = ((block(x) - x) / branch).mean(1).round(decimals=3)
+        assert set(factors.tolist()) <= {0.0, 2.0 if scaled else 1.0}
+        outcomes.add(len(factors.unique()))
+    assert outcomes == ({1} if (mode or own_mode) == "batch" else {2})
+
+
+class Tokens(nn.Module):
+    """Drops tokens, not samples."""
+
+    def __init__(self, *, name: str = "tokens") -> None:
+        super().__init__()
+        self.p, self.name = 0.25, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x * 2 if self.name == "not quiet in evaluation" else x
+        keep = {
+            "tokens": (*x.shape[:-1], 1),
+            "channels": (1,) * (x.ndim - 1) + x.shape[-1:],
+            "elements": x.shape,
+        }.get(self.name, (len(x), *(1,) * (x.ndim - 1)))
+        out = x * (torch.rand(keep) >= self.p) / (1 - self.p)
+        return out + 0.1 * torch.rand(()) if self.name == "noise" else out
+
+
+class NoRate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return copied_drop_path(x, 0.1, self.training)
+
+
+UNKNOWN: dict[str, Callable[[], object]] = {
+    "Dropout": lambda: nn.Dropout(0.1),
+    "Linear": lambda: nn.Linear(8, 8),
+    "ReLU": nn.ReLU,
+    "NoRate": NoRate,
+    "<lambda>": lambda: lambda x: x,
+    "partial": lambda: partial(stochastic_depth, p=0.1, mode="row"),
+}
+
+
+@pytest.mark.parametrize("kind", [*UNKNOWN, "tokens", "channels", "elements", "noise", "not quiet in evaluation"])
+@pytest.mark.parametrize("attribute", ["drop_path", "drop_path2", "stochastic_depth"])
+def test_what_is_called_drop_path_and_does_something_else_is_refused_by_name(kind: str, attribute: str) -> None:
+    wrong = UNKNOWN[kind]() if kind in UNKNOWN else Tokens(name=kind)
+    model = Net(Residual(nn.Identity()), Residual(timm.layers.DropPath(0.2)), Residual(wrong, attribute))
+    before = traces(model)
+    name = kind if kind in UNKNOWN else "Tokens"
+    with pytest.raises(
+        ValueError, match=rf"^blocks\.2\.{attribute} \({name}\): .*put layers.drop_path.DropPath or nn"
+    ) as e:
+        set_drop_path(model, 0.3, input_size=Net.size)
+    assert len(str(e.value).splitlines()) == 1
+    assert traces(model) == before
+    report = drop_path_report(model, input_size=Net.size)
+    assert [b.name for b in report.blocks][:2] == ["blocks.0", "blocks.1"]
+    assert (
+        f"blocks.2.{attribute}: {name} is not known to drop whole samples; set_drop_path refuses it" in report.warnings
+    )
+
+
+@pytest.mark.parametrize("build_module", [NoRate, lambda: Tokens(name="tokens")])
+def test_a_class_called_drop_path_is_refused_under_any_name(build_module: Callable[[], nn.Module]) -> None:
+    module = build_module()
+    module.__class__ = type("MyDropPath2d", (type(module),), {})
+    with pytest.raises(ValueError, match=r"blocks\.0\.gate \(MyDropPath2d\)"):
+        set_drop_path(Net(Residual(module, "gate")), 0.3, input_size=Net.size)
+
+
+def test_an_empty_sequence_is_an_identity() -> None:
+    model = Net(Residual(nn.Sequential()), Residual(timm.layers.DropPath(0.1)))
+    assert set_drop_path(model, 0.3, profile="constant", input_size=Net.size).rates == [0.3, 0.3]
+
+
+def test_a_rate_outside_its_range_is_mended() -> None:
+    for rate in (1.5, -0.5, math.nan):
+        model = Net(Residual(timm.layers.DropPath(rate)))
+        assert any("outside [0, 1]" in w for w in drop_path_report(model, input_size=Net.size).warnings)
+        assert set_drop_path(model, 0.3, input_size=Net.size).rates == [0.3]
+
+
+class Listed(nn.Module):
+    """Two branches whose drop-path modules stand in a list, one of them at rate 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.drop_paths = nn.ModuleList([nn.Identity(), timm.layers.DropPath(0.2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_paths[0](self.fc1(x))
+        return x + self.drop_paths[1](self.fc2(x))
+
+
+class Beside(Net):
+    """A model with one list of blocks and one of drop-path modules."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(*(nn.Linear(8, 8) for _ in range(count)))
+        self.drop_paths = nn.ModuleList(nn.Identity() if not i else timm.layers.DropPath(0.1) for i in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(self.stem(x).flatten(2))
+        for block, drop_path in zip(self.blocks, self.drop_paths, strict=True):
+            x = x + drop_path(block(x))
+        return x
+
+
+def test_lists_of_drop_path_modules() -> None:
+    model = Net(Listed(), Listed())
+    result = set_drop_path(model, 0.4, mode="skip", input_size=Net.size)
+    assert [list(b.drop_paths) for b in result.blocks] == [["drop_paths.0", "drop_paths.1"]] * 2
+    assert result.rates == [0.0, 0.4] and result.notes == ["4 drop-path modules: skips per branch"]
+    model = Beside(3)
+    result = set_drop_path(model, 0.4, mode="skip", input_size=Net.size)
+    assert [b.name for b in result.blocks] == ["drop_paths.0", "drop_paths.1", "drop_paths.2"]
+    assert result.rates == pytest.approx([0.0, 0.2, 0.4])
+    assert result.notes == ["3 drop-path modules: masks, since it stands beside its block, not in it"]
+    model.train()(torch.randn(5, *Net.size))
+    assert not drop_path_report(model, input_size=Net.size).warnings
+
+
+# ---- what a probe sees, and leaves ----------------------------------------------------------------------------------
+
+
+class TrainOnly(Residual):
+    """Calls drop path only in training, behind a norm that counts."""
+
+    def __init__(self) -> None:
+        super().__init__(timm.layers.DropPath(0.5))
+        self.norm, self.dropout = nn.BatchNorm1d(8), nn.Dropout(0.1)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.dropout(self.mlp(self.norm(x)))
+        if not self.training:
+            return x + branch
+        self.passes += 1 + 0 * random.random() + 0 * np.random.rand()
+        return x + self.drop_path(branch)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_that_drop_in_training_only(training: bool) -> None:
+    model = Net(*(TrainOnly() for _ in range(3))).train(training)
+    model.blocks[1].norm.eval()  # as a part frozen for fine-tuning
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = {name: m.training for name, m in model.named_modules()}
+    draws = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    result = set_drop_path(model, 0.3, mode="skip", input_size=Net.size)
+    assert result.notes == ["3 drop-path modules: skips per branch"] and result.rates == pytest.approx([0, 0.15, 0.3])
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()), "statistics are left alone"
+    assert flags == {name: m.training for name, m in model.named_modules()}
+    assert torch.equal(torch.get_rng_state(), draws[0]) and random.getstate() == draws[1]
+    assert np.random.get_state()[1].tolist() == draws[2]
+    assert all(m.samples_seen == 0 for m in grafted(model))
+
+
+class WantsTargets(Net):
+    """Runs in evaluation only, unless it is given targets."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        assert targets is not None or not self.training, "targets are needed in training"
+        return super().forward(x)
+
+
+class TrainsOnly(Net):
+    """Runs in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.training
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [WantsTargets, TrainsOnly])
+def test_models_that_run_in_one_mode_only(kind: type[Net]) -> None:
+    model = kind(Residual(timm.layers.DropPath(0.5)), Residual(nn.Identity()))
+    assert set_drop_path(model, 0.3, mode="skip", input_size=Net.size).notes == [
+        "2 drop-path modules: skips per branch"
+    ]
+
+
+class TokensFirst(Net):
+    """Blocks on (L, B, C)."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return x.permute(2, 0, 1)
+
+
+class Windowed(Net):
+    """Blocks on (B * L, C)."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize("mode", ["mask", "skip", "batch"])
+@pytest.mark.parametrize(
+    "size", [(3, 8, 8), (3, 8, 16), (3, 8, 24), (3, 32, 32)], ids=lambda s: f"{s[1] * s[2] // 64} tokens"
+)
+def test_tokens_first_drops_samples_and_no_tokens(mode: Mode, size: tuple[int, int, int]) -> None:
+    model = TokensFirst(Residual(timm.layers.DropPath(0.5)), Residual(nn.Identity())).train()
+    result = set_drop_path(model, 0.5, profile="constant", mode=mode, input_size=size)
+    if mode == "skip":
+        assert result.notes == ["2 drop-path modules: masks, since samples lie in dimension 1 there, behind tokens"]
+    block, tokens = model.blocks[0], size[1] * size[2] // 64
+    for batch in (1, 2, 3, 6, 16):  # as many as tokens, too
+        block.drop_path.reset_counts()
+        x = torch.randn(tokens, batch, 8)
+        dropped = (block(x) == x).all(2)  # (L, B)
+        assert torch.equal(dropped.all(0), dropped.any(0)), "all tokens of a sample, or none"
+        assert block.drop_path.samples_seen == batch and block.drop_path.samples_dropped == int(dropped[0].sum())
+    model(torch.randn(4, *size)).sum().backward()
+    assert not drop_path_report(model, input_size=size).warnings
+
+
+def test_parts_of_samples_are_said() -> None:
+    model = Windowed(Residual(timm.layers.DropPath(0.5)), Residual(nn.Identity()))
+    result = set_drop_path(model, 0.5, mode="skip", input_size=(3, 32, 32))
+    assert result.notes == [
+        "2 drop-path modules: skips per branch",
+        "2 drop-path modules: draw for each of 16 parts of an image, as their blocks do",
+    ]
+
+
+class Unbatched(Residual):
+    """Drops a part of what all samples share."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(x.new_ones(4, 8))).sum(0)
+
+
+def test_drop_path_of_what_is_no_sample_is_refused() -> None:
+    model = Net(Residual(timm.layers.DropPath(0.5)), Unbatched(timm.layers.DropPath(0.5)))
+    before = traces(model)
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.drop_path: no dimension of what it is given grows with the number"
+    ):
+        set_drop_path(model, 0.5, input_size=Net.size)
+    assert traces(model) == before
+
+
+# ---- nothing is changed unless all is right -------------------------------------------------------------------------
+
+
+def traces(model: nn.Module) -> list[object]:
+    """All that an unfinished conversion could leave: modules, hooks, attributes, settings."""
+    found: list[object] = []
+    for name, module in model.named_modules():
+        hooks = [len(module._forward_hooks), len(module._forward_pre_hooks), len(module._forward_pre_hooks_with_kwargs)]
+        settings = (
+            (module.drop_prob, module.rate, module.mode, module.samples_seen) if isinstance(module, DropPath) else ()
+        )
+        found.append((name, id(module), module.training, sorted(vars(module)), list(module._modules), hooks, settings))
+    return found
+
+
+WRONG: list[tuple[object, dict, str]] = [
+    (1.7, {}, r"rate must be a number in \[0, 1\], got 1.7"),
+    (None, {"profile": [0.1, 0.2]}, "has 2 entries, the model 3 blocks"),
+    (0.8, {"rate_is": "mean"}, "cannot reach mean 0.8"),
+    (0.99, {"rate_is": "expected_macs"}, "cannot reach expected_macs 0.99"),
+    (0.3, {"rate_is": "median"}, "rate_is must be one of"),
+    (0.3, {"break_even": {"sep_conv": 0.1}}, "no branch of kind 'sep_conv'"),
+    (0.3, {"break_even": 2.0}, "break_even must be a number"),
+    (0.3, {"mode": "skp"}, "mode must be one of"),
+    (0.3, {"schedule": "early"}, "schedule must be a DropPathSchedule, got 'early'"),
+    (0.3, {"schedule": lambda step: 3.0}, r"multiplier must be a number in \[0, 1\], got 3.0"),
+    (0.3, {"input_size": (1, 8, 8)}, r"forward pass on images of \(1, 8, 8\) failed"),
+]
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize(("rate", "settings", "message"), WRONG, ids=[message[:30] for *_, message in WRONG])
+def test_what_is_refused_changes_nothing(rate: float, settings: dict, message: str, converted: bool) -> None:
+    name = "vit_tiny_patch16_224"
+    model = build(name, drop_path_rate=0.2).train()
+    if converted:
+        if "input_size" in settings:
+            pytest.skip("needs no forward pass any more")
+        set_drop_path(model, 0.5, mode="batch", input_size=size_of(name)).set_step(1)
+        model(torch.randn(2, *size_of(name)))
+    before = traces(model)
+    with pytest.raises(ValueError, match=message):
+        set_drop_path(model, rate, **{"mode": "skip", "input_size": size_of(name), **settings})
+    assert traces(model) == before
+
+
+def test_an_interruption_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import layers.foreign as foreign
+
+    model = build("resnet18", drop_path_rate=0.2)
+    before = traces(model)
+    installed: list[object] = []
+
+    def interrupted(*args: object) -> None:
+        if installed:
+            raise KeyboardInterrupt
+        installed.append(original(*args))
+
+    original = foreign._install
+    monkeypatch.setattr(foreign, "_install", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        set_drop_path(model, 0.3, mode="skip", input_size=SIZE)
+    assert installed and traces(model) == before
+
+
+# ---- the proof ------------------------------------------------------------------------------------------------------
+
+
+class Entangled(nn.Module):
+    """Branches that can be skipped one by one but not together, in a block that cannot be skipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.drop_path1, self.drop_path2 = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.fc1(x)
+        short = len(first) < len(x)
+        out = x + x.mean(0) + self.drop_path1(first)
+        second = self.fc2(x)
+        return out + self.drop_path2(second * 2 if short and len(second) < len(x) else second)
+
+
+def test_what_agrees_alone_but_not_together_is_not_installed_together() -> None:
+    model = Stack(Entangled(), Entangled()).train()
+    result = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 4, 4))
+    assert result.notes == [
+        "2 drop-path modules: skips per branch",
+        "2 drop-path modules: masks, since neither branches nor block agree with masking: outputs or gradients differ",
+    ]
+    masked, images = masking_twin(model), torch.randn(6, 3, 4, 4)
+    for seed in range(4):
+        for a, b in zip(
+            output_and_gradients(model, images, seed), output_and_gradients(masked, images, seed), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "name", ["caformer_s18", "deit3_small_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"]
+)
+def test_other_dtypes_skip_as_float32(name: str, dtype: torch.dtype) -> None:
+    model = build(name).to(dtype)
+    result = set_drop_path(model, 0.6, profile="constant", mode="skip", input_size=size_of(name))
+    assert result.notes == [f"{len(list(grafted(model)))} drop-path modules: skips per branch"]
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    images = torch.randn(3, *size_of(name), dtype=dtype)
+    assert model.train()(images).dtype == dtype
+
+
+class Overflowing(Residual):
+    """Leaves a shortcut behind that float16 does not hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1e6
+
+
+def test_activations_that_overflow_are_no_proof_against_skipping() -> None:
+    model = Net(Overflowing(nn.Identity()), Residual(nn.Identity())).half()
+    assert not model.eval()(torch.randn(2, *Net.size).half()).isfinite().any()
+    result = set_drop_path(model, 0.5, mode="skip", input_size=Net.size)
+    assert result.notes == ["2 drop-path modules: skips per branch"]
+
+
+def test_a_proof_is_run_in_full_precision() -> None:
+    backends: Any = torch.backends
+    units = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul]
+    own = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        before = [unit.fp32_precision for unit in units]
+        with torch.autocast("cpu", torch.bfloat16):
+            with full_precision(torch.device("cpu")):
+                assert {unit.fp32_precision for unit in units} <= {"ieee", "none"}
+                assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+            model = build("deit3_small_patch16_224")
+            result = set_drop_path(model, 0.5, mode="skip", input_size=size_of("deit3_small_patch16_224"))
+        assert result.notes == ["6 drop-path modules: skips per branch"]
+        assert [unit.fp32_precision for unit in units] == before
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(own)
