@@ -28,7 +28,7 @@ from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
 
 from layers.drop_path import BREAK_EVEN, DropPath
-from layers.foreign import GraftedDropPath, find_owners, foreign_rate, grafted, misplaced
+from layers.foreign import GraftedDropPath, Parts, find_owners, foreign_rate, grafted, misplaced
 from layers.rates import drop_path_rates
 from layers.stochastic_depth import drop_path_report, find_blocks, set_drop_path
 from models.config import MetaFormerConfig, PatchConfig
@@ -69,7 +69,7 @@ class FlooredDropPath(DropPath):
             return shortcut + branch(x)
         batch = len(x)
         count = max(int(batch * (1.0 - self.drop_prob)), 1)
-        self._count(batch, torch.tensor(count))
+        self._count(batch, torch.tensor(count), count)
         kept = torch.randperm(batch, device=x.device)[:count]
         return torch.index_add(shortcut, 0, kept, branch(x[kept]).to(shortcut.dtype), alpha=batch / count)
 
@@ -377,8 +377,8 @@ def _compare_rates(model: nn.Module, name: str, rate: float) -> str:
 class MaskingDraw(GraftedDropPath):
     """Applies the draw of a skipped branch or block as a mask: the same samples, everything computed."""
 
-    def select(self, x: Tensor, groups: int = 1) -> None:
-        super().select(x, groups)
+    def select(self, x: Tensor, parts: Parts, groups: int = 1) -> None:
+        super().select(x, parts, groups)
         if self._draw is not None:
             self._draw = self._draw.as_mask()
 

@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from layers.branches import batch_norms, held_modules, left_alone, samples_to_compute, takes_batch_statistics
+
 Mode = Literal["mask", "skip", "batch"]
 MODES: tuple[str, ...] = get_args(Mode)
 
@@ -101,12 +103,15 @@ class DropPath(nn.Module):
     - `batch`: one draw decides for the whole batch (Huang et al. 2016).
 
     In `skip` and `batch` a branch with nothing to do runs on an empty slice, so every parameter still gets a (zero)
-    gradient, which plain DistributedDataParallel needs. Branches must not mix samples; a batch norm inside one sees
-    the kept samples only, which is warned about once, and fewer than two kept samples are masked there.
+    gradient, which plain DistributedDataParallel needs. Branches must not mix samples. A batch norm inside one is looked
+    for (`layers.branches`): in mode `skip` it sees the kept samples only, which is warned about once, and a single kept
+    sample is masked there, as it is where the branch cannot be looked into. With no sample kept it is left as it is,
+    statistics included.
 
     Under torch.compile what runs does not depend on rates: mode `skip` masks kinds with a break-even of `MASKED_COMPILED`
-    and more, branches with a batch norm, and branches with convolutions that inductor compiles for a known number of
-    samples only (all but `layers.token_mixers.DepthwiseConv`). Draws and results are those of eager code.
+    and more, and `skip` and `batch` mask branches with a batch norm (which then sees every batch), branches with
+    convolutions that inductor compiles for a known number of samples only (all but `layers.token_mixers.DepthwiseConv`),
+    and callables that are neither modules nor methods of one. Draws and results are those of eager code.
 
     In training a draw is made at every rate, 0 included: the random stream does not depend on the rates. Counts are
     drawn on the CPU and indices on x's device, both from torch's default generators, so nothing waits for the GPU.
@@ -139,13 +144,13 @@ class DropPath(nn.Module):
         # Sample counts for the report. Tensors for the same reason; `_kept` sits where the mask is drawn.
         self._seen = torch.zeros((), dtype=torch.int64, device="cpu")
         self._kept = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._computed = torch.zeros((), dtype=torch.int64, device="cpu")
         self._multiplier = 1.0
         self._drop_prob = check_drop_prob(drop_prob)
         self.kind = kind
         self._break_even = BREAK_EVEN.get(kind, 0.0)
-        # What the branch holds, found at the first call that skips.
-        self._has_batch_norm: bool | None = None
-        self._has_fixed_conv = False
+        self._looked_into = 0  # id of the code that was last looked into
+        self._warned = False
         self.mode = mode
         self._refresh()
 
@@ -221,6 +226,7 @@ class DropPath(nn.Module):
         """Forgets the draws made so far."""
         self._seen.zero_()
         self._kept.zero_()
+        self._computed.zero_()
 
     @property
     def samples_seen(self) -> int:
@@ -232,8 +238,19 @@ class DropPath(nn.Module):
         """Samples dropped in training since `reset_counts`. On an accelerator, reading it waits for the device."""
         return int(self._seen) - int(self._kept)
 
-    def _count(self, batch: int, kept: Tensor) -> None:
-        """Adds one draw: `kept` is a count (0-dim, CPU) or a mask (B,) on the activations' device."""
+    @property
+    def samples_computed(self) -> int:
+        """Samples that the branch ran on in training since `reset_counts`, kept or not: what is masked is computed."""
+        return int(self._computed)
+
+    def _count(self, batch: int, kept: Tensor, computed: int | Tensor | None = None) -> None:
+        """Adds one draw.
+
+        Args:
+            batch: Samples drawn for.
+            kept: A count (0-dim, CPU) or a mask (B,) on the activations' device.
+            computed: Samples that the branch runs on, a number or 0-dim on the CPU; default all.
+        """
         if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
             return  # inside vmap or torch.func.grad a captured tensor must not be written to
         kept = kept.sum() if kept.ndim else kept
@@ -241,6 +258,7 @@ class DropPath(nn.Module):
             self._kept = self._kept.to(kept.device)
         self._seen.add_(batch)
         self._kept.add_(kept)
+        self._computed.add_(batch if computed is None else computed)
 
     # ---- drawing --------------------------------------------------------------------------------------------------
 
@@ -309,49 +327,59 @@ class DropPath(nn.Module):
     def _residual_skipping(self, x: Tensor, branch: Branch, shortcut: Tensor) -> Tensor:
         batch = x.shape[0]
         kept_count = self._draw_count(batch)
-        self._count(batch, kept_count)
         # argsort and narrow, not randperm(b)[:n]: inductor crashes on the latter
         order = torch.rand(batch, device=x.device).argsort()
         scale = self._scale(shortcut.dtype)
-        if torch.compiler.is_compiling() and self._masks_compiled(branch):
-            return _add_masked(shortcut, branch(x), (order.argsort() < kept_count) * scale)
-        count = int(kept_count.item())
         if torch.compiler.is_compiling():
+            if _masks_compiled(branch):
+                self._count(batch, kept_count)
+                return _add_masked(shortcut, branch(x), (order.argsort() < kept_count) * scale)
+            count = int(kept_count.item())
             torch._check(count >= 0)
             torch._check(count <= batch)
-        elif count == batch:  # nothing to leave out, nothing to gather
+            self._count(batch, kept_count, kept_count)
+            return self._add_kept(shortcut, branch, x, order.narrow(0, 0, count), scale)
+        count = int(kept_count.item())
+        norms = self._norms_of(branch, count)
+        computed = samples_to_compute(count, batch, norms)
+        self._count(batch, kept_count, computed)
+        if count == batch:  # nothing to leave out, nothing to gather
             out = branch(x).to(shortcut.dtype)
             return shortcut + out if self._drop_prob * self._multiplier == 0.0 else shortcut + out * scale
-        elif self._mixes_batch(branch) and count < 2:
+        if computed == batch:
             return _add_masked(shortcut, branch(x), (order.argsort() < count) * scale)
-        kept = order.narrow(0, 0, count)
+        with left_alone(norms or () if count == 0 else ()):
+            return self._add_kept(shortcut, branch, x, order.narrow(0, 0, count), scale)
+
+    def _add_kept(self, shortcut: Tensor, branch: Branch, x: Tensor, kept: Tensor, scale: Tensor) -> Tensor:
         out = branch(x.index_select(0, kept)).to(shortcut.dtype)
         return shortcut.index_add(0, kept, out * scale)
 
-    def _mixes_batch(self, branch: Branch) -> bool:
-        """Whether the branch holds a batch norm: skipping changes the statistics it sees."""
-        self._look_into(branch)
-        return bool(self._has_batch_norm)
+    def _norms_of(self, branch: Branch, count: int) -> list[nn.Module] | None:
+        """The batch norms that a branch runs in training; `None` where it cannot be looked into.
 
-    def _masks_compiled(self, branch: Branch) -> bool:
-        """Whether compiled code masks this branch: it does not know how many samples are kept, which batch norms and
-        inductor's convolutions want to know (`layers.token_mixers.DepthwiseConv` tells more)."""
-        self._look_into(branch)
-        return bool(self._has_fixed_conv or self._has_batch_norm)
+        An empty list also where it does not matter: from two kept samples on they are only warned about, once.
+        """
+        if self.rate == 0.0:
+            return []
+        code = id(getattr(branch, "__code__", branch))  # of a method or lambda, which are other objects at every call
+        if count >= 2 and (self._warned or code == self._looked_into):
+            return []
+        held = held_modules(branch)
+        self._looked_into = code
+        norms = None if held is None else batch_norms(held)
+        if norms:
+            self._warn_of_batch_norm()
+        return norms
 
-    def _look_into(self, branch: Branch) -> None:
-        """Finds out once what the branch's owner holds."""
-        if self._has_batch_norm is not None:
-            return
-        owner = branch if isinstance(branch, nn.Module) else getattr(branch, "__self__", None)
-        modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
-        self._has_fixed_conv = any(is_fixed_conv(m) for m in modules)
-        self._has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
-        if self._has_batch_norm:
+    def _warn_of_batch_norm(self) -> None:
+        """Says once that mode `skip` changes what a batch norm sees. Mode `batch` does not: all samples or none."""
+        if self._mode == "skip" and self.rate > 0.0 and not self._warned:
+            self._warned = True
             warnings.warn(
-                f"mode {self._mode!r}: the batch norm inside this residual branch sees the kept samples only; "
-                "with fewer than two kept samples the branch is masked instead of skipped",
-                stacklevel=5,
+                "mode 'skip': the batch norm inside this residual branch sees the kept samples only; "
+                "a single kept sample is masked instead of skipped",
+                stacklevel=2,
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -365,6 +393,19 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """Settings that differ from timm's are always shown."""
         return f"drop_prob={round(self._drop_prob, 4):.4g}, mode={self._mode}"
+
+
+def _masks_compiled(branch: Branch) -> bool:
+    """Whether compiled code masks a branch: it does not know how many samples are kept, which batch norms and inductor's
+    convolutions want to know (`layers.token_mixers.DepthwiseConv` tells more). The compiler sees modules, and the owner
+    of a method; what else a callable holds it cannot say."""
+    owner = branch if isinstance(branch, nn.Module) else getattr(branch, "__self__", None)
+    return not isinstance(owner, nn.Module) or any(wants_known_batch(m) for m in owner.modules())
+
+
+def wants_known_batch(module: nn.Module) -> bool:
+    """Whether a module compiles for a known number of samples only."""
+    return is_fixed_conv(module) or takes_batch_statistics(module)
 
 
 def is_fixed_conv(module: nn.Module) -> bool:

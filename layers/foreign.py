@@ -15,7 +15,7 @@ import copy
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -23,7 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from layers.drop_path import DropPath, Mode, as_number, is_fixed_conv
+from layers.branches import batch_norms, samples_to_compute, takes_batch_statistics
+from layers.drop_path import DropPath, Mode, as_number, wants_known_batch
 
 Role = Literal["mask", "branch", "block", "silent"]
 
@@ -69,6 +70,10 @@ class GraftedDropPath(DropPath):
             `silent`: another module of the block drops for this one.
         batch_dim: Dimension of its input that holds the samples: 1 for tokens first, (L, B, C). There it masks.
         parts: Rows of that dimension for each sample; more than 1 where the block works on parts of samples.
+        begins: Where its branches begin, if it has role `branch`.
+        takes_nothing: Whether the code between begin and end takes an empty batch. Where it does not, one sample is
+            computed and multiplied by 0 when none is kept, so that every parameter gets its (zero) gradient.
+        has_batch_norm: Whether a batch norm sees the kept samples only.
     """
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, mode: Mode = "mask") -> None:
@@ -79,6 +84,9 @@ class GraftedDropPath(DropPath):
         self.reason = ""  # why it does not skip, or skips with its whole block
         self.tried = False  # whether `convert_to_skip` has looked at it
         self.applied = True  # whether a forward pass calls it at all: blocks without a shortcut do not
+        self.begins: tuple[_Entry, ...] = ()
+        self.takes_nothing = False
+        self.has_batch_norm = False
         self._draw: _Draw | None = None
         self._batch = 0  # of the block around it, where its branch begins with windows of samples
 
@@ -87,36 +95,47 @@ class GraftedDropPath(DropPath):
         """Whether dropped samples are left out of the computation."""
         return self._skips and self.role != "mask"
 
-    def select(self, x: Tensor, groups: int = 1) -> Tensor | None:
-        """Draws, remembers the draw for the branch's end, and returns the kept samples; `None`: take all.
+    def select(self, x: Tensor, parts: "Parts", groups: int = 1) -> Tensor | None:
+        """Draws, remembers the draw for the branch's end, and returns the samples to compute; `None`: all.
 
-        `groups` rows of x, one behind the other, are one sample.
+        Args:
+            x: First argument of the branch or block, (B * groups, ...).
+            parts: What runs until its end.
+            groups: Rows of x, one behind the other, that are one sample.
         """
         self._draw = None
         if not (self.training and self._skips_here()) or self.role == "mask" or not x.shape[0]:
             return None
         batch = x.shape[0] // groups
         count_tensor, order = self.draw(batch, x.device)
-        self._count(batch, count_tensor)
         scale = self._scale(x.dtype)
-        if torch.compiler.is_compiling() and (self._has_fixed_conv or self._has_batch_norm):
-            self._draw = _Draw(batch, None, (order.argsort() < count_tensor) * scale)
-            return None
-        if self._has_batch_norm:  # with too few to take statistics of, all are computed and the others multiplied by 0
-            computed_tensor = torch.where(count_tensor < 2, batch, count_tensor)
-        else:
-            # The block's own code may not take an empty batch: one sample is computed and multiplied by 0, so that
-            # every parameter gets its (zero) gradient.
-            computed_tensor = count_tensor.clamp(min=1)
-        computed = int(computed_tensor.item())
         if torch.compiler.is_compiling():
-            torch._check(computed >= 1)
+            if parts.masked_compiled:
+                self._count(batch, count_tensor)
+                self._draw = _Draw(batch, None, (order.argsort() < count_tensor) * scale)
+                return None
+            least = 0 if self.takes_nothing else 1
+            computed_tensor = count_tensor.clamp(min=least)
+            self._count(batch, count_tensor, computed_tensor)
+            computed, nothing = int(computed_tensor.item()), False
+            torch._check(computed >= least)
             torch._check(computed <= batch)
-        elif computed == batch:
-            self._draw = _Draw(batch, None, None if self.rate == 0.0 else (order.argsort() < count_tensor) * scale)
+        else:
+            count = int(count_tensor)
+            norms = parts.norms()
+            if norms:
+                self._warn_of_batch_norm()
+            computed = samples_to_compute(count, batch, norms)
+            nothing = computed == 0
+            if nothing and not self.takes_nothing:
+                computed = 1
+            self._count(batch, count_tensor, computed)
+        if not torch.compiler.is_compiling() and computed == batch:
+            mask = None if self.rate == 0.0 else (order.argsort() < count_tensor) * scale
+            self._draw = _Draw(batch, None, mask, nothing)
             return None
         kept = order.narrow(0, 0, computed)
-        self._draw = _Draw(batch, kept, (torch.arange(computed, device=x.device) < count_tensor) * scale)
+        self._draw = _Draw(batch, kept, (torch.arange(computed, device=x.device) < count_tensor) * scale, nothing)
         if groups == 1:
             return x.index_select(0, kept)
         grouped = x.reshape(batch, groups, *x.shape[1:]).index_select(0, kept)  # (B', groups, ...)
@@ -147,6 +166,7 @@ class _Draw:
     batch: int
     kept: Tensor | None  # indices of the samples that are computed; None: all
     scale: Tensor | None  # their factors, 1 / keep_prob or 0; None: nothing is dropped
+    nothing: bool = False  # whether no sample is kept
 
     def scaled(self, out: Tensor) -> Tensor:
         """The branch's output for those samples that are computed, each by its factor."""
@@ -174,27 +194,70 @@ class NoteBatch:
         self.drop_path._batch = args[0].shape[0]
 
 
+class Parts:
+    """Modules of a block that run on the kept samples only. Known by name: a batch norm may be replaced by a synchronised
+    one at any time."""
+
+    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
+        modules = {name: block.get_submodule(name) for name in names}
+        self.block = block
+        self.norm_names = [name for name, module in modules.items() if takes_batch_statistics(module)]
+        self.masked_compiled = any(map(wants_known_batch, modules.values()))
+
+    def norms(self) -> list[nn.Module]:
+        """Batch norms that take statistics of what they see."""
+        return batch_norms(self.block.get_submodule(name) for name in self.norm_names)
+
+
+class KeepStatistics:
+    """Hooks of a batch norm inside a branch: with no sample kept it takes no statistics, whatever it is given.
+
+    Not a flag set from the beginning of the branch to its end, which an exception would leave behind.
+    """
+
+    def __init__(self, drop_path: GraftedDropPath) -> None:
+        self.drop_path = drop_path
+        self.held = False
+
+    def before(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
+        """Puts the batch norm into evaluation for this one call."""
+        if torch.compiler.is_compiling():
+            return
+        draw = self.drop_path._draw
+        self.held = module.training and draw is not None and draw.nothing
+        if self.held:
+            module.training = False
+
+    def after(self, module: nn.Module, _args: tuple[Any, ...], _out: object) -> None:
+        """Puts it back."""
+        if not torch.compiler.is_compiling() and self.held:
+            self.held = False
+            module.training = True
+
+
 class SelectKept:
     """Forward pre-hook of the first module of a branch, whose first argument holds samples or windows of samples."""
 
-    def __init__(self, drop_path: GraftedDropPath, *, windows: bool = False) -> None:
+    def __init__(self, drop_path: GraftedDropPath, parts: Parts, *, windows: bool = False) -> None:
         self.drop_path = drop_path
+        self.parts = parts
         self.windows = windows
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not isinstance(args[0], Tensor):
             return None
         groups = args[0].shape[0] // self.drop_path._batch if self.windows else 1
-        selected = self.drop_path.select(args[0], groups)
+        selected = self.drop_path.select(args[0], self.parts, groups)
         return None if selected is None else (selected, *args[1:])
 
 
 class SkipModule:
     """Hooks of one module, where the code around it wants the full batch: computes it for the kept samples only."""
 
-    def __init__(self, drop_path: GraftedDropPath, *, windows: bool = False) -> None:
-        self.select = SelectKept(drop_path, windows=windows)
+    def __init__(self, drop_path: GraftedDropPath, parts: Parts, *, windows: bool = False) -> None:
+        self.select = SelectKept(drop_path, parts, windows=windows)
         self.kept: Tensor | None = None
+        self.groups = 1  # rows of a sample
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Hands on the kept samples, and leaves a mask of the full batch for the branch's end."""
@@ -202,6 +265,7 @@ class SkipModule:
         drop_path = self.select.drop_path
         self.kept = None if selected is None or drop_path._draw is None else drop_path._draw.kept
         if drop_path._draw is not None:
+            self.groups = args[0].shape[0] // drop_path._draw.batch
             drop_path._draw = drop_path._draw.as_mask()
         return selected
 
@@ -211,7 +275,7 @@ class SkipModule:
         draw = self.select.drop_path._draw
         if kept is None or draw is None:
             return None
-        groups = out.shape[0] // kept.shape[0]
+        groups = self.groups
         full = out.new_zeros(draw.batch, groups, *out.shape[1:])
         full = full.index_add(0, kept, out.reshape(kept.shape[0], groups, *out.shape[1:]))
         return full.reshape(draw.batch * groups, *out.shape[1:])
@@ -233,8 +297,9 @@ class ApplyAfter:
 class BlockSkip:
     """Forward pre-hook and hook of a block whose input and output have one shape: skips all its branches together."""
 
-    def __init__(self, drop_paths: Sequence[GraftedDropPath]) -> None:
+    def __init__(self, drop_paths: Sequence[GraftedDropPath], parts: Parts) -> None:
         self.drop_paths = list(drop_paths)  # the first draws for all
+        self.parts = parts
         self.inputs: list[Tensor] = []
 
     def before(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -243,7 +308,7 @@ class BlockSkip:
         if not args or not isinstance(args[0], Tensor):
             return None
         first, *others = self.drop_paths
-        selected = first.select(args[0])
+        selected = first.select(args[0], self.parts)
         for other in others:
             other._draw = first._draw
         if selected is None:
@@ -727,6 +792,7 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Convers
                 key = (*_structure(owner.module), *call.shapes)
                 if key not in found:
                     found[key] = _try(owner, call)
+                    found[key]["takes_nothing"] = _taking_nothing(owner, call, found[key])
                 _install(owner, found[key], conversion)
             conversions.append(conversion)
     return conversions
@@ -740,11 +806,13 @@ class _Entry:
         part: The first module of it.
         windows: Whether that is given windows of samples.
         alone: Whether only this one module is skipped, since the code behind it wants the full batch.
+        parts: The modules that run from there to the branch's end, by name.
     """
 
     part: str
     windows: bool = False
     alone: bool = False
+    parts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -784,11 +852,13 @@ class _SlotCall:
 
 def _slot_call(rows: int, call: _Call) -> _SlotCall:
     entries = []
+    names = [name for name, _ in call.parts]
     for part, given in sorted(call.parts, key=lambda part: part[0].count(".")):  # outer ones first; the sort is stable
+        parts = tuple(names[names.index(part) :])
         if given == rows:
-            entries.append(_Entry(part))
+            entries.append(_Entry(part, parts=parts))
         elif rows and rows == call.rows and given % rows == 0:
-            entries.append(_Entry(part, windows=True))
+            entries.append(_Entry(part, windows=True, parts=parts))
     return _SlotCall(rows, entries[:CANDIDATES])
 
 
@@ -865,6 +935,17 @@ class _FixedDraw(GraftedDropPath):
         return (torch.arange(len(x), device=x.device) % 3 != 1) | (self.drop_prob == 0.0)
 
 
+class _NothingKept(_FixedDraw):
+    """For trials: keeps none, and hands on an empty batch."""
+
+    def draw(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        self.takes_nothing = True
+        return torch.tensor(0), torch.arange(batch, device=device)
+
+    def _draw_mask(self, x: Tensor) -> Tensor:
+        return torch.full((len(x),), self.drop_prob == 0.0, device=x.device)
+
+
 def _try(owner: Owner, call: _Call) -> dict[str, Any]:
     """How an owner of this structure can skip: the first module of each branch, or the block, or a reason."""
     if call.times > 1:
@@ -910,6 +991,14 @@ def _try(owner: Owner, call: _Call) -> dict[str, Any]:
     return {"entries": agreed, "kinds": kinds, "reason": why if len(agreed) < len(owner.slots) else ""}
 
 
+def _taking_nothing(owner: Owner, call: _Call, found: dict[str, Any]) -> set[str]:
+    """The slots whose branch, or block, takes an empty batch and gives every parameter its zero gradient then."""
+    if found.get("block"):
+        return set() if _disagreement(owner, call, None, draw=_NothingKept) else set(owner.slots)
+    entries: dict[str, list[_Entry]] = found.get("entries", {})
+    return {slot for slot in entries if not _disagreement(owner, call, {slot: entries[slot]}, draw=_NothingKept)}
+
+
 def _has_matrices(owner: Owner, first: _Entry, slot_call: _SlotCall) -> bool:
     """Whether a branch that begins at `first` holds a matrix; one that holds none is as cheap as pooling."""
     parts = [entry.part for entry in slot_call.entries]
@@ -920,10 +1009,13 @@ def _has_matrix(module: nn.Module, part: str) -> bool:
     return any(p.ndim > 1 and min(p.shape[:2]) > 1 for p in module.get_submodule(part).parameters())
 
 
-def _disagreement(owner: Owner, call: _Call, entries: dict[str, list[_Entry]] | None) -> str:
+def _disagreement(
+    owner: Owner, call: _Call, entries: dict[str, list[_Entry]] | None, draw: type[_FixedDraw] = _FixedDraw
+) -> str:
     """Runs a copy in float32, skipping and masking with the same kept set; returns what differs, or an empty string.
 
-    `entries` gives the first module of the branches to skip, while the others are masked; `None` skips the block.
+    `entries` gives the first module of the branches to skip, while the others are masked; `None` skips the block. `draw`
+    says which samples those to be skipped keep.
     """
     trial = _in_float32(copy.deepcopy(owner.module)).train()
     own = [trial.get_submodule(slot) for slot in owner.slots]
@@ -941,8 +1033,9 @@ def _disagreement(owner: Owner, call: _Call, entries: dict[str, list[_Entry]] | 
                 parameter.uniform_(0.5, 1.5)  # a layer scale of 1e-6 would hide any error
     for slot, module in zip(owner.slots, own, strict=True):
         assert isinstance(module, GraftedDropPath)
-        module.__class__ = _FixedDraw
-        module.mode, module.role = "skip" if entries is None or slot in entries else "mask", "mask"
+        skipped = entries is None or slot in entries
+        module.__class__ = draw if skipped else _FixedDraw
+        module.mode, module.role = "skip" if skipped else "mask", "mask"
         module.drop_prob = 0.5
     try:
         expected = _run(trial, call)
@@ -1022,11 +1115,10 @@ def _has_gradient(value: object) -> bool:
 
 def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> None:
     slots = {key: s for key, s in owner.slots.items() if isinstance(s, GraftedDropPath)}
-    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in owner.module.modules())
     conversion.reason = found.get("reason", "")
-    for slot in slots.values():
-        slot._has_batch_norm, slot.tried, slot.reason = norms, True, conversion.reason
-        slot._has_fixed_conv = any(is_fixed_conv(m) for m in owner.module.modules())
+    for key, slot in slots.items():
+        slot.tried, slot.reason = True, conversion.reason
+        slot.takes_nothing = key in found.get("takes_nothing", ())
     if found.get("block"):
         _hook_block(owner.module, list(slots.values()))
     else:
@@ -1039,25 +1131,41 @@ def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> Non
 
 
 def _hook_branch(owner: nn.Module, entries: Sequence[_Entry], drop_path: GraftedDropPath) -> None:
-    drop_path.role = "branch"
+    drop_path.role, drop_path.begins = "branch", tuple(entries)
     if any(entry.windows for entry in entries):
         owner.register_forward_pre_hook(NoteBatch(drop_path))
     for entry in entries:
         first = owner.get_submodule(entry.part)
         if entry.alone:
-            skip = SkipModule(drop_path, windows=entry.windows)
+            parts = Parts(owner, [p for p in entry.parts if f"{p}.".startswith(f"{entry.part}.")])
+            skip = SkipModule(drop_path, parts, windows=entry.windows)
             first.register_forward_pre_hook(skip.before)
             first.register_forward_hook(skip.after)
         else:
-            first.register_forward_pre_hook(SelectKept(drop_path, windows=entry.windows))
+            parts = Parts(owner, entry.parts)
+            first.register_forward_pre_hook(SelectKept(drop_path, parts, windows=entry.windows))
+        drop_path.has_batch_norm |= bool(parts.norm_names)
+    _keep_statistics(owner, {part for entry in entries for part in entry.parts}, drop_path)
 
 
 def _hook_block(owner: nn.Module, drop_paths: Sequence[GraftedDropPath]) -> None:
+    names = [name for name, _ in owner.named_modules() if name]
+    skip = BlockSkip(drop_paths, parts := Parts(owner, names))
     for i, module in enumerate(drop_paths):
         module.role = "block" if i == 0 else "silent"
-    skip = BlockSkip(drop_paths)
+        module.has_batch_norm = bool(parts.norm_names)
     owner.register_forward_pre_hook(skip.before)
     owner.register_forward_hook(skip.after)
+    _keep_statistics(owner, names, drop_paths[0])
+
+
+def _keep_statistics(owner: nn.Module, names: Collection[str], drop_path: GraftedDropPath) -> None:
+    """Hooks behind those that draw: a batch norm may be the first module of a branch, or its last."""
+    for name, module in owner.named_modules():
+        if name in names and takes_batch_statistics(module):
+            keep = KeepStatistics(drop_path)
+            module.register_forward_pre_hook(keep.before)
+            module.register_forward_hook(keep.after, always_call=True)
 
 
 def _clone(value: Any, grad: bool = False) -> Any:

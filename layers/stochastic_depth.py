@@ -262,6 +262,12 @@ def _foreign_notes(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
                     what = f"skips per {module.role}" + (f", since {module.reason}" if module.reason else "")
                 notes[what] = notes.get(what, 0) + 1
     lines = [f"{count} drop-path modules: {what}" for what, count in notes.items()]
+    modules = (m for block in blocks for m in block.drop_paths.values())
+    norms = sum(isinstance(m, GraftedDropPath) and m.mode == "skip" and m.skips and m.has_batch_norm for m in modules)
+    if norms:
+        lines.append(
+            f"{norms} branches hold a batch norm, which sees the kept samples only; a single kept sample is masked there"
+        )
     if untouched := class_attention_blocks(model):
         lines.append(f"{untouched} class-attention blocks: left alone, as their authors do")
     parts = [m.parts for block in blocks for m in block.drop_paths.values()
@@ -326,11 +332,67 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
             store[key] = value  # type: ignore[assignment]
 
 
+class _BranchCounts:
+    """Compute of each branch of one forward pass, by id of the DropPath that adds it.
+
+    Attributes:
+        branches: Multiply-accumulates by id.
+    """
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self.counter = counter
+        self.branches: dict[int, float] = {}
+        self._started: dict[int, float] = {}  # by id: the count where a block or branch began at the latest
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates so far."""
+        return self.counter.get_total_flops() / 2
+
+    def add(self, module: nn.Module, macs: float) -> None:
+        """Adds to the branches of one DropPath."""
+        self.branches[id(module)] = self.branches.get(id(module), 0.0) + macs
+
+    def watch(self, owner: Owner) -> list[RemovableHandle]:
+        """Hooks that count the branches of a foreign block."""
+        slots = [m for m in owner.slots.values() if isinstance(m, GraftedDropPath) and m.applied]
+        if not slots or owner.beside:  # whose compute is another module's
+            return []
+        handles = [self._begin(owner.module, owner.module)]
+        if any(slot.role in ("block", "silent") for slot in slots):
+            return [*handles, owner.module.register_forward_hook(lambda *_: self._end_block(owner.module, slots))]
+        for slot in slots:
+            alone = any(entry.alone for entry in slot.begins)
+            for entry in slot.begins:
+                first = owner.module.get_submodule(entry.part)
+                handles.append(self._begin(first, slot))
+                if entry.alone:
+                    handles.append(first.register_forward_hook(lambda *_, s=slot: self._end_branch(owner.module, s)))
+            end = self._restart if alone else self._end_branch
+            handles.append(slot.register_forward_pre_hook(lambda *_, s=slot, end=end: end(owner.module, s)))
+        return handles
+
+    def _begin(self, part: nn.Module, key: nn.Module) -> RemovableHandle:
+        return part.register_forward_pre_hook(lambda *_: self._started.update({id(key): self.macs}))
+
+    def _end_block(self, block: nn.Module, slots: Sequence[nn.Module]) -> None:
+        for slot in slots:
+            self.add(slot, (self.macs - self._started[id(block)]) / len(slots))
+
+    def _end_branch(self, block: nn.Module, slot: nn.Module) -> None:
+        self.add(slot, self.macs - self._started.pop(id(slot), self._started[id(block)]))
+        self._restart(block, slot)
+
+    def _restart(self, block: nn.Module, _slot: nn.Module) -> None:
+        self._started[id(block)] = self.macs  # the next branch begins here at the earliest
+
+
 def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Macs:
     """Counts the compute of each residual branch, without computing: on the meta device.
 
-    In our blocks a branch is what `DropPath.residual` is given; of a foreign block the compute of the module that holds
-    the drop-path modules is shared out equally among them.
+    In our blocks a branch is what `DropPath.residual` is given; in a foreign block what runs between the beginning of the
+    branch, where `set_drop_path` found it (else the drop-path module before, or the block's beginning), and its drop-path
+    module. Of a block that is skipped as a whole each drop-path module has an equal share.
 
     Args:
         model: Ours, or a foreign one after `set_drop_path`.
@@ -344,33 +406,19 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
     if input_size is None:
         raise ValueError("counting compute needs input_size=(C, H, W), which this model does not tell")
     modules = [m for m in model.modules() if isinstance(m, DropPath)]
-    branches: dict[int, float] = {}
     counter = FlopCounterMode(display=False)
+    counts = _BranchCounts(counter)
 
     def counting(module: DropPath) -> Callable[..., Tensor]:
         def residual(x: Tensor, branch: Branch, shortcut: Tensor | None = None) -> Tensor:
-            before = counter.get_total_flops()
+            before = counts.macs
             out = branch(x)
-            branches[id(module)] = branches.get(id(module), 0.0) + (counter.get_total_flops() - before) / 2
+            counts.add(module, counts.macs - before)
             return (x if shortcut is None else shortcut) + out
 
         return residual
 
-    def count_owner(owner: Owner) -> list[RemovableHandle]:
-        slots = [m for m in owner.slots.values() if isinstance(m, GraftedDropPath) and m.applied]
-        started: list[float] = []
-
-        def finish(*_: object) -> None:
-            share = (counter.get_total_flops() - started.pop()) / 2 / len(slots)
-            for slot in slots:
-                branches[id(slot)] = branches.get(id(slot), 0.0) + share
-
-        if not slots or owner.beside:  # whose compute is another module's
-            return []
-        before = owner.module.register_forward_pre_hook(lambda *_: started.append(counter.get_total_flops()))
-        return [before, owner.module.register_forward_hook(finish)]
-
-    handles = [handle for owner in find_owners(model) for handle in count_owner(owner)]
+    handles = [handle for owner in find_owners(model) for handle in counts.watch(owner)]
     training = {module: module.training for module in model.modules()}  # parts may be frozen in eval
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     model.eval()
@@ -389,7 +437,7 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
             module.__dict__.pop("residual", None)
         for module, flag in training.items():
             module.training = flag
-    return Macs(counter.get_total_flops() / 2, branches)
+    return Macs(counts.macs, counts.branches)
 
 
 # ---- report -----------------------------------------------------------------------------------------------------------
@@ -404,7 +452,9 @@ class BlockReport:
     mode: str
     realised_rate: float | None  # None before the first training step
     compute_share: float | None  # of the model's forward pass; None where it could not be counted
-    saved_share: float | None  # of the model's forward pass, saved in expectation at the nominal rate
+    saved_share: (
+        float | None
+    )  # of the model's forward pass: not computed since the rates were set; before, in expectation
 
 
 @dataclass(frozen=True)
@@ -414,7 +464,8 @@ class DropPathReport:
     Attributes:
         blocks: One entry per residual block, in order.
         expected_depth: Blocks that a sample passes in expectation.
-        compute_saved: Share of the forward pass not computed, in expectation at the nominal rates; `None` if unknown.
+        compute_saved: Share of the forward pass that was not computed since the rates were set, or, before the first
+            training step, will not be in expectation at the nominal rates; `None` if unknown.
         warnings: What looks wrong.
         notes: What is worth knowing.
     """
@@ -481,7 +532,7 @@ def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = Non
         share = saved = None
         if macs is not None and macs.total:
             share = macs.block(block) / macs.total
-            saved = sum(m.drop_prob * macs.branch(m) for m in modules if m.skips) / macs.total
+            saved = sum(_share_left_out(m, modules) * macs.branch(m) for m in modules) / macs.total
         nominal = max((m.drop_prob for m in modules), default=0.0)
         rows.append(BlockReport(block.name, nominal, _describe_mode(modules), realised, share, saved))
     problems += _suspicions(inner, blocks, rows)
@@ -489,6 +540,15 @@ def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = Non
     expected_depth = math.fsum(1.0 - r.nominal_rate for r in rows)
     saved_total = None if macs is None else math.fsum(r.saved_share or 0.0 for r in rows)
     return DropPathReport(rows, expected_depth, saved_total, problems, notes)
+
+
+def _share_left_out(module: DropPath, block: Sequence[DropPath]) -> float:
+    """Share of its samples that a branch was not run on; before the first training step, in expectation."""
+    if getattr(module, "role", "") == "silent":  # another one of the block draws for it
+        module = next(m for m in block if getattr(m, "role", "") == "block")
+    if module.samples_seen:
+        return 1.0 - module.samples_computed / module.samples_seen
+    return module.drop_prob if module.skips else 0.0
 
 
 def _foreign_blocks(model: nn.Module) -> tuple[list[Block], list[str]]:
