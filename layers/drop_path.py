@@ -11,7 +11,7 @@ is what timm made common. Differences from timm's `DropPath`:
 
 import warnings
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -279,14 +279,16 @@ class DropPath(nn.Module):
         if not self.training:
             return x
         if torch.jit.is_scripting():
-            raise RuntimeError("TorchScript has stochastic depth in evaluation only: call eval(), or train the model itself")
+            raise RuntimeError(
+                "TorchScript has stochastic depth in evaluation only: call eval(), or train the model itself"
+            )
         else:
-            return self._drop(x)
+            return self.forward_training(x)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        """`forward` in training."""
+    def forward_training(self, x: Tensor) -> Tensor:
+        """`forward` in training, apart from it because TorchScript compiles `forward`."""
         if isinstance(x, torch.fx.Proxy):
-            return call_drop_path(self, x)
+            return self._in_graph(x)
         kept = self._draw_mask(x)
         if not torch.compiler.is_compiling() and self._drop_prob * self._multiplier == 0.0:
             return x
@@ -375,14 +377,16 @@ class DropPath(nn.Module):
 
     # ---- torch.fx and TorchScript ---------------------------------------------------------------------------------
 
-    def __fx_create_arg__(self, tracer: torch.fx.Tracer) -> torch.fx.Node:
-        """How a traced graph names this module as an argument of `call_drop_path`."""
-        path = tracer.path_of_module(self)
-        return tracer.create_node("get_attr", path or "itself", (), {})
+    def _in_graph(self, x: torch.fx.Proxy) -> Any:
+        """A call of this module as one node of the graph that torch.fx is tracing."""
+        assert isinstance(x.tracer, torch.fx.Tracer)
+        path = x.tracer.path_of_module(self)
+        module = x.tracer.create_proxy("get_attr", path or "itself", (), {})  # "": this module alone is traced
+        return call_drop_path(module, x)  # type: ignore[arg-type]
 
     @property
     def itself(self) -> "DropPath":
-        """This module: what a graph traced of it alone copies and calls."""
+        """This module, which a graph traced of it alone calls by this name."""
         return self
 
     def extra_repr(self) -> str:

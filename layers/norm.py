@@ -27,8 +27,9 @@ class GroupNorm1(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         # A view in (B, C, ...), which on a CPU runs and stays in channels-last memory. Not a layer norm over x.shape[1:]:
-        # that one is slower there, and exporters of traced code want to know its shape.
-        return torch.group_norm(x.movedim(-1, 1), 1, self.weight.to(x.dtype), bias, self.eps).movedim(1, -1)
+        # that one is slower there, and torch's older ONNX exporter wants to know its shape (and no dimension -1).
+        x = torch.group_norm(x.movedim(x.ndim - 1, 1), 1, self.weight.to(x.dtype), bias, self.eps)
+        return x.movedim(1, x.ndim - 1)
 
     def extra_repr(self) -> str:
         """As torch's norms print."""

@@ -114,7 +114,7 @@ class Stage(nn.Module):
         x = self.downsample(_channels_last(x, self.tokens))
         if torch.jit.is_scripting():
             for block in self.blocks:
-                x = block.forward_scripted(x)
+                x = block.forward_scripted(x)  # type: ignore[operator]
         else:
             for block in self.blocks:
                 x = self.step(block, x)
