@@ -82,6 +82,11 @@ def drop_path(x: Tensor, drop_prob: float | None = 0.0, training: bool = False, 
     drop_prob = check_drop_prob(drop_prob)
     if drop_prob == 0.0 or not training:
         return x
+    return _drop_samples(x, drop_prob, scale_by_keep)
+
+
+@torch.fx.wrap  # stays one call in a graph of torch.fx
+def _drop_samples(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:
     keep_prob = 1.0 - drop_prob
     scale = (torch.rand(x.shape[0], device=x.device) < keep_prob).to(x.dtype)
     if scale_by_keep and keep_prob > 0.0:
@@ -112,6 +117,10 @@ class DropPath(nn.Module):
     and more, and `skip` and `batch` mask branches with a batch norm (which then sees every batch), branches with
     convolutions that inductor compiles for a known number of samples only (all but `layers.token_mixers.DepthwiseConv`),
     and callables that are neither modules nor methods of one. Draws and results are those of eager code.
+
+    torch.fx and TorchScript: a graph traced in training calls this module with the branch's output, so mode `skip` masks
+    the same draw there, and rates may change as in eager code. TorchScript compiles evaluation, where this is the
+    identity; training raises.
 
     In training a draw is made at every rate, 0 included: the random stream does not depend on the rates. Counts are
     drawn on the CPU and indices on x's device, both from torch's default generators, so nothing waits for the GPU.
@@ -296,6 +305,17 @@ class DropPath(nn.Module):
         """Drops samples of a branch output x, (B, ...), that is already computed. Identity in eval and at rate 0."""
         if not self.training:
             return x
+        if torch.jit.is_scripting():
+            raise RuntimeError(
+                "TorchScript has stochastic depth in evaluation only: call eval(), or train the model itself"
+            )
+        else:
+            return self.forward_training(x)
+
+    def forward_training(self, x: Tensor) -> Tensor:
+        """`forward` in training, apart from it because TorchScript compiles `forward`."""
+        if isinstance(x, torch.fx.Proxy):
+            return self._in_graph(x)
         kept = self._draw_mask(x)
         if not torch.compiler.is_compiling() and self._drop_prob * self._multiplier == 0.0:
             return x
@@ -317,6 +337,8 @@ class DropPath(nn.Module):
             shortcut = x
         if not self.training:
             return shortcut + branch(x).to(shortcut.dtype)
+        if isinstance(x, torch.fx.Proxy):  # a graph is being traced: it holds what the branch computes, for all samples
+            return shortcut + self(branch(x)).to(shortcut.dtype)
         if self._skips_here():
             return self._residual_skipping(x, branch, shortcut)
         kept = self._draw_mask(x)
@@ -390,9 +412,35 @@ class DropPath(nn.Module):
             self._kept = self._kept.to(device)
         return self
 
+    # ---- torch.fx and TorchScript ---------------------------------------------------------------------------------
+
+    def _in_graph(self, x: torch.fx.Proxy) -> Any:
+        """A call of this module as one node of the graph that torch.fx is tracing."""
+        assert isinstance(x.tracer, torch.fx.Tracer)
+        path = x.tracer.path_of_module(self)
+        module = x.tracer.create_proxy("get_attr", path or "itself", (), {})  # "": this module alone is traced
+        return call_drop_path(module, x)  # type: ignore[arg-type]
+
+    @property
+    def itself(self) -> "DropPath":
+        """This module, which a graph traced of it alone calls by this name."""
+        return self
+
     def extra_repr(self) -> str:
         """Settings that differ from timm's are always shown."""
         return f"drop_prob={round(self._drop_prob, 4):.4g}, mode={self._mode}"
+
+
+# TorchScript compiles properties unless they are named here; evaluation reads none.
+DropPath.__jit_unused_properties__ = [  # type: ignore[attr-defined]
+    name for name, value in vars(DropPath).items() if isinstance(value, property)
+]
+
+
+@torch.fx.wrap
+def call_drop_path(module: DropPath, x: Tensor) -> Tensor:
+    """Calls the module; one node of a traced graph, so that the rate, the mode and `training` stay the module's own."""
+    return module(x)
 
 
 def _masks_compiled(branch: Branch) -> bool:

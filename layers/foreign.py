@@ -145,11 +145,12 @@ class GraftedDropPath(DropPath):
         """Number of kept samples (0-dim, CPU) and a random order of the samples, of which the first are kept."""
         return self._draw_count(batch), torch.rand(batch, device=device).argsort()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.batch_dim:
-            return super().forward(x.movedim(self.batch_dim, 0)).movedim(0, self.batch_dim)
-        if not self.training or self.role == "mask" or self._draw is None:
-            return super().forward(x)
+    def forward_training(self, x: Tensor) -> Tensor:
+        """Multiplies or scatters a branch's output by the draw that was made in front of it, if one was."""
+        if self.batch_dim:
+            return super().forward_training(x.movedim(self.batch_dim, 0)).movedim(0, self.batch_dim)
+        if self.role == "mask" or self._draw is None:
+            return super().forward_training(x)
         if self.role == "branch":
             draw, self._draw = self._draw, None
             return draw.scatter(x)

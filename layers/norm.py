@@ -1,13 +1,11 @@
 """Normalisation of channels-last activations, (B, ..., C), by name.
 
 `group_norm` is PoolFormer's GroupNorm with one group: statistics over all positions and channels of a sample, one weight
-and bias per channel. It is written as a layer norm over (..., C) without affine, which stays in NHWC where
-`nn.GroupNorm` would copy to NCHW. The `_no_bias` forms are those of MetaFormer Baselines (arXiv 2210.13452). `affine`
+and bias per channel. The `_no_bias` forms are those of MetaFormer Baselines (arXiv 2210.13452). `affine`
 takes the norm's place in ResMLP (arXiv 2105.03404) and normalises nothing.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -27,9 +25,11 @@ class GroupNorm1(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x, x.shape[1:], eps=self.eps)
-        weight = self.weight.to(x.dtype)
-        return x * weight if self.bias is None else torch.addcmul(self.bias.to(x.dtype), x, weight)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        # A view in (B, C, ...), which on a CPU runs and stays in channels-last memory. Not a layer norm over x.shape[1:]:
+        # that one is slower there, and torch's older ONNX exporter wants to know its shape (and no dimension -1).
+        x = torch.group_norm(x.movedim(x.ndim - 1, 1), 1, self.weight.to(x.dtype), bias, self.eps)
+        return x.movedim(1, x.ndim - 1)
 
     def extra_repr(self) -> str:
         """As torch's norms print."""

@@ -8,6 +8,41 @@ from torch import Tensor, nn
 PosEmbed = Literal["none", "patches", "all"]
 
 
+@torch.fx.wrap  # stays one call in a graph of torch.fx, and checks there as well
+def check_grid(x: Tensor, height: int, width: int, what: str) -> Tensor:
+    """Returns x, (B, height, width, C), as it is.
+
+    Raises:
+        ValueError: It has other positions; `what` names what was built for these.
+    """
+    if not _is_tracing() and (x.shape[1] != height or x.shape[2] != width):
+        raise ValueError(
+            f"{what} was built for {height} x {width} positions, got {x.shape[1]} x {x.shape[2]}; "
+            "build the model with image_size set to the size used"
+        )
+    return x
+
+
+@torch.fx.wrap
+def check_positions(x: Tensor, count: int, what: str) -> Tensor:
+    """Returns x, (B, H, W, C) with H * W = count, as it is.
+
+    Raises:
+        ValueError: It has another number of positions; `what` names what was built for that.
+    """
+    if not _is_tracing() and x.shape[1] * x.shape[2] != count:
+        raise ValueError(
+            f"{what} was built for {count} positions, got {x.shape[1]} x {x.shape[2]}; "
+            "build the model with image_size set to the size used"
+        )
+    return x
+
+
+def _is_tracing() -> bool:
+    """Whether torch.jit.trace looks on, which takes sizes for variables and would warn of a branch on them."""
+    return not torch.jit.is_scripting() and torch.jit.is_tracing()
+
+
 class PatchEmbed(nn.Module):
     """Strided convolution in channels-last layout, (B, H, W, C) -> (B, H', W', dim).
 
@@ -87,19 +122,23 @@ class TokenEmbed(nn.Module):
                 nn.init.normal_(token, std=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.pos_embed is not None:
+            x = check_grid(x, self.height, self.width, "the position embedding")
         batch, height, width, dim = x.shape
-        if self.pos_embed is not None and (height, width) != (self.height, self.width):
-            raise ValueError(
-                f"the position embedding was built for {self.height} x {self.width} positions, got {height} x {width}; "
-                "build the model with image_size set to the size used"
-            )
         if self.pos_embed is not None and not self.embeds_all:
             x = x + self.pos_embed.reshape(1, height, width, dim)
-        if not self.num_prefix_tokens:
+        if self.num_prefix_tokens == 0:
             return x
-        prefix = [t.expand(batch, -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
-        x = torch.cat([*prefix, x.reshape(batch, height * width, dim)], dim=1)  # (B, N, C)
-        return x + self.pos_embed if self.pos_embed is not None and self.embeds_all else x
+        tokens: list[Tensor] = []
+        if self.cls_token is not None:
+            tokens.append(self.cls_token.expand(batch, -1, -1))
+        if self.reg_token is not None:
+            tokens.append(self.reg_token.expand(batch, -1, -1))
+        tokens.append(x.reshape(batch, height * width, dim))
+        x = torch.cat(tokens, dim=1)  # (B, N, C)
+        if self.pos_embed is not None and self.embeds_all:
+            x = x + self.pos_embed
+        return x
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.mlp import StarReLU, build_act
+from layers.patch_embed import check_grid, check_positions
+
+# What looks at sizes stays one call in a graph of torch.fx.
+torch.fx.wrap("check_grid")
+torch.fx.wrap("check_positions")
 
 
 class Pooling(nn.Module):
@@ -55,17 +60,14 @@ class RandomMixing(nn.Module):
 
     def __init__(self, num_tokens: int) -> None:
         super().__init__()
+        self.num_tokens = num_tokens
         matrix = torch.softmax(torch.rand(num_tokens, num_tokens), dim=-1)
         # A parameter, as in the original's checkpoints, but never trained.
         self.random_matrix = nn.Parameter(matrix, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = check_positions(x, self.num_tokens, "random mixing")
         batch, height, width, dim = x.shape
-        if height * width != self.random_matrix.shape[0]:
-            raise ValueError(
-                f"random mixing was built for {self.random_matrix.shape[0]} positions, got {height} x {width}; "
-                "build the model with image_size set to the size used"
-            )
         x = x.reshape(batch, height * width, dim)  # (B, N, C)
         x = torch.matmul(self.random_matrix.to(x.dtype), x)
         return x.reshape(batch, height, width, dim)
@@ -92,12 +94,8 @@ class SpatialMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, tokens) if hidden else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        x = check_grid(x, self.height, self.width, "the spatial MLP")
         batch, height, width, dim = x.shape
-        if (height, width) != (self.height, self.width):
-            raise ValueError(
-                f"the spatial MLP was built for {self.height} x {self.width} positions, got {height} x {width}; "
-                "build the model with image_size set to the size used"
-            )
         x = x.reshape(batch, height * width, dim).transpose(1, 2)  # (B, C, N)
         x = self.fc2(self.act(self.fc1(x)))
         return x.transpose(1, 2).reshape(batch, height, width, dim)
@@ -121,9 +119,15 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if not torch.jit.is_scripting() and self.compiles_for_training():
             return _depthwise_conv(x, self.weight.to(x.dtype))
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, C, H, W), channels_last in memory
+        y = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)  # (B, C, H, W), channels_last in memory
+        return y.permute(0, 2, 3, 1)
+
+    @torch.jit.unused
+    def compiles_for_training(self) -> bool:
+        """Whether this is torch.compile's look at training code, which an export is not."""
+        return self.training and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 @torch.library.custom_op("drop_path_zoo::depthwise_conv", mutates_args=())
@@ -205,9 +209,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
-        batch, dim = shape[0], shape[-1]
-        tokens = shape[1:-1].numel()
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        qkv = self.qkv(x).flatten(1, -2)  # (B, N, 3 C), from a grid of positions as from a row of tokens
+        batch, tokens, _ = qkv.shape
+        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim).reshape(shape))
+        return self.proj(x.transpose(1, 2).reshape(shape))

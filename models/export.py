@@ -73,6 +73,8 @@ class Standardize(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.first_dim == 1:  # as layers.norm.GroupNorm1 does it
+            return torch.group_norm(x.movedim(x.ndim - 1, 1), 1, eps=self.eps).movedim(1, x.ndim - 1)
         return F.layer_norm(x, x.shape[self.first_dim :], eps=self.eps)
 
 

@@ -81,21 +81,44 @@ class MetaFormerBlock(nn.Module):
         x = self.drop_path2.residual(x, self.branch2, self.res_scale2(x))
         return x
 
+    def forward_scripted(self, x: Tensor) -> Tensor:
+        """`forward` for TorchScript, which cannot hand a branch to `residual`; in training it raises."""
+        x = self.res_scale1(x) + self.drop_path1(self.branch1(x)).to(x.dtype)
+        x = self.res_scale2(x) + self.drop_path2(self.branch2(x)).to(x.dtype)
+        return x
+
+
+torch.jit.unused(MetaFormerBlock.forward)  # not compiled: `Stage` calls `forward_scripted` instead
+
 
 class Stage(nn.Module):
-    """Optional downsampling, then blocks of one width, (B, H, W, C) -> (B, H', W', dim); without it, also (B, N, C)."""
+    """Optional downsampling, then blocks of one width, (B, C, H, W) -> (B, dim, H', W').
 
-    def __init__(self, downsample: nn.Module, blocks: list[MetaFormerBlock]) -> None:
+    What enters and leaves is a view in channels-first order of channels-last memory, so that whoever takes features from
+    here, by hooks or by graphs, gets what forward_features gives; inside, all is (B, H, W, C).
+
+    Args:
+        downsample: (B, H, W, C) -> (B, H', W', dim).
+        blocks: Their activations are (B, H', W', dim), or token sequences (B, N, dim).
+        tokens: Whether the stage maps token sequences (B, N, dim), which are never permuted.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: list[MetaFormerBlock], *, tokens: bool = False) -> None:
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.tokens = tokens
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        for block in self.blocks:
-            x = self.step(block, x)
-        return x
+        x = self.downsample(_channels_last(x, self.tokens))
+        if torch.jit.is_scripting():
+            for block in self.blocks:
+                x = block.forward_scripted(x)  # type: ignore[operator]
+        else:
+            for block in self.blocks:
+                x = self.step(block, x)
+        return _channels_first(x, self.tokens)
 
     def step(self, block: nn.Module, x: Tensor) -> Tensor:
         """One block, whose activations are recomputed in backward where that is set."""
@@ -117,6 +140,7 @@ class Head(nn.Module):
         super().__init__()
         self.config = config
         self.dim = config.dims[-1]
+        self.num_prefix_tokens = config.num_prefix_tokens
         self.norm_first = config.head.order == "norm_pool"
         self.global_pool = config.head.pool
         self.norm = build_norm(config.head.norm, self.dim, config.head.norm_eps)
@@ -141,12 +165,11 @@ class Head(nn.Module):
         if self.global_pool == "token":
             x = x[:, 0]  # (B, C)
         elif self.global_pool:
-            patches = x[:, self.config.num_prefix_tokens :] if x.ndim == 3 else x
-            x = patches.mean(dim=tuple(range(1, x.ndim - 1)))  # (B, C)
+            x = x[:, self.num_prefix_tokens :].mean(1) if self.num_prefix_tokens > 0 else x.mean((1, 2))  # (B, C)
         if not self.norm_first:
             x = self.norm(x)
         if not self.global_pool:
-            return _channels_first(x)  # as timm's unpooled features
+            return _channels_first(x, self.num_prefix_tokens > 0)  # as timm's unpooled features
         x = self.drop(x)
         return x if pre_logits else self.fc(x)
 
@@ -209,7 +232,7 @@ class MetaFormer(nn.Module):
                     norm_first=True,
                 )
             blocks = [build_block(config, index, next(rates), drop_path_mode) for _ in range(depth)]
-            stages.append(Stage(downsample, blocks))
+            stages.append(Stage(downsample, blocks, tokens=self.num_prefix_tokens > 0))
             names = [f"stages.{index}.blocks.{i}" for i in range(depth)] if self.isotropic else [f"stages.{index}"]
             self.feature_info += [{"num_chs": dim, "reduction": reduction, "module": name} for name in names]
         self.stages = nn.Sequential(*stages)
@@ -226,11 +249,11 @@ class MetaFormer(nn.Module):
         Of a model with class or register tokens: (B, N, C), those tokens first.
         """
         x = self.embed(self.stem(x.permute(0, 2, 3, 1)))  # (B, H, W, C) or (B, N, C)
-        return _channels_first(self.stages(x))
+        return self.stages(_channels_first(x, self.num_prefix_tokens > 0))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features as `forward_features` gives them -> logits, or with `pre_logits` what the classifier sees."""
-        return self.head(x if x.ndim == 3 else x.permute(0, 2, 3, 1), pre_logits=pre_logits)
+        return self.head(_channels_last(x, self.num_prefix_tokens > 0), pre_logits=pre_logits)
 
     def forward_intermediates(
         self,
@@ -267,6 +290,7 @@ class MetaFormer(nn.Module):
         if return_prefix_tokens and not self.num_prefix_tokens:
             raise ValueError("return_prefix_tokens: this model has no class or register tokens")
         take = self._level_indices(indices)
+        tokens = self.num_prefix_tokens > 0
         grid = self.stem(x.permute(0, 2, 3, 1))  # (B, H, W, C)
         x = self.embed(grid)
         outputs = []
@@ -277,13 +301,13 @@ class MetaFormer(nn.Module):
                 normed = norm and self.head.norm_first and (self.isotropic or index == len(levels) - 1)
                 out = self.head.norm(x) if normed else x
                 prefix = out[:, : self.num_prefix_tokens]
-                if out.ndim == 3:
+                if tokens:
                     out = out[:, self.num_prefix_tokens :].reshape(grid.shape)
-                out = _channels_first(out) if output_fmt == "NCHW" else out
+                out = _channels_first(out, False) if output_fmt == "NCHW" else out
                 outputs.append((out, prefix) if return_prefix_tokens else out)
             if stop_early and index == max(take):
                 break
-        return outputs if intermediates_only else (_channels_first(x), outputs)
+        return outputs if intermediates_only else (_channels_first(x, tokens), outputs)
 
     def prune_intermediate_layers(
         self,
@@ -313,9 +337,9 @@ class MetaFormer(nn.Module):
         return stage
 
     def _levels(self) -> list[Callable[[Tensor], Tensor]]:
-        """What gives the features: the stages, or the blocks of a model with one stage."""
+        """What gives the features, (B, H, W, C) or (B, N, C): the stages, or the blocks of a model with one stage."""
         if not self.isotropic:
-            return list(self.stages)
+            return [partial(_run_channels_last, stage, self.num_prefix_tokens > 0) for stage in self.stages]
         stage = self._stage(0)
         return [partial(stage.step, block) for block in stage.blocks]
 
@@ -458,9 +482,19 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _channels_first(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, C, H, W); token sequences (B, N, C) as they are."""
-    return x if x.ndim == 3 else x.permute(0, 3, 1, 2)
+def _channels_first(x: Tensor, tokens: bool) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W), a view; token sequences (B, N, C) as they are."""
+    return x if tokens else x.permute(0, 3, 1, 2)
+
+
+def _channels_last(x: Tensor, tokens: bool) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C), a view; token sequences (B, N, C) as they are."""
+    return x if tokens else x.permute(0, 2, 3, 1)
+
+
+def _run_channels_last(stage: nn.Module, tokens: bool, x: Tensor) -> Tensor:
+    """A stage in its inner layout, (B, H, W, C) or (B, N, C)."""
+    return _channels_last(stage(_channels_first(x, tokens)), tokens)
 
 
 def _kind(branch: nn.Module) -> str:

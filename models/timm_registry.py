@@ -14,7 +14,9 @@ from typing import Any
 
 import timm.models
 from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, get_pretrained_cfg
-from torch import nn
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
 
 from models.config import MetaFormerConfig
 from models.factory import create_model
@@ -81,14 +83,16 @@ def _entry_function(name: str, config: MetaFormerConfig) -> Callable[..., nn.Mod
     stages = len(config.depths)
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        feature_cls = (
+            _feature_class(config, kwargs.pop("feature_cls", "getter")) if kwargs.get("features_only") else None
+        )
         return timm.models.build_model_with_cfg(
             partial(_build, config.name),
             name,
             pretrained,
             pretrained_filter_fn=lambda state, model: from_timm(state),
-            # Stages work in NHWC; only our forward_intermediates, which the getter calls, returns NCHW.
-            # Their default is timm's: all stages, or the last three blocks of a model with one stage.
-            feature_cfg={"out_indices": tuple(range(stages)) if stages > 1 else 3, "feature_cls": "getter"},
+            # The default indices are timm's: all stages, or the last three blocks of a model with one stage.
+            feature_cfg={"out_indices": tuple(range(stages)) if stages > 1 else 3, "feature_cls": feature_cls},
             **kwargs,
         )
 
@@ -96,6 +100,65 @@ def _entry_function(name: str, config: MetaFormerConfig) -> Callable[..., nn.Mod
     entry.__module__ = __name__
     entry.__doc__ = f"{config.name} of Drop Path Zoo."
     return entry
+
+
+def _feature_class(config: MetaFormerConfig, asked: str | type[nn.Module]) -> str | type[nn.Module]:
+    """What gives features as (B, C, H, W) by the way that `feature_cls` asks for.
+
+    Raises:
+        ConfigError: It could not do so in this model.
+    """
+    if not isinstance(asked, str):
+        return asked
+    kind = asked.lower()
+    if kind == "fx":
+        return FeatureGraph
+    pyramid = len(config.depths) > 1 and not config.num_prefix_tokens
+    if kind == "getter" or (kind == "hook" and pyramid):
+        return kind
+    allowed = "getter (the default), fx" + (", hook" if pyramid else "")
+    why = {
+        "hook": "it takes what modules return, and in this model that is (B, N, C) or (B, H, W, C)",
+        "list": "it calls a model's children one after another, which is not what our forward does",
+    }
+    why["dict"] = why["list"]
+    reason = f": {why[kind]}" if kind in why else ""
+    raise ConfigError(f"model {config.name}: feature_cls {asked!r} is not available{reason}; allowed: {allowed}")
+
+
+class FeatureGraph(nn.Module):
+    """Features by `feature_cls="fx"`: graphs of torch.fx from images to the chosen levels, one for training and one not.
+
+    timm's own takes the outputs of modules, which are (B, N, C) or (B, H, W, C) in a model with one stage; this one traces
+    `forward_intermediates`, as the getter calls it.
+
+    Args:
+        model: Is pruned.
+        out_indices: Levels, as in `forward_intermediates`.
+        output_fmt: `NCHW` or `NHWC`.
+    """
+
+    def __init__(self, model: MetaFormer, out_indices: int | tuple[int, ...], output_fmt: str = "NCHW") -> None:
+        super().__init__()
+        getter = FeatureGetterNet(model, out_indices, output_fmt=output_fmt)
+        self.feature_info = getter.feature_info
+        self.output_fmt = getter.output_fmt
+        training = model.training
+        nodes = [_output_nodes(getter.train(mode)) for mode in (True, False)]
+        self.graph_module = create_feature_extractor(
+            getter.train(training), train_return_nodes=nodes[0], eval_return_nodes=nodes[1], suppress_diff_warning=True
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images (B, in_chans, H, W) -> a list of (B, C, H, W)."""
+        return list(self.graph_module(x).values())
+
+
+def _output_nodes(model: nn.Module) -> dict[str, str]:
+    """The nodes that a model's graph returns as a list, by torchvision's names for them, with their numbers."""
+    tracer = NodePathTracer()
+    (output,) = (node for node in tracer.trace(model).nodes if node.op == "output")
+    return {tracer.node_to_qualname[node]: str(i) for i, node in enumerate(output.args[0])}
 
 
 def _build(model_name: str, **kwargs: Any) -> MetaFormer:
