@@ -8,11 +8,13 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import timm.models
+import torch
 from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, get_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
@@ -35,8 +37,9 @@ def register_with_timm(prefix: str = "dpz_") -> list[str]:
     """Makes every model of the zoo known to timm as prefix + name.
 
     Afterwards `timm.create_model("dpz_caformer_s18", num_classes=5, drop_path_rate=0.2, in_chans=1)` builds ours, with
-    timm's arguments (`img_size`, `checkpoint_path`, `features_only`, `pretrained`), our `drop_path_mode`, and any key of
-    the model's config. A second call adds what was registered with `models.register_model` since the first.
+    timm's arguments (`img_size`, `device`, `dtype`, `checkpoint_path`, `features_only`, `pretrained`), our
+    `drop_path_mode`, and any key of the model's config. A second call adds what was registered with
+    `models.register_model` since the first.
 
     Args:
         prefix: Letters, digits and underscores.
@@ -169,9 +172,36 @@ def _build(model_name: str, **kwargs: Any) -> MetaFormer:
         kwargs["image_size"] = size if isinstance(size, int) else list(size)
     global_pool = kwargs.pop("global_pool", None)
     num_classes = kwargs.get("num_classes")
-    model = create_model(model_name, **kwargs)
-    if global_pool is not None:
-        model.reset_classifier(model.num_classes if num_classes is None else num_classes, global_pool)
+    device = _checked_device(model_name, kwargs.pop("device", None))
+    dtype = _checked_dtype(model_name, kwargs.pop("dtype", None))
+    with nullcontext() if device is None else device:
+        model = create_model(model_name, **kwargs)
+        if global_pool is not None:
+            model.reset_classifier(model.num_classes if num_classes is None else num_classes, global_pool)
+    # Drawn in float32, then rounded: the same weights in every dtype. `None` leaves it.
+    model.to(dtype=dtype)
     # where timm looks when it makes a data config
     setattr(model, "in_chans", model.config.in_chans)  # noqa: B010  (as an attribute, pyright takes it for a module)
     return model
+
+
+def _checked_device(model_name: str, device: Any) -> torch.device | None:
+    """What timm's builders take as a device: a `torch.device`, its name or number, or `None` for torch's default."""
+    if device is None:
+        return None
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)  # a GPU that is not there is found out before anything is built
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model {model_name}: device {str(device)!r} cannot be used here: {reason}") from None
+    return device
+
+
+def _checked_dtype(model_name: str, dtype: Any) -> torch.dtype | None:
+    """A floating-point `torch.dtype`, or `None` for torch's default."""
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise ConfigError(
+        f"model {model_name}: dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}"
+    )

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import warnings
 import zipfile
@@ -25,15 +26,17 @@ from models.strict_yaml import ConfigError, nearest
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+# What the hub's libraries write instead, timm's `save_for_hf` by default the second; a large model comes in parts, which
+# an index names.
+HUB_WEIGHTS = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Keys of config.json: safetensors has no checksum of its own, nor has JSON.
 WEIGHTS_HASH = "weights_sha256"
 CONFIG_HASH = "config_sha256"  # of all other keys
-TORCH_SUFFIXES = (
-    ".pt",
-    ".pth",
-    ".pth.tar",
-    ".bin",
-)  # .pth.tar, which is no tar: sail-sg's files and timm's checkpoints
+# .pth.tar, which is no tar: sail-sg's files and timm's checkpoints; .ckpt: Lightning's
+TORCH_SUFFIXES = (".pt", ".pth", ".pth.tar", ".bin", ".ckpt")
+# Keys of checkpoints that hold a state dict, averaged ones first, as timm looks for them; `ema_state_dict` is what several
+# trainers call the average.
+STATE_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model")
 
 
 class CheckpointError(RuntimeError):
@@ -105,40 +108,197 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | 
     """Reads a folder of `save_weights`, or a file with a state dict, onto the CPU.
 
     Args:
-        path: A folder with model.safetensors and perhaps config.json (or that file in it, which is the same), another
-            .safetensors file, or a file of torch.save (.pt, .pth, .pth.tar, .bin) holding a state dict, on its own or
-            under a key "state_dict" or "model", where averaged weights beside it ("state_dict_ema", "model_ema") go first.
+        path: A folder with model.safetensors, pytorch_model.bin or the parts that an index of either names, or with one
+            file of weights of another name, and perhaps config.json (or model.safetensors or pytorch_model.bin in it,
+            which is the same); another .safetensors file; or a file of torch.save (.pt, .pth, .pth.tar, .bin, .ckpt)
+            holding a state dict or a checkpoint with one, see `choose_state`.
 
     Returns:
         The tensors by name, and the folder's config (None for a file, or when there is no config.json).
 
     Raises:
-        ConfigError: When there is nothing to read, or it is damaged, or holds anything but tensors and plain values.
+        ConfigError: When there is nothing to read, or it is damaged, or holds anything but tensors and plain values, or
+            does not say which of several weights to take.
     """
     path = Path(path)
-    if path.name == WEIGHTS and (settled(path.parent) / CONFIG).exists():
-        path = path.parent  # what is said there of the file holds for it under either name
+    if path.name in (WEIGHTS, *HUB_WEIGHTS) and (settled(path.parent) / CONFIG).exists():
+        # what is said there of the file holds for it under either name
+        return _load_folder(settled(path.parent), path.parent, path.name)
     found = settled(path)
     if found.is_dir():
         return _load_folder(found, path)
     if not found.exists():
         raise ConfigError(f"{path}: no such file or folder{nearest_beside(path)}")
+    return _read_file(path), None
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in one file, or in the parts that an index names."""
+    if path.name.endswith(".index.json"):
+        return _read_parts(path)
+    if path.suffix == ".distcp" or path.name == ".metadata":
+        raise ConfigError(f"{path}: {_foreign_folder(path.parent) or 'a part of a checkpoint; name its folder'}")
+    if not path.name.endswith((".safetensors", *TORCH_SUFFIXES)):
+        allowed = ", ".join((".safetensors", *TORCH_SUFFIXES))
+        raise ConfigError(f"{path}: cannot read weights from {path.suffix or 'this'}; allowed: {allowed}")
+    if re.search(r"-\d{5}-of-\d{5}\.", path.name):
+        raise ConfigError(f"{path}: one part of several; name their folder, or the .index.json in it")
+    return _read_one(path)
+
+
+def _read_one(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in one file that says all of itself."""
+    _check_no_pointer(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path), None
-    if path.name.endswith(TORCH_SUFFIXES):
-        _check_zip(path)
-        try:
-            state = read_tensors(path)
-        except CheckpointError as error:
-            raise ConfigError(str(error)) from error
-        for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # averaged ones first, as timm reads its own
-            if isinstance(state.get(key), dict):
-                state = state[key]
-                break
-        check_dense(state, path)
-        return dict(state), None
-    allowed = ", ".join((".safetensors", *TORCH_SUFFIXES))
-    raise ConfigError(f"{path}: cannot read weights from {path.suffix or 'this'}; allowed: {allowed}")
+        return _read_safetensors(path)
+    _check_zip(path)
+    try:
+        checkpoint = read_tensors(path)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    state = choose_state(checkpoint, path)
+    check_dense(state, path)
+    return dict(state)
+
+
+def _read_parts(index: Path) -> dict[str, torch.Tensor]:
+    """The state dict in the files that a hub folder's index names, whole or not at all."""
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index}: not a readable index of weights: {type(error).__name__}: {error}") from error
+    state: dict[str, torch.Tensor] = {}
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ConfigError(f"{index}: refused: names {name!r}, which is no file beside it")
+        if not (index.parent / name).is_file():
+            raise ConfigError(f"{index.parent / name}: is missing, but {index.name} beside it names it")
+        state |= _read_one(index.parent / name)
+    if state.keys() != weight_map.keys():
+        first = sorted(state.keys() ^ weight_map.keys())[0]
+        raise ConfigError(f"{index}: does not match the files that it names: {first} is in only one of them")
+    return state
+
+
+def _check_no_pointer(path: Path) -> None:
+    """Refuses what a clone leaves in place of the weights where Git LFS is not set up."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    if pointer:
+        raise ConfigError(f"{path}: a pointer of Git LFS, not the weights; fetch them with: git lfs pull")
+
+
+# ---- which weights of a checkpoint -------------------------------------------------------------------------------------
+
+_AVERAGED = re.compile(r"(?<![A-Za-z])(ema|swa|averag|shadow)|EMA|SWA")  # words in keys of averaged weights
+_NO_MODEL = ("optim", "lr_sched", "scaler", "amp", "loops")  # beginnings of keys that hold other things than a model
+Place = tuple[str, ...]
+
+
+def choose_state(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The state dict in a checkpoint: under the first of `STATE_KEYS`, else the only one in it, else the checkpoint itself.
+
+    Two trainers put the average under `state_dict` and move what was there: mmengine to `ema_state_dict`, Lightning to
+    `current_model_state`.
+
+    Args:
+        checkpoint: What a file of torch.save held.
+        path: That file, for messages.
+
+    Raises:
+        ConfigError: It holds several and none is the obvious one; says how to save one alone.
+    """
+    if not checkpoint.keys().isdisjoint(("ds_config", "ds_version")):
+        raise ConfigError(f"{path}: {_DEEPSPEED.format(path.parent)}")
+    known = next((key for key in STATE_KEYS if _has_tensors(checkpoint.get(key))), None)
+    if _has_tensors(checkpoint.get("state_dict")) and (
+        _is_mmengines(checkpoint) or "current_model_state" in checkpoint
+    ):
+        known = "state_dict"
+    elif known is None or not _AVERAGED.search(known):
+        return _choose_unknown(checkpoint, known, path)
+    return checkpoint[known]
+
+
+def _choose_unknown(checkpoint: Mapping[str, Any], known: str | None, path: Path) -> Mapping[str, Any]:
+    """`choose_state` where no average stands under a key that says so; `known` is the key of the other weights."""
+    states, averages = dict(_state_dicts(checkpoint)), list(_averages(checkpoint))
+    raw = [(known,)] if known else [place for place in states if place not in averages]
+    if not averages and len(raw) < 2:
+        return checkpoint[known] if known else next(iter(states.values()), checkpoint)
+    places = ", ".join(map(_subscript, raw[:4])) + (" and more" if len(raw) > 4 else "")
+    if not averages:
+        raise ConfigError(
+            f"{path}: holds several state dicts: {places}\n{_save_alone(path, raw[0])}, or another of them"
+        )
+    average, beside = _subscript(averages[0]), f" beside {places}" if raw else ""
+    if averages[0] in states:
+        what = f"holds averaged weights in {average}{beside}; which to load, nothing says"
+        advice = f"\n{_save_alone(path, averages[0])}" + (f", or {_subscript(raw[0])} in the same way" if raw else "")
+    else:
+        what = f"holds averaged weights in {average}, without their names,{beside}"
+        advice = "; have the program that wrote it write them as a state dict"
+        advice += f"\nor, to load {_subscript(raw[0])}, {_save_alone(path, raw[0])}" if raw else ""
+    raise ConfigError(f"{path}: {what}{advice}")
+
+
+def _is_mmengines(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether mmengine wrote it: its average counts its steps, and its checkpoints hold a message hub."""
+    average = checkpoint.get("ema_state_dict")
+    return isinstance(average, dict) and ("steps" in average or "message_hub" in checkpoint)
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Whether it looks like the state dict of a network: tensors by dotted names."""
+    return _has_tensors(value) and any(isinstance(k, str) and "." in k for k in value)
+
+
+def _state_dicts(node: Mapping[Any, Any], place: Place = ()) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    """The state dicts in a checkpoint, by where they are."""
+    for key, value in node.items():
+        if not isinstance(key, str) or not isinstance(value, dict) or key.startswith(_NO_MODEL):
+            continue
+        if _is_state_dict(value):
+            yield (*place, key), value
+        elif len(place) < 4:
+            yield from _state_dicts(value, (*place, key))
+
+
+def _averages(node: Mapping[Any, Any], place: Place = ()) -> Iterator[Place]:
+    """Where a checkpoint holds averaged weights, with names or without."""
+    for key, value in node.items():
+        if not isinstance(key, str) or key.startswith(_NO_MODEL):
+            continue
+        here = (*place, key)
+        if isinstance(value, dict) and not _is_state_dict(value):
+            if len(place) < 4:
+                yield from _averages(value, here)
+        elif any(map(_AVERAGED.search, here)) and (_is_state_dict(value) or _is_list_of_tensors(value)):
+            yield here
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value)
+
+
+def _subscript(place: Place) -> str:
+    """('a', 'b') -> ["a"]["b"], which is Python as well."""
+    return "".join(f"[{json.dumps(key)}]" for key in place)
+
+
+def _save_alone(path: Path, place: Place) -> str:
+    """A command that writes one state dict of a checkpoint to a file of its own."""
+    load = f"torch.load({json.dumps(str(path))}, weights_only=True){_subscript(place)}"
+    command = shlex.quote(f'import torch; torch.save({load}, "weights.pth")')
+    return f"save it alone: python -c {command}"
 
 
 def check_dense(state: Mapping[Any, Any], origin: object) -> None:
@@ -176,12 +336,13 @@ def _check_zip(path: Path) -> None:
         raise ConfigError(f"{path}: refused: damaged: {damaged} in it does not match its checksum")
 
 
-def _load_folder(folder: Path, named: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """`load_weights` of a folder; `named` is what the user called it."""
-    if not (folder / WEIGHTS).is_file():
-        best = folder / "best"
-        hint = f"; did you mean {str(named / 'best')!r}?" if (best / WEIGHTS).is_file() else ""
-        raise ConfigError(f"{named}: there is no {WEIGHTS} in this folder{hint}")
+def _load_folder(
+    folder: Path, named: Path, file: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """`load_weights` of a folder; `named` is what the user called it, `file` the one of its files that is meant."""
+    file = file or _weights_in(folder, named)
+    if not (folder / file).is_file():
+        raise ConfigError(f"{named / file}: no such file or folder{nearest_beside(folder / file)}")
     config = None
     if (folder / CONFIG).exists():
         try:
@@ -190,7 +351,7 @@ def _load_folder(folder: Path, named: Path) -> tuple[dict[str, torch.Tensor], di
             raise ConfigError(f"{named / CONFIG}: cannot be read as JSON: {error}") from error
         if not isinstance(config, dict):
             raise ConfigError(f"{named / CONFIG}: must be a JSON object, got {type(config).__name__}")
-    state = _read_safetensors(folder / WEIGHTS)
+    state = _read_file(folder / file)
     hashes = (WEIGHTS_HASH, CONFIG_HASH)
     # Ours: timm's config has neither hash and no section `model`. One damaged byte leaves a sign of it.
     if config and (isinstance(config.get("model"), dict) or not config.keys().isdisjoint(hashes)):
@@ -198,14 +359,62 @@ def _load_folder(folder: Path, named: Path) -> tuple[dict[str, torch.Tensor], di
         if missing is not None:
             raise ConfigError(
                 f"{named / CONFIG}: damaged, or not as it was written: {missing} is missing; "
-                f"a copy of {WEIGHTS} on its own is loaded unchecked"
+                f"a copy of {file} on its own is loaded unchecked"
             )
         if config[CONFIG_HASH] != _config_sha256(config):
             raise ConfigError(f"{named / CONFIG}: damaged, or not as it was written: its hash is not {CONFIG_HASH}")
         if config[WEIGHTS_HASH] != weights_sha256(state):
-            raise ConfigError(f"{named / WEIGHTS}: damaged: its hash is not {WEIGHTS_HASH} of {CONFIG} beside it")
+            raise ConfigError(f"{named / file}: damaged: its hash is not {WEIGHTS_HASH} of {CONFIG} beside it")
         config = {key: value for key, value in config.items() if key not in hashes}
     return state, config
+
+
+def _weights_in(folder: Path, named: Path) -> str:
+    """The name of the file that holds a folder's weights, or names their parts.
+
+    Raises:
+        ConfigError: There is none, or there are several; says where to look.
+    """
+    if found := next((name for name in (WEIGHTS, *HUB_WEIGHTS) if (folder / name).is_file()), None):
+        return found
+    if foreign := _foreign_folder(folder, named):
+        raise ConfigError(f"{named}: {foreign}")
+    files = _weight_files(folder)
+    if len(files) == 1:
+        return files[0]
+    if files:
+        some = ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
+        raise ConfigError(f"{named}: there is no {WEIGHTS} in this folder, but {some}; name the one you mean")
+    below = [folder / "best", *sorted((folder / "snapshots").glob("*")), folder / "checkpoints"]
+    place = next((f for f in below if f.is_dir() and (_weight_files(f) or (f / HUB_WEIGHTS[0]).is_file())), None)
+    hint = f"; did you mean {str(named / place.relative_to(folder))!r}?" if place else ""
+    raise ConfigError(f"{named}: there is no {WEIGHTS} in this folder{hint}")
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that weights can be read from."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    return [name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)) and not name.startswith(".")]
+
+
+_DEEPSPEED = (
+    "a checkpoint of DeepSpeed, whose weights may be in pieces; join them with the script that it puts there: "
+    "python zero_to_fp32.py {0} OUTPUT, and name OUTPUT"
+)
+_DISTRIBUTED = (
+    "a distributed checkpoint of torch, in pieces; join them with: "
+    "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {0} weights.pth"
+)
+
+
+def _foreign_folder(folder: Path, named: Path | None = None) -> str:
+    """What to do with a folder that holds weights in pieces of another program, or ""."""
+    if any(folder.glob("*.distcp")):
+        return _DISTRIBUTED.format(named or folder)
+    pieces = ("zero_to_fp32.py", "mp_rank_*_model_states.pt", "global_step*/mp_rank_*_model_states.pt")
+    if any(any(folder.glob(pattern)) for pattern in pieces):
+        return _DEEPSPEED.format(named or folder)
+    return ""
 
 
 def _config_sha256(config: Mapping[str, Any]) -> str:
@@ -286,10 +495,19 @@ def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(file.fileno())
 
 
-# timm's training script keeps its arguments beside the weights; this reads them without running anything either.
-_SAVE_ALONE = """
-save its weights alone: python -c "import argparse, torch; torch.serialization.add_safe_globals([argparse.Namespace]); \
-torch.save(torch.load({!r}, weights_only=True)['state_dict'], 'weights.pth')\""""
+def _save_advice(path: Path, found: str) -> str:
+    """What to do with a file that holds more than tensors and plain values, on a line of its own."""
+    if found != "argparse.Namespace":
+        return "\nsave the weights alone in the program that made it: torch.save(model.state_dict(), 'weights.pth')"
+    # timm's training script keeps its arguments beside the weights; this reads them without running anything either,
+    # and takes the weights that `choose_state` would take.
+    code = (
+        "import argparse, torch; torch.serialization.add_safe_globals([argparse.Namespace]); "
+        f"c = torch.load({json.dumps(str(path))}, weights_only=True); "
+        f"torch.save(next((c[k] for k in {STATE_KEYS!r} if isinstance(c.get(k), dict) "
+        "and any(map(torch.is_tensor, c[k].values()))), c), 'weights.pth')"
+    ).replace("'", '"')
+    return f"\nsave its weights alone: python -c {shlex.quote(code)}"
 
 
 def read_tensors(path: Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -299,7 +517,7 @@ def read_tensors(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         # torch's own message advises loading it unsafely; ours names what is in the way.
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds {found[1]}; only tensors and plain Python values are read" if found else "cannot be read"
-        hint = _SAVE_ALONE.format(str(path)) if found and found[1] == "argparse.Namespace" else ""
+        hint = _save_advice(path, found[1]) if found else ""
         raise CheckpointError(f"{path}: refused: {what} ({type(error).__name__}){hint}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: must hold a dict, holds {type(state).__name__}")
