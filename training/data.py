@@ -530,12 +530,12 @@ class SkipList:
 
 
 def lost_worker(error: BaseException) -> str | None:
-    """What to say of a loader's worker that died; None where the error is another one."""
+    """What to say of loader's workers that died or cannot be heard any more; None where the error is another one."""
     text = str(error)
-    if not text.startswith("DataLoader worker"):
+    if not text.startswith("DataLoader worker") and "Communication with the workers" not in text:
         return None
-    first = text.splitlines()[0].rstrip(". ")
-    return f"{first}\nperhaps out of memory: use fewer data.workers; go on with --resume"
+    first = textwrap.shorten(text.splitlines()[0], 300).rstrip(".")
+    return f"{first}\nout of memory or of open files? use fewer data.workers, and go on with --resume"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
