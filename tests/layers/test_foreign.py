@@ -630,3 +630,26 @@ def test_structures_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     conversions = convert_to_skip(model, size_of("vit_tiny_patch16_224"))
     assert calls == ["blocks.0"] and len(conversions) == 3
     assert len(find_blocks(model)) == 3
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+@pytest.mark.parametrize("mode", ["mask", "skip"])
+def test_grafted_models_are_traced_by_fx(name: str, mode: str) -> None:
+    model = build(name)
+    set_drop_path(model, 0.5, mode=mode, input_size=size_of(name))
+    x = torch.randn(4, *size_of(name))
+    graph = torch.fx.symbolic_trace(model)
+    graph(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    dropped = sum(m.samples_dropped for m in grafted(model))
+    assert dropped > 0
+    model.eval()
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_grafted_models_that_mask_are_scripted_in_evaluation(name: str) -> None:
+    model = build(name)
+    set_drop_path(model, 0.5, mode="mask", input_size=size_of(name))
+    x = torch.randn(2, *size_of(name))
+    torch.testing.assert_close(torch.jit.script(model.eval())(x), model(x))
