@@ -195,7 +195,6 @@ class MetaFormer(nn.Module):
         self.num_classes = config.num_classes
         self.num_features = config.dims[-1]
         self.pretrained_cfg = self.default_cfg = make_pretrained_cfg(config)
-        self.feature_info: list[dict[str, Any]] = []
 
         self.stem = PatchEmbed(
             config.in_chans,
@@ -215,7 +214,7 @@ class MetaFormer(nn.Module):
                 pos_embed=config.pos_embed,
             )
         rates = iter(drop_path_rates(drop_path_rate, config.depths))
-        stages, reduction = [], config.stem.stride
+        stages, levels, reduction = [], [], config.stem.stride
         for index, (depth, dim) in enumerate(zip(config.depths, config.dims, strict=True)):
             previous = config.dims[max(index - 1, 0)]
             downsample: nn.Module = nn.Identity()
@@ -234,8 +233,9 @@ class MetaFormer(nn.Module):
             blocks = [build_block(config, index, next(rates), drop_path_mode) for _ in range(depth)]
             stages.append(Stage(downsample, blocks, tokens=self.num_prefix_tokens > 0))
             names = [f"stages.{index}.blocks.{i}" for i in range(depth)] if self.isotropic else [f"stages.{index}"]
-            self.feature_info += [{"num_chs": dim, "reduction": reduction, "module": name} for name in names]
+            levels += [{"num_chs": dim, "reduction": reduction, "module": name} for name in names]
         self.stages = nn.Sequential(*stages)
+        self.feature_info = levels
         self.apply(init_weights)
         self.head = Head(config)
 

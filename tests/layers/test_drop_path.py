@@ -532,3 +532,73 @@ def _ranks_do_not_wait(rank: int, store: str) -> None:
 def test_two_ranks_run_500_steps(tmp_path: Path) -> None:
     """At B = 2 and rate 0.5 a rank often has nothing to compute; plain DDP must not wait for it."""
     torch.multiprocessing.spawn(_ranks_do_not_wait, (str(tmp_path / "store"),), nprocs=2)
+
+
+# ---- torch.fx and TorchScript ---------------------------------------------------------------------------------------
+
+
+class EveryUse(nn.Module):
+    """`residual` and the module."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.drop_path = DropPath(0.4, mode=mode)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop_path.residual(x, self.fc)
+        return x + self.drop_path(self.fc(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", [EveryUse, lambda mode: DropPath(0.4, mode=mode)], ids=["in a model", "alone"])
+def test_a_graph_traced_in_training_draws_as_eager_code_does(make: Callable[[str], nn.Module], mode: str) -> None:
+    model = make(mode)
+    graph = torch.fx.symbolic_trace(model)
+    assert list(graph.state_dict()) == list(model.state_dict())
+    x = torch.randn(16, 3)
+    for twin in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        torch.manual_seed(5)
+        out = twin(x)
+        torch.manual_seed(5)
+        torch.testing.assert_close(out, model(x))
+    assert torch.equal(graph.eval()(x), model.eval()(x))
+
+
+def test_the_function_in_a_graph_draws_as_in_eager_code() -> None:
+    def branch(x: Tensor) -> Tensor:
+        return x + drop_path(2 * x, 0.4, True)
+
+    graph, x = torch.fx.symbolic_trace(branch), torch.randn(16, 3)
+    torch.manual_seed(5)
+    out = graph(x)
+    torch.manual_seed(5)
+    assert torch.equal(out, branch(x)) and not torch.equal(out, 3 * x)
+
+
+def test_rates_and_counts_of_a_graph_are_the_modules() -> None:
+    module = DropPath(0.5, mode="skip")
+    graph = torch.fx.symbolic_trace(module)
+    x = torch.ones(8, 3)
+    assert int((graph(x) == 0).all(dim=1).sum()) == 4 == module.samples_dropped
+    module.multiplier = 0.5
+    assert int((graph(x) == 0).all(dim=1).sum()) == 2
+    module.drop_prob = 0.0
+    assert torch.equal(graph(x), x)
+
+
+def test_a_graph_of_evaluation_holds_no_trace() -> None:
+    model = EveryUse("skip").eval()
+    graph = torch.fx.symbolic_trace(model)
+    x = torch.randn(4, 3)
+    assert torch.equal(graph(x), model(x)) and "drop" not in graph.code
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_torchscript_is_the_identity_in_evaluation_and_refuses_training(mode: str, tmp_path: Path) -> None:
+    torch.jit.script(DropPath(0.4, mode=mode).eval()).save(tmp_path / "module.pt")  # type: ignore[arg-type]
+    loaded = torch.jit.load(tmp_path / "module.pt")
+    x = torch.randn(4, 3)
+    assert torch.equal(loaded(x), x) and not loaded.state_dict()
+    with pytest.raises(torch.jit.Error, match="stochastic depth in evaluation only"):
+        loaded.train()(x)

@@ -1181,3 +1181,26 @@ def test_a_proof_is_run_in_full_precision() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(own)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+@pytest.mark.parametrize("mode", ["mask", "skip"])
+def test_grafted_models_are_traced_by_fx(name: str, mode: str) -> None:
+    model = build(name)
+    set_drop_path(model, 0.5, mode=mode, input_size=size_of(name))
+    x = torch.randn(4, *size_of(name))
+    graph = torch.fx.symbolic_trace(model)
+    graph(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    dropped = sum(m.samples_dropped for m in grafted(model))
+    assert dropped > 0
+    model.eval()
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_grafted_models_that_mask_are_scripted_in_evaluation(name: str) -> None:
+    model = build(name)
+    set_drop_path(model, 0.5, mode="mask", input_size=size_of(name))
+    x = torch.randn(2, *size_of(name))
+    torch.testing.assert_close(torch.jit.script(model.eval())(x), model(x))

@@ -1,5 +1,8 @@
 """Norms in channels-last layout against torch's in (B, C, H, W)."""
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -136,3 +139,17 @@ def test_a_batch_without_samples(name: str) -> None:
     assert x.grad is not None
     for key, parameter in norm.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), key
+
+
+# ---- torch.fx, TorchScript and tracing ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_graphs_scripts_and_traces_agree_at_other_sizes(name: str, x: Tensor) -> None:
+    norm = randomise(build_norm(name, DIM))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced: Any = torch.jit.trace(norm, x)
+    other = torch.randn(2, 3, 4, DIM)
+    for twin in (torch.fx.symbolic_trace(norm), torch.jit.script(norm), traced):
+        assert torch.equal(twin(x), norm(x)) and torch.equal(twin(other), norm(other))

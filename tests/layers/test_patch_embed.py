@@ -139,3 +139,18 @@ def test_positions_at_another_size(size: tuple[int, int]) -> None:
     ):
         tokens()(x)
     assert tokens(class_token=True, pos_embed="none")(x).shape == (1, 1 + size[0] * size[1], 4)
+
+
+# ---- torch.fx and TorchScript ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"class_token": True}, {"class_token": True, "register_tokens": 2}])
+@pytest.mark.parametrize("pos_embed", ["patches", "all"])
+def test_graphs_and_scripts_agree_and_check_sizes_too(settings: dict, pos_embed) -> None:
+    embed = tokens(**settings, pos_embed=pos_embed if settings else "patches")
+    for twin in (torch.fx.symbolic_trace(embed), torch.jit.script(embed)):
+        assert torch.equal(twin(patches()), embed(patches()))
+        with pytest.raises(
+            (ValueError, torch.jit.Error), match="built for 3 x 5 positions, got 5 x 3; build the model with"
+        ):
+            twin(torch.randn(1, 5, 3, 4))

@@ -1,6 +1,8 @@
 """Token mixers against plain computations in (B, C, H, W), and what every one of them must do."""
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -213,3 +215,36 @@ def test_spatial_mlp_at_another_size(size: tuple[int, int]) -> None:
 def test_attention_with_heads_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="head_dim 5 does not divide 12 channels"):
         Attention(DIM, head_dim=5)
+
+
+# ---- torch.fx, TorchScript and tracing ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MIXERS)
+def test_graphs_scripts_and_traces_agree(name: str, training: bool, x: Tensor) -> None:
+    mixer = MIXERS[name]().train(training)
+    randomise(mixer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced: Any = torch.jit.trace(mixer, x)
+    for twin in (torch.fx.symbolic_trace(mixer), torch.jit.script(mixer), traced):
+        assert torch.equal(twin(x), mixer(x)) and torch.equal(twin(x[:1]), mixer(x[:1]))
+
+
+@pytest.mark.parametrize("name", ["random_mixing", "spatial_mlp"])
+def test_graphs_and_scripts_check_sizes_too(name: str) -> None:
+    mixer = MIXERS[name]()
+    for twin in (torch.fx.symbolic_trace(mixer), torch.jit.script(mixer)):
+        with pytest.raises(
+            (ValueError, torch.jit.Error), match="positions, got 6 x 7; build the model with image_size"
+        ):
+            twin(torch.randn(1, 6, 7, DIM))
+
+
+def test_attention_scripted_takes_tokens_as_well_as_a_grid() -> None:
+    mixer = MIXERS["attention"]()
+    scripted, graph = torch.jit.script(mixer), torch.fx.symbolic_trace(mixer)
+    for shape in ((2, 9, DIM), (2, 3, 3, DIM), (0, 9, DIM)):
+        x = torch.randn(shape)
+        assert torch.equal(scripted(x), mixer(x)) and torch.equal(graph(x), mixer(x))

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from layers.drop_path import MODES, DropPath
 from layers.mlp import Mlp, MlpHead
@@ -779,3 +781,124 @@ def test_timms_feature_tools_on_every_family(name):
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in kept.items())
     data = resolve_data_config(model=model)
     assert data["input_size"] == (3, 64, 64) and data["mean"] == tuple(model.config.mean)
+
+
+# ---- torch.fx, torchvision's extractor, TorchScript and tracing -------------------------------------------------------
+
+PYRAMID: dict[str, Any] = {"depths": [1, 1, 1, 1], "image_size": 64}
+ONE_STAGE: dict[str, Any] = {"depths": [2], "image_size": 56}
+TRACED: dict[str, dict[str, Any]] = {
+    "poolformer_s12": PYRAMID,
+    "poolformerv2_s12": PYRAMID,
+    "convformer_s18": PYRAMID,
+    "caformer_s18": PYRAMID,
+    "identityformer_s12": PYRAMID,
+    "randformer_s12": PYRAMID,
+    "vit_tiny_patch16_224": {**ONE_STAGE, "image_size": 64},
+    "deit3_small_patch16_224": {**ONE_STAGE, "image_size": 64},
+    "vit_small_patch14_reg4_dinov2": ONE_STAGE,
+    "mixer_s16_224": {**ONE_STAGE, "image_size": 64},
+    "resmlp_12_224": {**ONE_STAGE, "image_size": 64},
+    "eva_large_patch14_196": {**ONE_STAGE, "dims": [128]},
+    "flexivit_small": {**ONE_STAGE, "image_size": 64},
+}
+
+
+def of_family(name: str) -> tuple[MetaFormer, Tensor, Tensor]:
+    """A small model of a family, two images for it and one."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5, drop_path_rate=0.4, drop_path_mode="skip", **TRACED[name])
+    return model, images(2, TRACED[name]["image_size"]), images(1, TRACED[name]["image_size"])
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_graph_of_evaluation_is_the_model(name):
+    model, two, one = of_family(name)
+    graph = torch.fx.symbolic_trace(model.eval())
+    assert torch.equal(graph(two), model(two)) and torch.equal(graph(one), model(one))
+    assert set(graph.state_dict()) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_graph_of_training_draws_trains_and_evaluates(name):
+    model, two, _ = of_family(name)
+    graph = torch.fx.symbolic_trace(model)
+    torch.manual_seed(3)
+    out = graph(two)
+    torch.manual_seed(3)
+    torch.testing.assert_close(out, model(two), rtol=1e-4, atol=1e-5)
+    set_drop_path(graph, 1.0, profile="constant")  # the modules in the graph are the model's
+    assert not torch.allclose(graph(two), out) and {b.drop_path1.rate for b in blocks_of(model)} == {1.0}
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert torch.equal(graph.eval()(two), model.eval()(two))
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_torchvisions_extractor_gives_channels_first(name):
+    model, two, _ = of_family(name)
+    nodes = [f"stages.{i}" for i in range(len(model.depths))]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "NOTE: The nodes obtained by tracing")  # training has nodes that drop
+        extractor = create_feature_extractor(model, {node: node for node in [*nodes, "head"]})
+    extractor.train()(two)["head"].sum().backward()
+    found = extractor.eval()(two)
+    features, levels = model.eval().forward_intermediates(two)
+    assert torch.equal(found["head"], model(two)) and torch.equal(found[nodes[-1]], features)
+    if not model.isotropic:
+        assert all(torch.equal(found[node], level) for node, level in zip(nodes, levels, strict=True))
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_torchscript_in_evaluation_is_the_model(name, tmp_path):
+    model, two, one = of_family(name)
+    scripted = torch.jit.script(model.eval())
+    scripted.save(tmp_path / "model.pt")
+    for twin in (scripted, torch.jit.load(tmp_path / "model.pt"), torch.jit.script(torch.fx.symbolic_trace(model))):
+        assert torch.equal(twin(two), model(two)) and torch.equal(twin(one), model(one))
+        assert set(twin.state_dict()) == set(model.state_dict())
+    assert torch.equal(model.train().eval()(two), scripted(two)), "the model itself is left as it was"
+    with pytest.raises(torch.jit.Error, match="stochastic depth in evaluation only"):
+        scripted.train()(two)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_trace_takes_other_batches_and_warns_of_nothing(name):
+    model, two, one = of_family(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced: Any = torch.jit.trace(model.eval(), two)
+    torch.testing.assert_close(traced(two), model(two))
+    torch.testing.assert_close(traced(one), model(one))
+
+
+@pytest.mark.parametrize("name", ["randformer_s12", "vit_tiny_patch16_224", "mixer_s16_224"])
+def test_graphs_and_scripts_name_the_size_they_were_built_for(name):
+    model, _, _ = of_family(name)
+    for twin in (torch.fx.symbolic_trace(model.eval()), torch.jit.script(model)):
+        with pytest.raises(
+            (ValueError, torch.jit.Error), match="positions, got 6 x 6; build the model with image_size"
+        ):
+            twin(images(size=96))
+
+
+def test_a_model_within_a_model_is_scripted():
+    model = nn.Sequential(hybrid(0.5), nn.Softmax(-1)).eval()
+    assert torch.equal(torch.jit.script(model)(images()), model(images()))
+
+
+def test_hooks_of_stages_see_channels_first():
+    for model, pyramid in ((hybrid(), True), (isotropic(**MIXER), True), (isotropic(), False)):
+        seen = []
+        model.stages[-1].register_forward_hook(lambda _, args, out, seen=seen: seen.append(out))
+        features = model.eval().forward_features(images())
+        assert torch.equal(seen[0], features) and (features.ndim == 4) == pyramid
+
+
+def test_stages_of_one_width_with_tokens():
+    model = hybrid(depths=[1, 1], dims=[32, 32], token_mixer="attention", class_token=True, head_dim=8,
+                   layer_scale=None, res_scale=None, downsample=None, head={"pool": "token"}).eval()  # fmt: skip
+    features, (first, second) = model.forward_intermediates(images())
+    assert features.shape[2] == 32 and first.shape == second.shape == (2, 32, 32, 32)
+    assert torch.equal(torch.fx.symbolic_trace(model)(images()), model(images()))
+    assert torch.equal(torch.jit.script(model)(images()), model(images()))

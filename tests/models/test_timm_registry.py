@@ -1,5 +1,6 @@
 """models/timm_registry.py: timm's own functions build, list, load, adapt and save our models under a prefix."""
 
+import importlib.util
 import sys
 import warnings
 from typing import Any
@@ -12,6 +13,7 @@ import timm.models
 import timm.optim
 import timm.utils
 import torch
+from timm.utils.onnx import onnx_export, onnx_forward
 from torch import Tensor
 
 import models.timm_registry
@@ -228,3 +230,67 @@ def test_timm_saves_and_loads_a_folder_of_ours(tmp_path) -> None:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+# ---- features of every kind -------------------------------------------------------------------------------------------
+
+SHORT: dict[str, dict[str, Any]] = {
+    "dpz_poolformer_s12": {"depths": [1, 1, 1, 1], "out_indices": (1, 3)},
+    "dpz_caformer_n4": {"drop_path_rate": 0.5, "drop_path_mode": "skip"},
+    "dpz_vit_tiny_patch16_224": {"depths": [4], "img_size": 64, "out_indices": (0, -2)},
+    "dpz_vit_small_patch14_reg4_dinov2": {"depths": [3], "img_size": 56},
+    "dpz_mixer_s32_224": {"depths": [3], "img_size": 64},
+}
+
+
+def features(name: str, feature_cls: str) -> Any:
+    torch.manual_seed(0)
+    return timm.create_model(name, features_only=True, feature_cls=feature_cls, **SHORT[name])
+
+
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("feature_cls", ["fx", "hook"])
+def test_graphs_and_hooks_give_what_the_getter_gives(name: str, feature_cls: str) -> None:
+    if feature_cls == "hook" and name not in ("dpz_poolformer_s12", "dpz_caformer_n4"):
+        with pytest.raises(ConfigError, match=r"'hook' is not available: .*modules return.*allowed: getter .*, fx$"):
+            features(name, feature_cls)
+        return
+    getter, other = features(name, "getter"), features(name, feature_cls)
+    assert other.training and other.feature_info.channels() == getter.feature_info.channels()
+    assert other.feature_info.reduction() == getter.feature_info.reduction()
+    size = SHORT[name].get("img_size", 64 if name == "dpz_poolformer_s12" else 32)
+    images = torch.randn(2, 3, size, size)
+    outputs = []
+    for net in (getter, other):
+        torch.manual_seed(1)
+        outputs.append(net(images))
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    got, expected = other.eval()(images), getter.eval()(images)
+    assert [x.shape[1] for x in got] == getter.feature_info.channels()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    if feature_cls == "fx":
+        scripted = torch.jit.script(other)(images)
+        assert all(torch.equal(a, b) for a, b in zip(scripted, expected, strict=True))
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict"])
+def test_features_that_rebuild_the_model_are_refused(feature_cls: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"feature_cls '{feature_cls}' is not available: .*allowed: getter .*, hook$"
+    ):
+        features("dpz_caformer_n4", feature_cls)
+    with pytest.raises(ConfigError, match="feature_cls 'getr' is not available; allowed: getter"):
+        features("dpz_caformer_n4", "getr")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs the export extra")
+@pytest.mark.parametrize("dynamic_size", [False, True])
+@pytest.mark.parametrize("name", ["dpz_poolformer_n4", "dpz_convformer_n4", "dpz_caformer_n4"])
+def test_timms_onnx_exporter(name: str, dynamic_size: bool, tmp_path) -> None:
+    model = build(name, num_classes=5, drop_path_rate=0.2)
+    path = tmp_path / "model.onnx"
+    onnx_export(model, str(path), batch_size=2, input_size=(3, 32, 32), check_forward=True, dynamic_size=dynamic_size)
+    size = 48 if dynamic_size else 32
+    images = torch.randn(3, 3, size, size)
+    torch.testing.assert_close(torch.from_numpy(onnx_forward(str(path), images)), model(images), rtol=1e-3, atol=1e-4)
