@@ -29,7 +29,7 @@ from layers.token_mixers import Attention, Identity, Pooling, RandomMixing, SepC
 from models.config import MetaFormerConfig
 from models.factory import class_names_of, set_class_names, trained_class_names
 from models.metaformer import MetaFormer, MetaFormerBlock, make_pretrained_cfg
-from models.pretrained import from_original, from_timm, original_layout, timm_head, to_timm
+from models.pretrained import in_our_layout, timm_head, to_timm
 from models.registry import is_model, model_config
 from models.strict_yaml import ConfigError, validate
 from models.weights import WEIGHTS, load_weights, make_folder, publish, save_weights, sync_folder, tidy
@@ -182,8 +182,7 @@ def load_folded(folder: Path) -> MetaFormer:
 
 def count_classes(state: dict[str, Tensor], config: MetaFormerConfig) -> int:
     """Classes of the weights of such a model, in any layout that loads; 0: they hold no classifier."""
-    state = from_original(state) if original_layout(state) else from_timm(state)
-    weight = state.get(make_pretrained_cfg(config)["classifier"] + ".weight")
+    weight = in_our_layout(state).get(make_pretrained_cfg(config)["classifier"] + ".weight")
     return weight.shape[0] if weight is not None and weight.ndim else 0
 
 

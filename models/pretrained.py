@@ -1,12 +1,14 @@
-"""Weights in other layouts: timm's, and those published by sail-sg/poolformer and sail-sg/metaformer.
+"""Weights in other layouts: timm's, those published by sail-sg/poolformer and sail-sg/metaformer, and other PoolFormers.
 
 Our state-dict keys are those of timm's MetaFormer; what differs are shapes, because 1x1 convolutions are linear layers
 here. timm's VisionTransformer and MlpMixer have names of their own. `load_into` recognises a layout by its keys and
 shapes and loads all of it or nothing.
 """
 
+import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -154,7 +156,8 @@ def _is_pointwise(key: str) -> bool:
 
 # Key patterns of the published checkpoints -> our keys; the first that matches counts. In PoolFormer's `network`, stages
 # stand at even places and the downsampling in front of the next stage at odd ones.
-_HEAD = [(r"norm\.", "head.norm."), (r"head\.", "head.fc.")]
+# mmpretrain has sail-sg's PoolFormer with names of its own in the head, transformers has it with other names throughout.
+_HEAD = [(r"norm6?\.", "head.norm."), (r"head\.fc\.", "head.fc."), (r"head\.", "head.fc.")]
 _ORIGINALS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "sail-sg/poolformer": (
         "network.0.0.norm1.weight",
@@ -178,19 +181,31 @@ _ORIGINALS: dict[str, tuple[str, list[tuple[str, str]]]] = {
             *_HEAD,
         ],
     ),
+    "transformers' PoolFormer": (
+        "poolformer.encoder.block.0.0.before_norm.weight",
+        [
+            (r"poolformer\.encoder\.patch_embeddings\.0\.projection\.", "stem.conv."),
+            (r"poolformer\.encoder\.patch_embeddings\.(\d+)\.projection\.", r"stages.\1.downsample.conv."),
+            *((rf"poolformer\.encoder\.block\.(\d+)\.(\d+)\.{theirs}", rf"stages.\1.blocks.\2.{ours}")
+              for theirs, ours in ((r"before_norm\.", "norm1."), (r"after_norm\.", "norm2."),
+                                   (r"output\.conv(\d)\.", r"mlp.fc\3."), (r"layer_scale_(\d)$", r"layer_scale\3.scale"))),
+            (r"norm\.", "head.norm."),
+            (r"classifier\.", "head.fc."),
+        ],
+    ),
 }  # fmt: skip
 
 
 def original_layout(state: Mapping[str, Tensor]) -> str:
-    """The repository in whose layout a state dict is: `sail-sg/poolformer`, `sail-sg/metaformer`, or "" for neither."""
+    """The one of `sail-sg/poolformer` (mmpretrain's too), `sail-sg/metaformer` and transformers' a state dict has, or ""."""
     return next((name for name, (marker, _) in _ORIGINALS.items() if marker in state), "")
 
 
 def from_original(state: Mapping[str, Tensor]) -> StateDict:
-    """State dict as published by sail-sg/poolformer or sail-sg/metaformer -> ours.
+    """State dict as published by sail-sg/poolformer or sail-sg/metaformer, or of other PoolFormers -> ours.
 
     Raises:
-        ValueError: It has neither layout.
+        ValueError: It has none of these layouts.
     """
     layout = original_layout(state)
     if not layout:
@@ -222,8 +237,7 @@ def load_into(
 
     Args:
         model: Receives the weights.
-        state: In our layout, timm's, or one of the original repositories', with or without the prefixes of DDP and
-            torch.compile.
+        state: In our layout, timm's, or another that `original_layout` knows, with or without a prefix before all names.
         origin: Where they come from, for messages.
         replace_classifier: Leave the model's own classifier in place where the weights have other classes.
         adapt_input: Fit the first convolution to the model's input channels by timm's rule: for one channel its weights
@@ -237,12 +251,13 @@ def load_into(
         ConfigError: They do not fit; the model is unchanged.
     """
     check_dense(state, origin)
-    state, prefix = _unwrapped(state)
-    own, layout = model.state_dict(), original_layout(state)
+    own, given = model.state_dict(), state
+    state, taken_off = _unwrapped(state)
+    layout = original_layout(state)
     in_timm_shapes = not layout and any(_is_pointwise(k) and v.ndim == 4 for k, v in state.items())
-    state = from_original(state) if layout else from_timm(state)
+    state = in_our_layout(state)
     lines = [f"weights from {origin}" + (f", in the layout of {layout}" if layout else "")]
-    lines[0] += f", without {prefix!r} before all names" if prefix else ""
+    lines[0] += f", {taken_off}" if taken_off else ""
     if in_timm_shapes and (keys := timm_head(model.config)):
         what = "normalises before pooling" if "order" in keys else "has a norm of eps 1e-5"
         lines.append(f"the head {what}, as the original; the same weights with head={keys} give timm's logits")
@@ -279,17 +294,73 @@ def load_into(
         elif mixer := re.search(r"\.token_mixer\.(fc1|random_matrix).* has shape", faults[0]):
             kind = "a spatial MLP" if mixer[1] == "fc1" else "random mixing"
             hint = f"\n{kind} takes images of one size: {model.config.image_size} is not that of the weights"
+        elif conv not in state:
+            hint = _advise_on_names(given, origin)
         raise ConfigError(f"{misfit}{faults[0]}{more}{hint}")
     model.load_state_dict(state)
     return lines
 
 
+# The first convolution in every layout: what stands before this name stands before all names of a network.
+_FIRST_CONVS = (
+    "stem.conv.weight",
+    "stem.proj.weight",
+    "patch_embed.proj.weight",
+    "downsample_layers.0.conv.weight",
+    "poolformer.encoder.patch_embeddings.0.projection.weight",
+)
+
+
+def in_our_layout(state: Mapping[str, Tensor]) -> StateDict:
+    """State dict in any layout that is read, with or without a prefix -> ours."""
+    state, _ = _unwrapped(state)
+    return from_original(state) if original_layout(state) else from_timm(state)
+
+
 def _unwrapped(state: Mapping[str, Tensor]) -> tuple[StateDict, str]:
-    """The names without what DistributedDataParallel and torch.compile put in front of all of them, and that prefix."""
-    prefix = ""
-    while found := [w for w in ("module.", "_orig_mod.") if state and all(k.startswith(prefix + w) for k in state)]:
-        prefix += found[0]
-    return {key.removeprefix(prefix): value for key, value in state.items()}, prefix
+    """The names without what stands in front of all of them, and what that is, in words.
+
+    Such are `module.` and `_orig_mod.` of DDP and torch.compile, `model.` of a Lightning module, `timm_model.` of
+    transformers, or any other attribute that held the network; the counter of torch's AveragedModel is left out. mm's
+    classifiers have `backbone.` in front of all but the head. Where there are other weights beside a network, or several
+    networks, nothing is taken off.
+    """
+    bare = {key: value for key, value in state.items() if key.rpartition(".")[2] != "n_averaged"}
+    prefixes = _prefixes(bare)
+    prefix = prefixes[0] if len(prefixes) == 1 else ""
+    outer = prefix.removesuffix("backbone.")
+    fronts = (prefix,) if outer == prefix else (prefix, f"{outer}head.")
+    if not prefix or not all(key.startswith(fronts) for key in bare):
+        return bare, ""
+    words = f"without {prefix!r} before all names" + (
+        "" if all(k.startswith(prefix) for k in bare) else " but the head's"
+    )
+    return {key.removeprefix(prefix if key.startswith(prefix) else outer): v for key, v in bare.items()}, words
+
+
+def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
+    """What stands before the names of each network in a state dict, "" being nothing."""
+    return sorted({key.removesuffix(c) for key in state for c in _FIRST_CONVS if f".{key}".endswith(f".{c}")})
+
+
+def _advise_on_names(state: Mapping[str, Tensor], origin: str) -> str:
+    """What to do with a state dict that holds more than one network, or another layout than those that are read."""
+    prefixes = _prefixes(state)
+    if prefixes == [""] or not state:
+        return ""
+    if not prefixes:
+        return f"\nlayouts that are read are ours, timm's, and those of {', '.join(_ORIGINALS)}"
+    if len(prefixes) == 1:
+        other = next(key for key in state if not key.startswith(prefixes[0]))
+        what = f"its network's names begin with {prefixes[0]!r}, and beside it is {other}"
+    else:
+        what = f"it holds {len(prefixes)} networks: {', '.join(repr(p) if p else 'no prefix' for p in prefixes)}"
+    prefix = json.dumps(prefixes[-1])
+    code = (
+        f"import torch; from models.weights import load_weights; state, _ = load_weights({json.dumps(origin)}); "
+        f'torch.save({{k.removeprefix({prefix}): v for k, v in state.items() if k.startswith({prefix})}}, "weights.pth")'
+    )
+    return f"\n{what}; to save one alone: python -c {shlex.quote(code)}"
 
 
 def _adapt_positions(state: StateDict, model: MetaFormer) -> list[str]:

@@ -504,9 +504,9 @@ def _save_advice(path: Path, found: str) -> str:
     code = (
         "import argparse, torch; torch.serialization.add_safe_globals([argparse.Namespace]); "
         f"c = torch.load({json.dumps(str(path))}, weights_only=True); "
-        f"torch.save(next((c[k] for k in {STATE_KEYS!r} if isinstance(c.get(k), dict) "
-        "and any(map(torch.is_tensor, c[k].values()))), c), 'weights.pth')"
-    ).replace("'", '"')
+        f"torch.save(next((c[k] for k in {json.dumps(STATE_KEYS)} if isinstance(c.get(k), dict) "
+        'and any(map(torch.is_tensor, c[k].values()))), c), "weights.pth")'
+    )
     return f"\nsave its weights alone: python -c {shlex.quote(code)}"
 
 

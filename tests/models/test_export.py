@@ -145,6 +145,14 @@ def test_folded_folder(tmp_path: Path) -> None:
         create_model("poolformer_s12", checkpoint=tmp_path / "out", **SHORT, num_classes=7)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "model._orig_mod."])
+def test_classes_are_counted_in_any_layout_that_loads(prefix: str) -> None:
+    model = built("poolformer_n4", num_classes=7)
+    state = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    assert export.count_classes(state, model.config) == 7
+    assert export.count_classes({k: v for k, v in state.items() if "head.fc" not in k}, model.config) == 0
+
+
 def test_a_folder_that_is_not_folded_is_refused(tmp_path: Path) -> None:
     model = built("caformer_n4")
     exported("folded", tmp_path, model)

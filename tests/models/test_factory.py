@@ -317,11 +317,13 @@ def test_a_model_of_ones_own_takes_the_weights_of_its_origin(tmp_path):
 # ---- the model that weights are of ------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_our_model_in_timm_is_a_checkpoint(tmp_path, caplog):
+@pytest.mark.parametrize("safe", [False, True, "both"])  # False is timm's default
+def test_a_folder_of_our_model_in_timm_is_a_checkpoint(tmp_path, caplog, safe):
     register_with_timm()
     size: dict = {"num_classes": 5, "in_chans": 1, "img_size": 48}
     theirs = timm.create_model("dpz_convformer_n4", depths=[1, 2], **size)
-    timm.models.save_for_hf(theirs, str(tmp_path / "hub"), safe_serialization=True)
+    timm.models.save_for_hf(theirs, str(tmp_path / "hub"), safe_serialization=safe)
+    assert (tmp_path / "hub" / "pytorch_model.bin").exists() == (safe is not True)
     caplog.clear()
     _, said = load_weights(tmp_path / "hub")
     config = trained_config(said or {}, "hub")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -421,8 +422,12 @@ def test_other_layouts_are_not_mistaken_for_an_originals():
         from_original(create_model("poolformer_n4").state_dict())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_what_ddp_and_compile_put_before_names_is_taken_off(prefix):
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "model._orig_mod.module.", "net.",
+     "timm_model.", "student.backbone.", "module.backbone.timm_model."],
+)  # fmt: skip
+def test_what_wrappers_put_before_names_is_taken_off(prefix):
     made = create_model("poolformer_s12", num_classes=2, depths=[1, 1, 1, 1])
     ours = create_model("poolformer_s12", num_classes=2, depths=[1, 1, 1, 1])
     for state, layout in ((made.state_dict(), ""), (in_original_layout(made), ", in the layout of sail-sg/poolformer")):
@@ -433,6 +438,97 @@ def test_what_ddp_and_compile_put_before_names_is_taken_off(prefix):
         wrapped["stem.extra"] = torch.ones(1)  # not before all
         with pytest.raises(ConfigError, match=r"weights do not fit poolformer_s12: stem\.conv\.weight is missing"):
             load_into(ours, wrapped, "there", replace_classifier=False)
+
+
+def test_the_names_of_wrappers_are_those_of_torch(tmp_path):
+    """DDP, torch.compile, AveragedModel and a module that holds the network, one in another."""
+    made = create_model("caformer_n4", num_classes=2)
+    holder = nn.Module()
+    holder.model = torch.compile(torch.optim.swa_utils.AveragedModel(made))
+    torch.save({"state_dict": holder.state_dict()}, tmp_path / "x.ckpt")
+    ours = create_model("caformer_n4", num_classes=2, checkpoint=tmp_path / "x.ckpt")
+    assert all(torch.equal(v, made.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("layout", ["mmpretrain", "mmpretrain, timm's backbone", "transformers"])
+def test_poolformers_of_others_follow_the_original(layout, prefix, tmp_path, caplog):
+    """mmpretrain's PoolFormer with LinearClsHead, and transformers' PoolFormerForImageClassification."""
+    shape = {"num_classes": 7, "image_size": 64, "depths": [1, 1, 3, 2]}
+    made = randomised(create_model("poolformer_s12", **shape))
+    assert isinstance(made, MetaFormer)
+    original = in_original_layout(made)
+    if layout == "transformers":
+        renamed = {in_transformers_layout(key): value for key, value in original.items()}
+        assert "poolformer.encoder.block.3.1.output.conv2.bias" in renamed
+        said = "in the layout of transformers' PoolFormer" + (
+            f", without {prefix!r} before all names" if prefix else ""
+        )
+    elif layout == "mmpretrain":
+        # norm6 behind the seventh of `network`
+        renamed = {re.sub("^norm", "backbone.norm6", re.sub("^head", "head.fc", key)): v for key, v in original.items()}
+        renamed = {key if key.startswith(("head", "back")) else f"backbone.{key}": v for key, v in renamed.items()}
+        said = f"in the layout of sail-sg/poolformer, without '{prefix}backbone.' before all names but the head's"
+    else:
+        renamed = {
+            k if k.startswith("head.fc") else f"backbone.timm_model.{k}": v for k, v in made.state_dict().items()
+        }
+        with pytest.raises(
+            ConfigError, match=r"its network's names begin with 'backbone\.timm_model\.', and beside it is"
+        ):
+            load_into(made, renamed, "there", replace_classifier=False)
+        return
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({f"{prefix}{key}": value for key, value in renamed.items()}, file)
+    caplog.set_level(logging.INFO)
+    ours = create_model("poolformer_s12", checkpoint=tmp_path, **shape).eval()
+    assert caplog.messages == [f"weights from {tmp_path}, {said}"]
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative(ours(x), original_poolformer(original, x)) < 1e-5
+
+
+def in_transformers_layout(key: str) -> str:
+    """A name of sail-sg/poolformer as transformers has it."""
+    key = key.replace("patch_embed.proj.", "network.-1.proj.")
+    key = re.sub(
+        r"^network\.(-?\d)\.proj\.",
+        lambda m: f"poolformer.encoder.patch_embeddings.{(int(m[1]) + 1) // 2}.projection.",
+        key,
+    )
+    key = re.sub(r"^network\.(\d)\.", lambda m: f"poolformer.encoder.block.{int(m[1]) // 2}.", key)
+    key = key.replace(".norm1.", ".before_norm.").replace(".norm2.", ".after_norm.").replace(".mlp.fc", ".output.conv")
+    return re.sub("^head", "classifier", key)
+
+
+def test_networks_that_nothing_chooses_are_refused_with_a_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made, other = (create_model("caformer_n4", num_classes=2) for _ in range(2))
+    several = {f"student.{k}": v for k, v in other.state_dict().items()}
+    several |= {f"teacher.module.{k}": v for k, v in made.state_dict().items()}
+    beside = {f"model.{k}": v for k, v in made.state_dict().items()} | {"criterion.weight": torch.ones(2)}
+    for state, message in (
+        (several, "it holds 2 networks: 'student.', 'teacher.module.'"),
+        (beside, "its network's names begin with 'model.', and beside it is criterion.weight"),
+    ):
+        torch.save({"state_dict": state}, "x.ckpt")
+        with pytest.raises(
+            ConfigError, match=rf"stem\.norm\.weight is missing .*\n{message}; to save one alone: "
+        ) as error:
+            create_model("caformer_n4", num_classes=2, checkpoint="x.ckpt")
+        command = shlex.split(str(error.value).partition("to save one alone: ")[2])
+        assert command[:2] == ["python", "-c"]
+        exec(command[2], {})
+        ours = create_model("caformer_n4", num_classes=2, checkpoint="weights.pth")
+        assert all(torch.equal(v, made.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+def test_a_layout_that_is_not_read_is_said():
+    state = timm.create_model("resnet18", num_classes=2).state_dict()
+    with pytest.raises(
+        ConfigError, match=r"is missing .*\nlayouts that are read are ours, timm's, and those of sail-sg/pool"
+    ):
+        load_into(create_model("caformer_n4"), state, "there", replace_classifier=False)
 
 
 # ---- fitting weights to a model -----------------------------------------------------------------------------------------
@@ -804,9 +900,35 @@ def test_offline_costs_one_line(tmp_path):
 # ---- folders of timm --------------------------------------------------------------------------------------------------
 
 
-def timm_folder(folder, model: nn.Module, architecture: str):
+@pytest.mark.parametrize("safe", [False, True, "both"])
+@pytest.mark.parametrize("name", ["caformer_s18", "deit_tiny_patch16_224"])
+def test_what_timm_saves_for_the_hub_is_a_checkpoint(name, safe, tmp_path):
+    size: dict = {"img_size": 64} if name.startswith("deit") else {}
+    theirs = randomised(timm.create_model(name, num_classes=5, **size))
+    timm.models.save_for_hf(theirs, str(tmp_path / "hub"), safe_serialization=safe)
+    shape: dict = {"num_classes": 5, "head": timm_head(model_config(name))} | ({"image_size": 64} if size else {})
+    ours = create_model(name, checkpoint=tmp_path / "hub", **shape).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert relative(ours(x), theirs(x)) < 1e-5
+
+
+def test_a_folder_of_transformers_timm_wrapper_is_a_checkpoint(tmp_path):
+    """Its names begin with timm_model; its config.json names timm's architecture."""
+    theirs = randomised(timm.create_model("caformer_s18", num_classes=5))
+    folder = timm_folder(tmp_path / "theirs", theirs, "caformer_s18", prefix="timm_model.")
+    ours = create_model("caformer_s18", checkpoint=folder, num_classes=5, head={"mlp_norm_eps": 1e-6}).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert relative(ours(x), theirs(x)) < 1e-5
+    with pytest.raises(ConfigError, match="weights of 'caformer_s18', another architecture than 'convformer_s18'"):
+        create_model("convformer_s18", checkpoint=folder, num_classes=5)
+
+
+def timm_folder(folder, model: nn.Module, architecture: str, prefix: str = ""):
     folder.mkdir()
-    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    state = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "model.safetensors")
     config = {"architecture": architecture, "num_classes": 5, "pretrained_cfg": {"input_size": [3, 224, 224]}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

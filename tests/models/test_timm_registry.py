@@ -11,7 +11,9 @@ import timm
 import timm.data
 import timm.models
 import timm.optim
+import timm.task
 import timm.utils
+import timm.utils.onnx
 import torch
 from timm.utils.onnx import onnx_export, onnx_forward
 from torch import Tensor
@@ -26,6 +28,7 @@ from models.strict_yaml import ConfigError
 from models.timm_registry import register_with_timm
 
 SMALL = "dpz_caformer_n4"
+ONNX = all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime", "onnxscript"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -220,12 +223,135 @@ def test_a_training_script_of_timm(tmp_path) -> None:
     assert same(again.state_dict(), model.state_dict())
 
 
-def test_timm_saves_and_loads_a_folder_of_ours(tmp_path) -> None:
-    model = build("dpz_convformer_n4", num_classes=5, in_chans=1, drop_path_rate=0.2).eval()
-    timm.models.save_for_hf(model, str(tmp_path / "hub"), safe_serialization=True)
+@pytest.mark.parametrize("safe", [False, True, "both"])  # False is timm's default
+def test_timm_saves_and_loads_a_folder_of_ours(tmp_path, safe) -> None:
+    model = build("dpz_convformer_n4", num_classes=5, in_chans=1, drop_path_rate=0.2, device="cpu").eval()
+    timm.models.save_for_hf(model, str(tmp_path / "hub"), safe_serialization=safe)
     again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    ours = create_model("convformer_n4", checkpoint=tmp_path / "hub", num_classes=5, in_chans=1).eval()
     images = torch.randn(2, 1, 32, 32)
-    assert torch.equal(again(images), model(images))
+    assert torch.equal(again(images), model(images)) and torch.equal(ours(images), model(images))
+
+
+# ---- device and dtype ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_model_is_built_in_a_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = build(
+        num_classes=5, drop_path_rate=0.3, drop_path_mode="skip", global_pool="avg", device="cpu", dtype=dtype
+    )
+    torch.manual_seed(0)
+    plain = build(num_classes=5, global_pool="avg")
+    assert all(torch.equal(v, plain.state_dict()[k].to(dtype)) for k, v in model.state_dict().items())
+    images = torch.randn(3, 3, 32, 32, dtype=dtype)
+    assert model(images).dtype == dtype
+    model(images).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "deit_tiny_patch16_224", "randformer_s12", "resmlp_12_224"])
+@pytest.mark.parametrize("device", ["meta", torch.device("meta")])
+def test_a_model_is_built_on_a_device(name: str, device) -> None:
+    model = build(f"dpz_{name}", device=device, dtype=torch.bfloat16, num_classes=3, global_pool="avg")
+    assert {(t.device.type, t.dtype) for t in model.state_dict().values()} == {("meta", torch.bfloat16)}
+    net = timm.create_model(f"dpz_{name}", device=device, features_only=True)
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+    with torch.device("meta"):
+        assert {p.device.type for p in build(device="cpu").parameters()} == {"cpu"}, "what is named goes first"
+
+
+def test_pretrained_weights_are_loaded_in_the_dtype(tmp_path) -> None:
+    ours = create_model("caformer_n4", num_classes=7)
+    safetensors.torch.save_file(ours.state_dict(), tmp_path / "model.safetensors")
+    overlay = {"file": str(tmp_path / "model.safetensors"), "num_classes": 7}
+    half = build(num_classes=7, pretrained=True, pretrained_cfg_overlay=overlay, dtype=torch.bfloat16, device="cpu")
+    assert all(torch.equal(v, ours.state_dict()[k].bfloat16()) for k, v in half.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"dtype": "bfloat16"},
+            r"dtype must be a floating-point torch\.dtype such as torch\.bfloat16, got 'bfloat16'$",
+        ),
+        ({"dtype": torch.int8}, r"dtype must be a floating-point torch\.dtype .*, got torch\.int8$"),
+        ({"dtype": torch.complex64}, r"dtype must be a floating-point torch\.dtype .*, got torch\.complex64$"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used here: "),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here: "),
+        ({"device": ["cpu"]}, "device .* cannot be used here: "),
+    ],
+)
+def test_a_device_or_dtype_that_cannot_be_is_an_error(arguments: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^model caformer_n4: {message}"):
+        build(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_teacher_of_ours_in_timms_distillation(tmp_path, dtype) -> None:
+    """What timm's train.py does with --kd-model-name and --kd-pretrained-path: it names device and dtype."""
+    teacher = create_model("caformer_n4", num_classes=5).eval()
+    safetensors.torch.save_file(teacher.state_dict(), tmp_path / "model.safetensors")
+    student = build("dpz_poolformer_n4", num_classes=5, dtype=dtype)
+    task = timm.task.LogitDistillationTask(
+        student,
+        SMALL,
+        teacher_pretrained_path=str(tmp_path / "model.safetensors"),
+        device=torch.device("cpu"),
+        dtype=dtype,
+    )
+    assert same(task.teacher.model.state_dict(), {k: v.to(dtype) for k, v in teacher.state_dict().items()})
+    images, targets = torch.randn(4, 3, 32, 32, dtype=dtype), torch.arange(4)
+    result = task(images, targets)
+    result["loss"].backward()
+    assert result["loss"].isfinite() and all(p.grad is not None for p in student.parameters())
+    assert not any(p.requires_grad and p.grad is not None for p in task.teacher.parameters())
+
+
+# ---- ONNX ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not ONNX, reason="needs the export extra")
+@pytest.mark.filterwarnings("ignore")  # of torch's older exporter, which timm takes by default
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"),
+    [
+        ("poolformer_n4", {}, 32),
+        ("caformer_n4", {}, 32),
+        ("convformer_n4", {}, 32),
+        ("poolformerv2_s12", {"depths": [1, 1, 1, 1]}, 64),
+        ("randformer_s12", {"depths": [1, 1, 1, 1], "img_size": 64}, 64),
+        ("deit_tiny_patch16_224", {"depths": [1], "img_size": 64}, 64),
+        ("mixer_s32_224", {"depths": [1], "img_size": 64}, 64),
+        ("resmlp_12_224", {"depths": [1], "img_size": 64}, 64),
+    ],
+)
+def test_timms_exporter_writes_our_models(name: str, arguments: dict, size: int, dynamo: bool, tmp_path) -> None:
+    """The calls of timm's onnx_export.py; the file is then run at other batches and, where the model can, other sizes."""
+    import onnxruntime
+
+    model = build(f"dpz_{name}", exportable=True, num_classes=5, drop_path_rate=0.1, **arguments)
+    model = timm.utils.reparameterize_model(model)
+    flexible = not model.config.fixed_size
+    file = str(tmp_path / "model.onnx")
+    timm.utils.onnx.onnx_export(
+        model,
+        file,
+        batch_size=2,
+        input_size=(3, size, size),
+        dynamic_size=flexible,
+        use_dynamo=dynamo,
+        check_forward=True,
+    )
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for batch, height, width in [(1, size, size), (3, size, size), *([(1, size + 32, size * 2)] if flexible else [])]:
+        images = torch.randn(batch, 3, height, width)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-5)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -9,12 +9,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint
 
 from models import weights as weights_module
 from models.registry import model_config
@@ -252,7 +254,7 @@ def test_averaged_weights_go_first_as_in_timm(tmp_path, averaged):
 
 
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".pth.tar", ".bin"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".pth.tar", ".bin", ".ckpt"])
 def test_state_dict_files(tmp_path, weights, key, suffix):
     torch.save({key: weights, "epoch": 3} if key else weights, tmp_path / f"w{suffix}")
     state, config = load_weights(tmp_path / f"w{suffix}")
@@ -284,19 +286,109 @@ def test_a_torch_file_of_the_older_format(tmp_path, weights):
     assert_same(load_weights(tmp_path / "w.pth")[0], weights)
 
 
-def test_a_checkpoint_of_timms_script_says_how_to_save_its_weights_alone(tmp_path, weights, monkeypatch):
+def run_advice(error: ConfigError, start: str) -> None:
+    """Runs the Python in the command that an error ends with, behind `start`, in the folder one stands in."""
+    command = shlex.split(str(error).partition(start)[2].partition(", or ")[0])
+    assert command[:2] == ["python", "-c"], str(error)
+    assert len(str(error).splitlines()) <= 3
+    try:
+        exec(command[2], {})
+    finally:
+        torch.serialization.clear_safe_globals()
+
+
+@pytest.mark.parametrize(
+    ("keys", "taken"),
+    [
+        (["state_dict"], "state_dict"),
+        (["state_dict", "state_dict_ema"], "state_dict_ema"),
+        (["model", "model_ema"], "model_ema"),
+        (["state_dict", "ema_state_dict"], "ema_state_dict"),
+        (["model"], "model"),
+    ],
+)
+def test_a_checkpoint_of_timms_script_says_how_to_save_its_weights_alone(tmp_path, monkeypatch, keys, taken):
     monkeypatch.chdir(tmp_path)
+    state = {key: {"conv.weight": torch.full((2,), float(i))} for i, key in enumerate(keys)}
+    torch.save({"epoch": 3, **state}, "plain.pth.tar")
+    assert_same(load_weights(Path("plain.pth.tar"))[0], state[taken])
     arguments = argparse.Namespace(model="caformer_n4", lr=0.1, mean=(0.5,), betas=None)
-    torch.save({"epoch": 3, "state_dict": weights, "args": arguments}, "last.pth.tar")
+    torch.save({"epoch": 3, "arch": "caformer_n4", **state, "args": arguments}, "it's last.pth.tar")
     with pytest.raises(
-        ConfigError, match=r"^last\.pth\.tar: refused: holds argparse\.Namespace; only tensors"
+        ConfigError, match=r"^it's last\.pth\.tar: refused: holds argparse\.Namespace; only tensors"
     ) as error:
-        load_weights(Path("last.pth.tar"))
-    _, hint = str(error.value).splitlines()
-    command = shlex.split(hint.removeprefix("save its weights alone: "))
-    assert command[0] == "python"
-    subprocess.run([sys.executable, *command[1:]], check=True)
-    assert_same(load_weights(Path("weights.pth"))[0], weights)
+        load_weights(Path("it's last.pth.tar"))
+    run_advice(error.value, "save its weights alone: ")
+    assert_same(load_weights(Path("weights.pth"))[0], state[taken])
+
+
+def test_other_objects_in_a_checkpoint_are_named_with_what_to_do(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(1)}, "hyper_parameters": {"root": Path("x")}}, tmp_path / "x.ckpt")
+    with pytest.raises(
+        ConfigError, match=r"x\.ckpt: refused: holds pathlib\S*; only .*\nsave the weights alone in the"
+    ):
+        load_weights(tmp_path / "x.ckpt")
+
+
+# ---- which weights of a checkpoint ------------------------------------------------------------------------------
+
+RAW, AVERAGE = ({"conv.weight": torch.full((2,), value), "conv.bias": torch.zeros(1)} for value in (0.0, 1.0))
+
+
+def trained() -> dict:
+    """State of an optimizer, which holds tensors as well."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "expected"),
+    [
+        ({"model_state_dict": RAW, "optimizer_state_dict": trained(), "loss": 0.1}, RAW),
+        ({"net": RAW, "acc": torch.tensor(0.9)}, RAW),
+        ({"model": {"name": "caformer_n4"}, "state": {"network": RAW}}, RAW),
+        ({"state_dict": RAW, "optimizer_states": [trained()], "callbacks": {"ModelCheckpoint{}": {"best": "x"}}}, RAW),
+        ({"state_dict": RAW, "state_dict_ema": None, "model_ema": {}}, RAW),
+        ({"ema_state_dict": AVERAGE, "model_state_dict": RAW}, AVERAGE),
+        # what Lightning's WeightAveraging and mmengine's EMAHook write: the average has moved to state_dict
+        ({"state_dict": AVERAGE, "current_model_state": RAW, "averaging_state": {"n_averaged": torch.tensor(3)}}, AVERAGE),
+        ({"meta": {"epoch": 1}, "state_dict": AVERAGE, "ema_state_dict": {"steps": torch.tensor(3)} | {
+            f"module.{key}": value for key, value in RAW.items()}}, AVERAGE),
+        ({"state_dict": AVERAGE, "ema_state_dict": RAW, "message_hub": {"log_scalars": {}}}, AVERAGE),
+    ],
+)  # fmt: skip
+def test_the_obvious_weights_of_a_checkpoint_are_taken(tmp_path, checkpoint, expected):
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    assert_same(load_weights(tmp_path / "x.ckpt")[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message", "saved"),
+    [
+        ({"student": RAW, "teacher": AVERAGE, "epoch": 1}, r'several state dicts: \["student"\], \["teacher"\]\n', RAW),
+        ({"state_dict": RAW, "callbacks": {"EMA": {"ema_state_dict": AVERAGE}}},
+         r'averaged weights in \["callbacks"\]\["EMA"\]\["ema_state_dict"\] beside \["state_dict"\]; which', AVERAGE),
+        ({"state_dict": RAW, "callbacks": {"StochasticWeightAveraging": {"average_model_state": AVERAGE}}},
+         "averaged weights in .*; which to load, nothing says", AVERAGE),
+        ({"model": RAW, "swa_model": AVERAGE}, r'averaged weights in \["swa_model"\] beside \["model"\]', AVERAGE),
+        ({"net": RAW, "netEMA": AVERAGE}, r'averaged weights in \["netEMA"\] beside \["net"\]', AVERAGE),
+        ({"ema": AVERAGE}, r'averaged weights in \["ema"\]; which', AVERAGE),
+        ({"model": RAW, "ema": {"decay": 0.99, "shadow_params": [torch.ones(2)]}},
+         r'averaged weights in \["ema"\]\["shadow_params"\], without their names, beside \["model"\]; have the', RAW),
+        ({"state_dict": RAW, "ema_state_dict": {"shadow_params": [torch.ones(2)], "num_updates": 3}},
+         r'averaged weights in \["ema_state_dict"\]\["shadow_params"\], without their names', RAW),
+    ],
+)  # fmt: skip
+def test_weights_that_nothing_chooses_are_refused_with_a_command(tmp_path, monkeypatch, checkpoint, message, saved):
+    monkeypatch.chdir(tmp_path)
+    torch.save(checkpoint, "x.ckpt")
+    with pytest.raises(ConfigError, match=rf"^x\.ckpt: holds {message}") as error:
+        load_weights(Path("x.ckpt"))
+    run_advice(error.value, "save it alone: ")
+    assert_same(load_weights(Path("weights.pth"))[0], saved)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +420,7 @@ def test_state_dict_files_that_are_refused(tmp_path):
         "other.pt": "'epoch' is not a tensor",
         "list.pt": "must hold a dict",
         "text.pth": "refused",
-        "w.onnx": r"cannot read weights from \.onnx; allowed: \.safetensors, \.pt, \.pth, \.pth\.tar, \.bin",
+        "w.onnx": r"cannot read weights from \.onnx; allowed: \.safetensors, \.pt, \.pth, \.pth\.tar, \.bin, \.ckpt",
         "othr.pt": r"no such file or folder; did you mean 'other\.pt'",
     }.items():
         with pytest.raises(ConfigError, match=message):
@@ -343,6 +435,153 @@ def test_a_run_folder_is_pointed_to_its_best(tmp_path, weights):
     shutil.rmtree(tmp_path / "best")
     with pytest.raises(ConfigError, match=r"no model\.safetensors in this folder$"):
         load_weights(tmp_path)
+
+
+# ---- folders of others ------------------------------------------------------------------------------------------
+
+
+def plain(weights: dict) -> dict:
+    return {name: tensor.contiguous() for name, tensor in weights.items()}
+
+
+def shards(folder: Path, weights: dict, suffix: str) -> Path:
+    """A hub folder with weights in two parts; returns the index."""
+    folder.mkdir()
+    parts = [dict(list(plain(weights).items())[i::2]) for i in (0, 1)]
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    where = {}
+    for i, part in enumerate(parts, 1):
+        file = f"{stem}-{i:05}-of-00002{suffix}"
+        safetensors.torch.save_file(part, folder / file) if stem == "model" else torch.save(part, folder / file)
+        where |= dict.fromkeys(part, file)
+    index = folder / f"{stem}{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    return index
+
+
+def test_a_hub_folder_with_a_torch_file_only(tmp_path, weights):
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    assert_same(load_weights(tmp_path)[0], weights)
+    (tmp_path / "config.json").write_text('{"architecture": "x"}')
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        state, config = load_weights(path)
+        assert_same(state, weights)
+        assert config == {"architecture": "x"}
+    other = {"other": torch.ones(1)}
+    safetensors.torch.save_file(other, tmp_path / "model.safetensors")
+    assert_same(load_weights(tmp_path)[0], other)
+    state, config = load_weights(tmp_path / "pytorch_model.bin")  # the one that is named
+    assert_same(state, weights)
+    assert config == {"architecture": "x"}
+
+
+def test_nothing_in_a_hub_folders_torch_file_is_run(tmp_path):
+    target = tmp_path / "made-by-the-pickle"
+    torch.save({"x": Evil(target)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin: refused: holds \S*open; only tensors"):
+        load_weights(tmp_path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_hub_folder_in_parts(tmp_path, weights, suffix):
+    index = shards(tmp_path / "hub", weights, suffix)
+    (index.parent / "config.json").write_text('{"architecture": "x"}')
+    for path in (index.parent, index):
+        state, config = load_weights(path)
+        assert_same(state, weights)
+        assert config == {"architecture": "x"}
+    part = next(index.parent.glob(f"*-of-00002{suffix}"))
+    with pytest.raises(
+        ConfigError, match=r"-of-00002\S+: one part of several; name their folder, or the \.index\.json"
+    ):
+        load_weights(part)
+    part.unlink()
+    with pytest.raises(ConfigError, match=rf"{part.name}: is missing, but \S+\.index\.json beside it names it"):
+        load_weights(index.parent)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a readable index of weights: JSONDecodeError"),
+        ("[]", "not a readable index of weights: TypeError"),
+        ('{"weight_map": []}', "not a readable index of weights: AttributeError"),
+        ('{"weight_map": {"w": 1}}', "refused: names 1, which is no file beside it"),
+        (
+            '{"weight_map": {"w": "../x.safetensors"}}',
+            r"refused: names '\.\./x\.safetensors', which is no file beside it",
+        ),
+        ('{"weight_map": {"v": "a.safetensors"}}', "does not match the files that it names: v is in only one of them"),
+    ],
+)
+def test_a_damaged_index_of_parts(tmp_path, text, message):
+    safetensors.torch.save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"model\.safetensors\.index\.json: {message}"):
+        load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "pytorch_model.pth", "last.ckpt", "model_best.pth.tar"])
+def test_a_folder_with_one_file_of_another_name(tmp_path, weights, name):
+    (tmp_path / "README.md").write_text("x")
+    if name.endswith(".safetensors"):
+        safetensors.torch.save_file(plain(weights), tmp_path / name)
+    else:
+        torch.save(weights, tmp_path / name)
+    assert_same(load_weights(tmp_path)[0], weights)
+    torch.save(weights, tmp_path / "other.pth")
+    with pytest.raises(
+        ConfigError, match=r"no model\.safetensors in this folder, but .*other\.pth.*; name the one you"
+    ):
+        load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["snapshots/0a1b", "checkpoints"])
+def test_a_folder_above_the_weights_points_to_them(tmp_path, weights, place):
+    (tmp_path / place).mkdir(parents=True)
+    torch.save(weights, tmp_path / place / "epoch=1-step=9.ckpt")
+    with pytest.raises(ConfigError, match=rf"no model\.safetensors in this folder; did you mean '.*{place}'\?$"):
+        load_weights(tmp_path)
+    assert_same(load_weights(tmp_path / place)[0], weights)
+
+
+def test_a_distributed_checkpoint_says_how_to_join_it(tmp_path, weights, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is distributed here
+        torch.distributed.checkpoint.save({"model": {"conv.weight": torch.ones(2)}}, checkpoint_id="saved")
+    for path in (Path("saved"), next(Path("saved").glob("*.distcp"))):
+        with pytest.raises(
+            ConfigError, match="a distributed checkpoint of torch, in pieces; join them with: "
+        ) as error:
+            load_weights(path)
+    python, *command = shlex.split(str(error.value).partition("join them with: ")[2])
+    assert python == "python"
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    assert_same(load_weights(Path("weights.pth"))[0], {"conv.weight": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    "inside", ["zero_to_fp32.py", "mp_rank_00_model_states.pt", "global_step9/mp_rank_00_model_states.pt"]
+)
+def test_a_folder_of_deepspeed_says_how_to_join_it(tmp_path, inside):
+    (tmp_path / "global_step9").mkdir()
+    torch.save({"module": RAW, "ds_config": {}, "ds_version": "0.15"}, tmp_path / inside)
+    message = rf"^{tmp_path}\S*: a checkpoint of DeepSpeed, .*: python zero_to_fp32\.py {tmp_path}\S* OUTPUT, and "
+    with pytest.raises(ConfigError, match=message):
+        load_weights(tmp_path)
+    if inside.endswith(".pt"):
+        with pytest.raises(ConfigError, match=message):
+            load_weights(tmp_path / inside)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "x.pth"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 9\n")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ConfigError, match=rf"{name}: a pointer of Git LFS, not the weights; .* git lfs pull$"):
+            load_weights(path)
 
 
 def test_the_folder_one_stands_in(tmp_path, weights, monkeypatch):
