@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -72,7 +73,10 @@ def test_each_sample_is_zero_or_scaled(dtype: torch.dtype) -> None:
     assert set(unscaled.unique().tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.1", True])
+@pytest.mark.parametrize(
+    "value",
+    [-0.1, 1.1, math.nan, "0.1", True, np.float32(1.1), np.bool_(True), torch.tensor([0.1]), torch.tensor(math.nan)],
+)
 def test_refuses_what_is_no_probability(value: float) -> None:
     with pytest.raises(ValueError, match=r"drop_prob must be a number in \[0, 1\], got"):
         drop_path(torch.ones(2), value, training=True)
@@ -82,6 +86,15 @@ def test_refuses_what_is_no_probability(value: float) -> None:
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         module.drop_prob = value
     assert module.drop_prob == 0.1
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, np.array, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_probabilities(number: Callable[[float], float]) -> None:
+    module = DropPath(number(0.25))
+    assert (type(module.drop_prob), module.drop_prob) == (float, 0.25)
+    module.drop_prob, module.multiplier, module.break_even = number(0.5), number(0.5), number(0.75)
+    assert (module.rate, module.break_even, str(module)) == (0.25, 0.75, "DropPath(drop_prob=0.5, mode=mask)")
+    assert not drop_path(torch.ones(4, 2), number(1.0), training=True).any()
 
 
 def test_refuses_an_unknown_mode() -> None:

@@ -1,8 +1,11 @@
 """drop_path_rates: hand-computed values, what a rate measures, and what is refused."""
 
 import math
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from timm.layers.drop import calculate_drop_path_rates
@@ -132,6 +135,50 @@ def test_a_list_is_taken_as_it_is(as_type: Any) -> None:
     assert drop_path_rates(None, [1, 2], as_type([0.3, 0, 1])) == [0.3, 0.0, 1.0]
 
 
+AS_LIST: list[Callable[[list[float]], Any]] = [
+    list,
+    tuple,
+    np.array,
+    lambda r: np.array(r, np.float32),
+    torch.tensor,
+    lambda r: torch.tensor(r, dtype=torch.float64, requires_grad=True),
+    lambda r: [np.float32(x) for x in r],
+    lambda r: list(torch.tensor(r)),
+]
+
+
+@pytest.mark.parametrize("as_list", AS_LIST)
+def test_lists_arrays_and_tensors_are_profiles(as_list: Callable[[list[float]], Any]) -> None:
+    rates = drop_path_rates(None, [1, 2], as_list([0.25, 0.0, 1.0]))
+    assert rates == [0.25, 0.0, 1.0] and all(type(r) is float for r in rates)
+    assert drop_path_rates(np.float32(0.25), [1, 1], as_list([0.0, 0.25])) == [0.0, 0.25]
+    with pytest.raises(ValueError, match="has 2 entries, the model 3 blocks"):
+        drop_path_rates(None, [1, 2], as_list([0.1, 0.2]))
+    with pytest.raises(ValueError, match="drop-path rate 1 of the list must be a number in"):
+        drop_path_rates(None, [2], as_list([0.1, 1.5]))
+
+
+@pytest.mark.parametrize("space", [np.linspace, torch.linspace])
+def test_a_linspace_is_linear(space: Any) -> None:
+    assert drop_path_rates(None, [2, 2, 6, 2], space(0, 0.3, 12)) == pytest.approx(drop_path_rates(0.3, [2, 2, 6, 2]))
+
+
+def test_no_list_of_rates() -> None:
+    for profile in (
+        np.zeros((2, 2)),
+        torch.zeros(2, 2),
+        np.float32(0.1),
+        torch.tensor(0.1),
+        {0.1: 0.2},
+        {0.1},
+        None,
+        0.1,
+        b"ab",
+    ):
+        with pytest.raises(ValueError, match=r"profile must be one of linear, .* or a list of rates, got"):
+            drop_path_rates(0.1, [2], profile)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("rate_is", "rate"), [("max", 0.4), ("mean", 0.2), ("expected_macs", 0.225)])
 def test_a_list_may_stand_beside_the_rate_it_has(rate_is: Any, rate: float) -> None:
     profile, macs = [0.1, 0.1, 0.4], [3.0, 2.0, 5.0]  # 0.3 + 0.2 + 2 = 2.5 dropped
@@ -154,10 +201,46 @@ def test_a_list_with_what_is_no_rate(value: Any) -> None:
         drop_path_rates(None, [1, 2], [0.1, value, 0.1])
 
 
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+NUMBERS: list[Callable[[float], Any]] = [
+    np.float16,
+    np.float32,
+    np.float64,
+    np.array,
+    torch.tensor,
+    lambda r: torch.tensor(r, dtype=torch.bfloat16),
+    lambda r: torch.tensor(r, requires_grad=True),
+    lambda r: torch.linspace(0, r, 3)[-1],
+    lambda r: np.linspace(0, r, 3)[-1],
+    Fraction,
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_numbers_of_numpy_and_torch(profile: Any, number: Callable[[float], Any]) -> None:
+    rates = drop_path_rates(number(0.5), [1, 1, 2], profile)
+    assert rates == drop_path_rates(0.5, [1, 1, 2], profile) and all(type(r) is float for r in rates)
+
+
+def test_whole_numbers() -> None:
+    ones: list[Any] = [1, np.int64(1), torch.tensor(1), np.array(1)]
+    for one in ones:
+        assert drop_path_rates(one, [2], "constant") == [1.0, 1.0]
+    for depths in (np.array([1, 2]), torch.tensor([1, 2]), [np.int64(1), np.int32(2)]):
+        assert drop_path_rates(0.5, depths, "stagewise") == [0.0, 0.5, 0.5]  # type: ignore[arg-type]
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [-0.1, 1.0001, math.nan, math.inf, "0.1", None, True])
+NO_RATES = [-0.1, 1.0001, math.nan, math.inf, "0.1", None, True, np.bool_(True), torch.tensor(True), np.str_("0.1"), 0.1j,
+            np.float32(-0.1), torch.tensor(math.nan), torch.tensor([0.1]), np.linspace(0, 0.1, 2),
+            torch.empty((), device="meta")]  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", NO_RATES, ids=repr)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_rate_that_is_none(profile: Any, rate: Any) -> None:
     with pytest.raises(ValueError, match=r"rate must be a number in \[0, 1\], got"):
@@ -165,8 +248,9 @@ def test_a_rate_that_is_none(profile: Any, rate: Any) -> None:
 
 
 def test_a_list_as_rate_is_sent_to_the_profile() -> None:
-    with pytest.raises(ValueError, match="a list of rates is given as the profile"):
-        drop_path_rates([0.1, 0.2], [2])  # type: ignore[arg-type]
+    for rates in ([0.1, 0.2], np.linspace(0.1, 0.2, 2), torch.linspace(0.1, 0.2, 2)):
+        with pytest.raises(ValueError, match="a list of rates is given as the profile"):
+            drop_path_rates(rates, [2])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("depths", [[], [2, 0], [-1], [1.0], [True, 1], ["2"]])

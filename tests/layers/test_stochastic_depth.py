@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -154,6 +155,17 @@ def test_a_list_of_rates() -> None:
     assert set_drop_path(model, None, profile=rates).rates == rates == rates_of(model)
 
 
+@pytest.mark.parametrize("rates", [np.linspace(0, 0.4, 5), torch.linspace(0, 0.4, 5), tuple(torch.linspace(0, 0.4, 5))])
+def test_arrays_and_tensors_of_rates(rates: Any) -> None:
+    model = poolformer()
+    assert set_drop_path(model, None, profile=rates).rates == pytest.approx(LINEAR)
+    assert rates_of(model) == pytest.approx(LINEAR)
+    assert set_drop_path(model, rates[-1]).rates == pytest.approx(LINEAR)
+    assert rates_of(poolformer(drop_path_rate=rates[-1])) == pytest.approx(LINEAR)
+    blocks = set_drop_path(model, 0.1, break_even={"mlp": rates[-1]}).blocks
+    assert break_even_of(blocks)["mlp"] == pytest.approx(0.4)
+
+
 def test_a_second_call_replaces_the_first() -> None:
     model = Net()
     late = DropPathSchedule(kind="late", cutoff=5)
@@ -270,6 +282,10 @@ def test_break_even_by_kind() -> None:
         (1.5, {}, r"rate must be a number in \[0, 1\], got 1.5"),
         (math.nan, {}, r"rate must be a number in \[0, 1\], got nan"),
         (None, {}, "a list of rates is given as the profile"),
+        (np.linspace(0, 0.1, 5), {}, "a list of rates is given as the profile"),
+        (torch.tensor(1.7), {}, r"rate must be a number in \[0, 1\], got tensor\(1.7"),
+        (0.1, {"schedule": "early"}, "schedule must be a DropPathSchedule, got 'early'"),
+        (0.1, {"schedule": lambda step: 2.0}, r"multiplier must be a number in \[0, 1\], got 2.0"),
         (0.1, {"profile": "linaer"}, "profile must be one of"),
         (None, {"profile": [0.1] * 4}, "has 4 entries, the model 5 blocks"),
         (0.3, {"profile": [0.1] * 5}, "contradicts the list"),

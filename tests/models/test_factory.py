@@ -115,6 +115,7 @@ def test_count_parameters():
         ({"num_classes": "10"}, "model caformer_n4: num_classes: expected an integer"),
         ({"drop_path_rate": 1.5}, "model caformer_n4: "),
         ({"drop_path_rate": float("nan")}, "model caformer_n4: "),
+        ({"drop_path_rate": torch.linspace(0, 0.1, 4)}, "model caformer_n4: rate must be a number"),
         ({"drop_path_mode": "skp"}, "model caformer_n4: mode must be one of mask, skip, batch, got 'skp'"),
         ({"pretrained": True, "checkpoint": "x"}, "pretrained=True and checkpoint are two sources of weights"),
         ({"pretrained": True}, "model 'caformer_n4' has no published weights in timm"),
