@@ -170,7 +170,7 @@ def class_names_of_data(data: DataSection) -> list[str]:
     """
     if data.dataset == "digits" or data.root is None:
         return list(DIGIT_NAMES)
-    return sorted(_scan(_train_and_val_folders(Path(data.root).expanduser())[0]))
+    return sorted(_scan(_train_and_val_folders(Path(data.root).expanduser())[0], LeftOut()))
 
 
 def data_identity(
