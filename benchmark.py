@@ -494,8 +494,8 @@ def digits_seeds(args: argparse.Namespace) -> dict[str, Any]:
     inputs, targets = load_digits(return_X_y=True)
     machines = {}
     for c in (1, 10):
-        machine = SVC(C=c, gamma="scale").fit(inputs[train], targets[train])
-        machines[f"rbf_svm_c{c}"] = round(100 * float(machine.score(inputs[val], targets[val])), 2)
+        fitted = SVC(C=c, gamma="scale").fit(inputs[train], targets[train])
+        machines[f"rbf_svm_c{c}"] = round(100 * float(fitted.score(inputs[val], targets[val])), 2)
     rows, threads = [], 0
     keys = ("final_top1", "best_top1", "seconds", "images_per_second")
     for seed in range(args.seeds):

@@ -1,5 +1,6 @@
 """docs/: what a page shows is run."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -14,9 +15,27 @@ import models
 from export import parse_args
 from models.__main__ import stage_table
 from models.registry import model_config, unregister_model
+from training.config import DEFAULT_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "models.md").read_text()
+
+
+def test_what_the_digits_take_is_one_measurement_on_one_machine() -> None:
+    """README and the config's header say what benchmarks/results has, and name processor and threads."""
+    results = ROOT / "benchmarks" / "results"
+    digits, busy = (json.loads((results / f"{name}.json").read_text()) for name in ("digits", "busy"))
+    tops = [row["final_top1"] for row in digits["rows"]]
+    mean = digits["mean"]
+    facts = [digits["machine"].removesuffix(", CPU"), f"{mean['final_top1']:.2f} %", f"{mean['seconds']:.0f} s",
+             f"({min(tops):.2f} to {max(tops):.2f})"]  # fmt: skip
+    assert ", 1 thread" in facts[0], "what the config says"
+    header = DEFAULT_CONFIG.read_text().partition("\nseed:")[0]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for fact in facts:
+        assert fact in header and fact in readme, fact
+    assert f"about {round(mean['images_per_second'], -2):,.0f} images/s" in readme
+    assert f"**{busy['median']['ratio']:.2f}** of that" in readme and busy["machine"] == digits["machine"]
 
 
 def blocks(language: str) -> list[str]:
