@@ -362,14 +362,12 @@ def find_owners(model: nn.Module) -> list[Owner]:
         name = ".".join(part for part in name.split(".") if part != "_orig_mod")
         slots: dict[str, nn.Module | None] = {}
         for key, child in module.named_children():
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and ATTRIBUTE.search(key):
-                elements = {f"{key}.{i}": element for i, element in child.named_children()}
-                if all(is_slot(key, element) for element in elements.values()):
-                    listed.add(child)
-                    if _one_for_each_block(name, module, child):
-                        owners += [Owner(name, module, {i: e}, f"{name}.{i}".lstrip(".")) for i, e in elements.items()]
-                    else:
-                        slots |= dict(elements)
+            if elements := _listed_slots(key, child):
+                listed.add(child)
+                if _one_for_each_block(name, module, child):
+                    owners += [Owner(name, module, {i: e}, f"{name}.{i}".lstrip(".")) for i, e in elements.items()]
+                else:
+                    slots |= elements
             elif is_slot(key, child):
                 slots[key] = child
         for key, value in (*vars(module).items(), *module._modules.items()):
@@ -380,6 +378,19 @@ def find_owners(model: nn.Module) -> list[Owner]:
         if slots:
             owners.append(Owner(name, module, slots))
     return owners
+
+
+def _listed_slots(key: str, module: nn.Module) -> dict[str, nn.Module | None]:
+    """The drop-path modules in a list (or dict, or sequence) of such by name; empty if it is none."""
+    if not ATTRIBUTE.search(key) or not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        return {}
+    elements = dict(module.named_children())
+    if isinstance(module, nn.Sequential):  # may be a branch's end: dropout and drop path
+        known = {i: e for i, e in elements.items() if isinstance(e, DropPath) or named_drop_path(e)}
+        elements = known or {i: e for i, e in elements.items() if is_identity(e)}
+    elif not all(is_slot(key, element) for element in elements.values()):
+        return {}
+    return {f"{key}.{i}": element for i, element in elements.items()}
 
 
 def _one_for_each_block(name: str, module: nn.Module, drop_paths: nn.Module) -> bool:
@@ -397,6 +408,10 @@ def is_slot(key: str, module: nn.Module) -> bool:
     """
     if isinstance(module, DropPath):
         return True
+    if not ATTRIBUTE.search(key) and not named_drop_path(module):
+        return False
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not len(module):
+        return False
     inner = [(name.rpartition(".")[2], m) for name, m in module.named_modules() if name]
     if any(named_drop_path(m) or ATTRIBUTE.search(attribute) for attribute, m in inner):
         return False

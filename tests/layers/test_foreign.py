@@ -864,9 +864,18 @@ def test_a_class_called_drop_path_is_refused_under_any_name(build_module: Callab
         set_drop_path(Net(Residual(module, "gate")), 0.3, input_size=Net.size)
 
 
-def test_an_empty_sequence_is_an_identity() -> None:
-    model = Net(Residual(nn.Sequential()), Residual(timm.layers.DropPath(0.1)))
-    assert set_drop_path(model, 0.3, profile="constant", input_size=Net.size).rates == [0.3, 0.3]
+def test_sequences() -> None:
+    dropout = nn.Sequential(nn.Dropout(0.1), timm.layers.DropPath(0.1))
+    ends = [nn.Sequential(), nn.Sequential(nn.Identity()), nn.Sequential(timm.layers.DropPath(0.1)), dropout]
+    model = Net(*(Residual(end) for end in ends))
+    result = set_drop_path(model, 0.3, profile="constant", mode="skip", input_size=Net.size)
+    assert [b.name for b in result.blocks] == ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+    assert result.notes == ["4 drop-path modules: skips per branch"] and len(list(grafted(model))) == 4
+    rows: list[int] = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
+    model.train()(torch.randn(10, *Net.size))
+    assert rows == [7] * 4
 
 
 def test_a_rate_outside_its_range_is_mended() -> None:

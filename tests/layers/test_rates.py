@@ -151,7 +151,7 @@ AS_LIST: list[Callable[[list[float]], Any]] = [
 def test_lists_arrays_and_tensors_are_profiles(as_list: Callable[[list[float]], Any]) -> None:
     rates = drop_path_rates(None, [1, 2], as_list([0.25, 0.0, 1.0]))
     assert rates == [0.25, 0.0, 1.0] and all(type(r) is float for r in rates)
-    assert drop_path_rates(np.float32(0.25), [1, 1], as_list([0.0, 0.25])) == [0.0, 0.25]
+    assert drop_path_rates(np.float64(0.25), [1, 1], as_list([0.0, 0.25])) == [0.0, 0.25]
     with pytest.raises(ValueError, match="has 2 entries, the model 3 blocks"):
         drop_path_rates(None, [1, 2], as_list([0.1, 0.2]))
     with pytest.raises(ValueError, match="drop-path rate 1 of the list must be a number in"):
