@@ -150,9 +150,10 @@ class DropPath(nn.Module):
         # recompiles nothing (a Python float would), and it is no buffer, so state_dict, casts, meta construction,
         # EMA and export never see it.
         self._rate = torch.zeros((), dtype=torch.float64, device="cpu")
-        # Sample counts for the report. Tensors for the same reason; `_kept` sits where the mask is drawn.
+        # Sample counts for the report. Tensors for the same reason; `_kept_by_mask` sits where the mask is drawn.
         self._seen = torch.zeros((), dtype=torch.int64, device="cpu")
         self._kept = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._kept_by_mask = torch.zeros((), dtype=torch.int64, device="cpu")
         self._computed = torch.zeros((), dtype=torch.int64, device="cpu")
         self._multiplier = 1.0
         self._drop_prob = check_drop_prob(drop_prob)
@@ -235,6 +236,7 @@ class DropPath(nn.Module):
         """Forgets the draws made so far."""
         self._seen.zero_()
         self._kept.zero_()
+        self._kept_by_mask.zero_()
         self._computed.zero_()
 
     @property
@@ -245,7 +247,7 @@ class DropPath(nn.Module):
     @property
     def samples_dropped(self) -> int:
         """Samples dropped in training since `reset_counts`. On an accelerator, reading it waits for the device."""
-        return int(self._seen) - int(self._kept)
+        return int(self._seen) - int(self._kept) - int(self._kept_by_mask)
 
     @property
     def samples_computed(self) -> int:
@@ -260,13 +262,15 @@ class DropPath(nn.Module):
             kept: A count (0-dim, CPU) or a mask (B,) on the activations' device.
             computed: Samples that the branch runs on, a number or 0-dim on the CPU; default all.
         """
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+        if torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
             return  # inside vmap or torch.func.grad a captured tensor must not be written to
-        kept = kept.sum() if kept.ndim else kept
-        if self._kept.device != kept.device:
-            self._kept = self._kept.to(kept.device)
         self._seen.add_(batch)
-        self._kept.add_(kept)
+        if kept.ndim:
+            if self._kept_by_mask.device != kept.device:
+                self._kept_by_mask = self._kept_by_mask.to(kept.device)
+            self._kept_by_mask.add_(kept.sum())
+        else:
+            self._kept.add_(kept)
         self._computed.add_(batch if computed is None else computed)
 
     # ---- drawing --------------------------------------------------------------------------------------------------
@@ -407,9 +411,9 @@ class DropPath(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # Follow .to(device), so that compiled code finds the count where the mask is drawn.
         super()._apply(fn, recurse)
-        device = fn(torch.zeros((), device=self._kept.device)).device
-        if device.type != "meta" and device != self._kept.device:
-            self._kept = self._kept.to(device)
+        device = fn(torch.zeros((), device=self._kept_by_mask.device)).device
+        if device.type != "meta" and device != self._kept_by_mask.device:
+            self._kept_by_mask = self._kept_by_mask.to(device)
         return self
 
     # ---- torch.fx and TorchScript ---------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """drop_path and DropPath: exact values, rates, gradients, and skip equal to mask for the same kept set."""
 
 import copy
+import functools
 import json
 import math
+import operator
 import pickle
 import warnings
 from collections.abc import Callable
@@ -324,6 +326,138 @@ def test_batch_norm_in_a_branch_is_warned_about_once_and_masked_where_too_few_re
     assert all(torch.isfinite(b.float()).all() for b in branch.buffers())
 
 
+class TwoBranches(nn.Module):
+    """Two branches as methods of a block, the second with a batch norm; notes the rows that each is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.norm = nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.normed = nn.Sequential(self.fc2, self.norm)
+        self.rows: list[int] = []
+        for part in (self.fc1, self.fc2):
+            part.register_forward_hook(lambda _m, args, _o: self.rows.append(len(args[0])))
+
+    def branch1(self, x: Tensor) -> Tensor:
+        return self.fc1(x)
+
+    def branch2(self, x: Tensor) -> Tensor:
+        return self.norm(self.fc2(x))
+
+
+BRANCHES: dict[str, Callable[[TwoBranches], Callable[[Tensor], Tensor]]] = {
+    "method": lambda block: block.branch2,
+    "sequential": lambda block: block.normed,
+    "lambda": lambda block: lambda x: block.branch2(x),
+    "lambda of modules": lambda block: lambda x: block.norm(block.fc2(x)),
+    "partial": lambda block: functools.partial(block.branch2),
+    "partial of a function": lambda block: functools.partial(lambda part, x: part(x), block.normed),
+    "default": lambda block: lambda x, part=block.normed: part(x),
+    "forward": lambda block: block.normed.forward,
+}
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_a_batch_norm_is_found_in_any_callable(kind: str) -> None:
+    """One of two samples is kept, which a batch norm does not take."""
+    block = TwoBranches()
+    module, branch = DropPath(0.5, mode="skip"), BRANCHES[kind](block)
+    with pytest.warns(UserWarning, match="batch norm inside this residual branch"):
+        module.residual(torch.randn(2, 3), branch)
+    assert block.rows == [2] and (module.samples_dropped, module.samples_computed) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+@pytest.mark.parametrize("mode", ["skip", "batch"])
+def test_with_no_sample_kept_batch_norms_are_left_as_they_are(kind: str, mode: str) -> None:
+    torch.manual_seed(0)
+    block = TwoBranches()
+    module, branch = DropPath(1.0, mode=mode), BRANCHES[kind](block)  # type: ignore[arg-type]
+    before = {key: value.clone() for key, value in block.state_dict().items()}
+    x = torch.randn(4, 3, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if mode == "batch" else "ignore")
+        out = module.residual(x, branch)
+    out.sum().backward()
+    assert torch.equal(out, x) and block.rows == [0] and module.samples_computed == 0
+    assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
+    for parameter in (*block.fc2.parameters(), *block.norm.parameters()):
+        assert parameter.grad is not None and not parameter.grad.any()
+    assert block.norm.training
+    module.drop_prob = 0.0
+    module.residual(x, branch)
+    assert int(block.norm.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("branch", ["branch1", "lambda"])
+def test_a_norm_of_the_other_branch_does_not_count(branch: str) -> None:
+    block = TwoBranches()
+    module = DropPath(0.5, mode="skip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.residual(torch.randn(2, 3), block.branch1 if branch == "branch1" else lambda x: block.fc1(x))
+    assert block.rows == [1] and module.samples_computed == 1
+
+
+def test_a_module_shared_by_two_branches_knows_both() -> None:
+    block, module = TwoBranches(), DropPath(0.5, mode="skip")
+    x = torch.randn(2, 3)
+    module.residual(x, block.branch1)
+    with pytest.warns(UserWarning, match="batch norm"):
+        module.residual(x, block.branch2)
+    module.residual(x, block.branch1)
+    assert block.rows == [1, 2, 1]
+
+
+def test_a_branch_that_cannot_be_looked_into_is_masked_where_one_sample_is_kept() -> None:
+    block = TwoBranches()
+    branch = operator.methodcaller("apply", block)  # calls its argument's method, whatever that is
+
+    class Asked(Tensor):
+        def apply(self, block: TwoBranches) -> Tensor:
+            return block.branch2(self.as_subclass(Tensor))
+
+    module = DropPath(0.5, mode="skip")
+    out = module.residual(torch.randn(2, 3).as_subclass(Asked), branch)
+    assert torch.isfinite(out).all() and block.rows == [2] and module.samples_computed == 2
+
+
+def test_a_frozen_batch_norm_takes_one_sample() -> None:
+    block, module = TwoBranches(), DropPath(0.5, mode="skip")
+    block.norm.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.residual(torch.randn(2, 3), block.branch2)
+    assert block.rows == [1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_counts_what_was_computed(mode: str) -> None:
+    torch.manual_seed(0)
+    module, branch = DropPath(0.6, mode=mode), Recorder()  # type: ignore[arg-type]
+    for batch in (1, 2, 5, 8, 8):
+        module.residual(torch.randn(batch, 3), branch)
+    assert module.samples_computed == sum(map(len, branch.calls))
+    assert module.samples_computed == (24 if mode == "mask" else 24 - module.samples_dropped)
+    module.reset_counts()
+    assert module.samples_computed == 0
+    module(torch.randn(7, 3))
+    assert module.samples_computed == 7, "a branch that was handed over is computed"
+    module.reset_counts()
+    module.mode, module.break_even = "skip", 0.7
+    module.residual(torch.randn(8, 3), branch)
+    assert module.samples_computed == 8, "below the break-even rate"
+
+
+def test_checkpointing_leaves_batch_norms_of_dropped_batches_alone() -> None:
+    block, module = TwoBranches(), DropPath(1.0, mode="batch")
+    before = {key: value.clone() for key, value in block.state_dict().items()}
+    x = torch.randn(4, 3, requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(module.residual, x, block.branch2, use_reentrant=False)
+    out.sum().backward()
+    assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
+    assert block.norm.training
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("mode", MODES)
 def test_on_cuda_counts_and_values_agree(mode: str) -> None:
@@ -472,6 +606,25 @@ def test_what_compiled_code_cannot_skip_is_masked(compilations: Callable[[], tup
     assert compilations() == (1, 0)
     symbols = torch._dynamo.explain(model)(x).graphs[0].code
     assert "index_select" not in symbols
+
+
+def test_compiled_code_masks_callables_that_it_cannot_look_into(compilations: Callable[[], tuple[int, int]]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.drop_path = nn.BatchNorm1d(3), DropPath(0.5, mode="skip")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop_path.residual(x, lambda y: self.norm(y))
+
+    model = Model()
+    compiled = torch.compile(model, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            assert compiled(torch.randn(2, 3)).isfinite().all()
+    assert model.drop_path.samples_computed == 10 and model.drop_path.samples_dropped == 5
+    assert compilations() == (1, 0)
 
 
 def test_checkpointing_drops_the_same_samples_again() -> None:
