@@ -21,7 +21,7 @@ from torch import nn
 from models.config import MetaFormerConfig
 from models.factory import create_model
 from models.metaformer import MetaFormer, make_pretrained_cfg
-from models.pretrained import in_our_layout
+from models.pretrained import from_timm
 from models.registry import list_models, model_config
 from models.strict_yaml import ConfigError
 
@@ -88,7 +88,7 @@ def _entry_function(name: str, config: MetaFormerConfig) -> Callable[..., nn.Mod
             partial(_build, config.name),
             name,
             pretrained,
-            pretrained_filter_fn=lambda state, model: in_our_layout(state),
+            pretrained_filter_fn=lambda state, model: from_timm(state),
             # Stages work in NHWC; only our forward_intermediates, which the getter calls, returns NCHW.
             # Their default is timm's: all stages, or the last three blocks of a model with one stage.
             feature_cfg={"out_indices": tuple(range(stages)) if stages > 1 else 3, "feature_cls": "getter"},
