@@ -37,10 +37,10 @@ def create_model(
         name: A registered name, a path to a YAML, or a config. A name may carry a tag of published weights, which sets
             classes and image size to theirs: `caformer_s18.sail_in22k_ft_in1k_384`.
         pretrained: Load the published weights through timm's hub code.
-        checkpoint: Load weights from a file (safetensors or torch state dict) or from a folder with
-            `model.safetensors`, such as a run's `best` or what timm saved. Where these or published ones belong to a
-            known config, all that their shapes do not tell must be as in it; only keys of `head` named here may differ,
-            with a warning. A replaced classifier and the like are warnings as well.
+        checkpoint: Load weights from a file (safetensors, or of torch.save) or from a folder, such as a run's `best` or
+            what timm saved; see `models.weights.load_weights`. Where these or published ones belong to a known config,
+            all that their shapes do not tell must be as in it; only keys of `head` named here may differ, with a
+            warning. A replaced classifier and the like are warnings as well.
         num_classes: Default: the config's. Where it is given and differs from the weights', the classifier is replaced.
         in_chans: Input channels. Default: the config's, 3 in all published models. Where it is given and differs from
             the weights', their first convolution is adapted as timm does.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import timm.models
+import timm.optim
 import torch
 
 import models
@@ -133,6 +134,30 @@ def test_what_the_zoo_holds() -> None:
         assert f"def {test}(" in tests.read_text()
 
 
+def decay_factors(name: str) -> dict[str, str]:
+    """Learning-rate factors of a model's parts at a layer decay of 0.75, as timm groups them."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    names = {id(parameter): key.split(".") for key, parameter in model.named_parameters()}
+    found: dict[str, set[float]] = {}
+    for group in timm.optim.param_groups_layer_decay(model, layer_decay=0.75):
+        for key in (names[id(parameter)] for parameter in group["params"]):
+            length = {"stem": 1, "head": 2}.get(key[0], 4 if key[2] == "blocks" else 3)
+            found.setdefault(".".join(key[:length]), set()).add(group["lr_scale"])
+    return {part: " to ".join(f"{factor:.3f}" for factor in sorted(factors)) for part, factors in found.items()}
+
+
+def test_layer_decay() -> None:
+    models.register_with_timm()
+    ours, theirs = decay_factors("dpz_poolformer_s12"), decay_factors("poolformer_s12")
+    assert ours.keys() == theirs.keys()
+    table = "\n".join(f"| `{part}` | {ours[part]} | {theirs[part]} |" for part in ours)
+    assert f"| | ours: {len(set(ours.values()))} levels |" in PAGE and f"\n{table}\n\n" in PAGE
+    levels = {factor for factors in theirs.values() for factor in factors.split(" to ")}
+    assert f"| timm's: {len(levels)} levels |" in PAGE
+    assert theirs["stem"] == theirs["stages.0.blocks.0"] and ours["stem"] != ours["stages.0.blocks.0"]
+
+
 def test_names_and_links() -> None:
     for pattern in re.findall(r"`((?!test_)[a-z0-9]+_(?:\w+|\*))`", PAGE):
         known = models.list_models(pattern) or pattern in PAGE_WORDS or timm.models.is_model(pattern)
@@ -143,4 +168,5 @@ def test_names_and_links() -> None:
 
 # words of the page that look like names of models
 PAGE_WORDS = {"num_classes", "in_chans", "drop_path_rate", "drop_path_mode", "img_size", "checkpoint_path", "to_timm",
-              "from_timm", "global_pool", "head_dim", "class_names", "label_names"}  # fmt: skip
+              "from_timm", "global_pool", "head_dim", "class_names", "label_names", "state_dict", "state_dict_ema", "model_ema", "ema_state_dict",
+              "swa_model", "push_to_hf_hub", "safe_serialization"}  # fmt: skip

@@ -444,7 +444,7 @@ def test_the_names_of_wrappers_are_those_of_torch(tmp_path):
     """DDP, torch.compile, AveragedModel and a module that holds the network, one in another."""
     made = create_model("caformer_n4", num_classes=2)
     holder = nn.Module()
-    holder.model = torch.compile(torch.optim.swa_utils.AveragedModel(made))
+    holder.add_module("model", torch.compile(torch.optim.swa_utils.AveragedModel(made)))  # pyright: ignore
     torch.save({"state_dict": holder.state_dict()}, tmp_path / "x.ckpt")
     ours = create_model("caformer_n4", num_classes=2, checkpoint=tmp_path / "x.ckpt")
     assert all(torch.equal(v, made.state_dict()[k]) for k, v in ours.state_dict().items())

@@ -334,8 +334,8 @@ def test_timms_exporter_writes_our_models(name: str, arguments: dict, size: int,
     import onnxruntime
 
     model = build(f"dpz_{name}", exportable=True, num_classes=5, drop_path_rate=0.1, **arguments)
-    model = timm.utils.reparameterize_model(model)
     flexible = not model.config.fixed_size
+    model = timm.utils.reparameterize_model(model)
     file = str(tmp_path / "model.onnx")
     timm.utils.onnx.onnx_export(
         model,
