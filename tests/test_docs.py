@@ -168,5 +168,6 @@ def test_names_and_links() -> None:
 
 # words of the page that look like names of models
 PAGE_WORDS = {"num_classes", "in_chans", "drop_path_rate", "drop_path_mode", "img_size", "checkpoint_path", "to_timm",
-              "from_timm", "global_pool", "head_dim", "class_names", "label_names", "state_dict", "state_dict_ema", "model_ema", "ema_state_dict",
+              "from_timm", "global_pool", "head_dim", "class_names", "label_names",
+              "state_dict", "state_dict_ema", "model_ema", "ema_state_dict",
               "swa_model", "push_to_hf_hub", "safe_serialization"}  # fmt: skip
