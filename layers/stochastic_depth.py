@@ -615,6 +615,5 @@ def _describe_mode(modules: Sequence[DropPath]) -> str:
     for module in modules:
         role = getattr(module, "role", "")
         kinds.append("skip block" if module.skips and role in ("block", "silent") else
-                     "skip" if module.mode == "skip" and module.skips else
-                     "mask" if module.mode == "skip" else module.mode)  # fmt: skip
+                     module.mode if module.skips else "mask")  # fmt: skip
     return (kinds[0] if len(set(kinds)) == 1 else "/".join(kinds)) if kinds else NO_SHORTCUT

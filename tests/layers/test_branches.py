@@ -1,6 +1,6 @@
 """What a callable holds: its own modules and no others, however it is written."""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
 import functools
 import operator
 from collections.abc import Callable

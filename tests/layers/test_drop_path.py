@@ -385,7 +385,7 @@ def test_with_no_sample_kept_batch_norms_are_left_as_they_are(kind: str, mode: s
     assert block.norm.training
     module.drop_prob = 0.0
     module.residual(x, branch)
-    assert int(block.norm.num_batches_tracked) == 1
+    assert block.norm.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("branch", ["branch1", "lambda"])

@@ -18,10 +18,13 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.convnext import CNBlockConfig
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 from benchmark import masking_twin, randomise_scales
-from layers.drop_path import DropPath, Mode
+from layers.drop_path import MODES, DropPath, Mode
 from layers.foreign import (
     GraftedDropPath,
     block_names,
@@ -33,8 +36,10 @@ from layers.foreign import (
     grafted,
 )
 from layers.stochastic_depth import drop_path_report, find_blocks, set_drop_path
+from models import create_model
 
 SIZE = (3, 64, 64)
+NORM_WARNING = "mode 'skip': the batch norm"
 # name, settings that make it small, and the roles that its drop-path modules find
 SMALL: dict[str, tuple[dict[str, object], set[str]]] = {
     "vit_tiny_patch16_224": ({"img_size": 64, "depth": 3, "embed_dim": 48}, {"branch"}),
@@ -296,9 +301,11 @@ def test_torchvision(name: str) -> None:
     assert list(model.state_dict()) == keys
     assert any("skips per branch" in note for note in result.notes)
     assert not [m for m in model.modules() if type(m).__name__ == "StochasticDepth"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
         model.train()(images).sum().backward()
+    normed = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert {str(w.message).partition(" inside")[0] for w in caught} == ({NORM_WARNING} if normed else set())
+    assert any("hold a batch norm, which sees the kept samples only" in note for note in result.notes) == normed
     assert not drop_path_report(model, input_size=SIZE).warnings
     assert any("no shortcut" in note for note in result.notes) == (name == "efficientnet_b0")
 
@@ -323,6 +330,222 @@ def test_bare_blocks_of_torchvision_are_dropped_whole(name: str) -> None:
     for block in blocks:
         for parameter in block.get_submodule(ends[name]).parameters():
             assert parameter.grad is not None and not parameter.grad.any(), "at rate 1 no branch is trained"
+
+
+# ---- what is computed -----------------------------------------------------------------------------------------------
+
+# name: how to build it, and a module inside the branch that each kind of drop-path module ends
+COMPUTED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "timm resnet18": (lambda: timm.create_model("resnet18", num_classes=5), {"drop_path": "conv2"}),
+    "torchvision resnet18": (lambda: torchvision_model("resnet18"), {"drop_path_bn2": "conv1"}),
+    "timm vit": (lambda: build("vit_tiny_patch16_224"), {"drop_path1": "attn.proj", "drop_path2": "mlp.fc1"}),
+    "torchvision vit": (
+        lambda: torchvision.models.VisionTransformer(64, 16, 2, 2, 32, 64, num_classes=5),
+        {"drop_path_mlp": "mlp.0"},
+    ),
+    "timm convnext": (lambda: build("convnext_atto"), {"drop_path": "conv_dw"}),
+    "torchvision convnext": (
+        lambda: torchvision.models.ConvNeXt([CNBlockConfig(8, 16, 2), CNBlockConfig(16, None, 2)], num_classes=5),
+        {"stochastic_depth": "block.0"},
+    ),
+    "ours": (lambda: create_model("caformer_n4", num_classes=5), {"drop_path2": "mlp.fc1"}),
+}
+
+
+def flops(model: nn.Module, images: Tensor) -> int:
+    """Of a forward pass. Fused attention is not counted on the CPU, so it is taken apart."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    return counter.get_total_flops()
+
+
+def size_and_images(name: str, model: nn.Module, batch: int) -> tuple[tuple[int, ...], Tensor]:
+    size: Any = model.pretrained_cfg["input_size"] if name == "ours" else SIZE
+    return size, torch.randn(batch, *size)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", COMPUTED)
+def test_the_report_says_what_was_computed(name: str, mode: str) -> None:
+    """Samples that branches were given, and operations of whole forward passes."""
+    model = COMPUTED[name][0]().train()
+    size, images = size_and_images(name, model, 4)
+    depth = set_drop_path(model, 0.5, profile="constant", mode=mode, input_size=size)  # type: ignore[arg-type]
+    rows: dict[int, list[int]] = {}
+    for block in depth.blocks:
+        for key, module in block.drop_paths.items():
+            if part := COMPUTED[name][1].get(key):
+                noted = rows.setdefault(id(module), [])
+                model.get_submodule(f"{block.name}.{part}").register_forward_hook(
+                    lambda _m, args, _o, noted=noted: noted.append(len(args[0]))
+                )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spent = [flops(model, images) for _ in range(6)]
+    given = {module: sum(noted) for module, noted in rows.items()}
+    report = drop_path_report(model, input_size=size)
+    modules = [m for block in depth.blocks for m in block.drop_paths.values()]
+    assert given
+    for module in modules:
+        dropped = 0 if mode == "mask" else module.samples_dropped
+        assert module.samples_computed == 24 - dropped, "nothing is computed for what is dropped"
+        assert given.get(id(module), 24 - dropped) == 24 - dropped
+    set_drop_path(model, 0.0, mode="mask")
+    saved = 1 - sum(spent) / (6 * flops(model, images))
+    assert report.compute_saved == pytest.approx(saved, abs=1e-6)
+    assert (saved > 0.05) == (mode != "mask")
+
+
+@pytest.mark.parametrize("name", ["timm resnet18", "torchvision resnet18"])
+@pytest.mark.parametrize("mode", ["batch", "skip"])
+def test_a_block_that_is_dropped_whole_is_left_as_it_is(name: str, mode: str) -> None:
+    model = COMPUTED[name][0]().train()
+    settings: dict = {"profile": "constant", "mode": mode, "input_size": SIZE}
+    set_drop_path(model, 1.0, **settings)
+    branches = [f"layer{i}.{j}.{part}" for i in range(1, 5) for j in range(2) for part in ("conv", "bn")]
+    inside = lambda key: key.startswith(tuple(branches))  # noqa: E731
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if mode == "batch" else "ignore")
+        model(torch.randn(4, *SIZE)).square().sum().backward()
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in after if inside(key))
+    assert not torch.equal(after["bn1.running_mean"], before["bn1.running_mean"])
+    assert not torch.equal(after["layer2.0.downsample.1.running_mean"], before["layer2.0.downsample.1.running_mean"])
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert not inside(key) or not parameter.grad.any(), key
+    assert all(m.training for m in model.modules())
+    set_drop_path(model, 0.0, **settings)
+    model(torch.randn(4, *SIZE))
+    assert all(int(model.state_dict()[key]) == 1 for key in after if inside(key) and key.endswith("tracked"))
+
+
+def test_one_kept_sample_is_masked_in_front_of_a_batch_norm_and_is_no_saving() -> None:
+    model = COMPUTED["torchvision resnet18"][0]().train()
+    set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=SIZE)
+    with pytest.warns(UserWarning, match="batch norm inside this residual branch sees the kept samples only"):
+        model(torch.randn(2, *SIZE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, *SIZE))
+    report = drop_path_report(model, input_size=SIZE)
+    assert report.compute_saved == 0.0 and {b.realised_rate for b in report.blocks} == {0.5}
+    assert any("8 branches hold a batch norm" in note for note in report.notes)
+
+
+class TwoNorms(nn.Module):
+    """Two branches, of which the second has a batch norm; and a norm on the shortcut, which is no part of either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.norm, self.side = (
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.BatchNorm1d(8),
+            nn.BatchNorm1d(8),
+        )
+        self.drop_path1, self.drop_path2 = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.side(x) + self.drop_path1(self.fc1(x).relu())
+        return x + self.drop_path2(self.norm(self.fc2(x)))
+
+
+def test_a_norm_of_another_branch_does_not_count() -> None:
+    model = Stack(TwoNorms(), TwoNorms()).train()
+    set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 4, 4))
+    with pytest.warns(UserWarning, match="batch norm"):
+        model(torch.randn(2, 3, 4, 4))
+    assert [m.samples_computed for m in grafted(model)] == [1, 2, 1, 2]
+    assert [m.has_batch_norm for m in grafted(model)] == [False, True, False, True]
+
+
+def test_code_that_takes_no_empty_batch_is_given_one_sample_that_counts_for_nothing() -> None:
+    class Reshaping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm, self.drop_path = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            return x + self.drop_path(self.norm(y.reshape(len(y), -1)))
+
+    model = Stack(Reshaping()).train()
+    set_drop_path(model, 1.0, mode="batch", input_size=(3, 4, 4))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model(images := torch.randn(4, 3, 4, 4)).sum().backward()
+    (module,) = grafted(model)
+    assert module.samples_computed == 1 and not module.takes_nothing
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    report = drop_path_report(model, input_size=(3, 4, 4))
+    assert report.compute_saved == pytest.approx(0.75)
+    assert torch.equal(model(images), images.flatten(1)[:, :8])
+
+
+@pytest.mark.parametrize("name", ["timm resnet18", "timm vit"])
+def test_checkpointing_in_mode_batch(name: str) -> None:
+    model = COMPUTED[name][0]().train()
+    set_drop_path(model, 0.5, profile="constant", mode="batch", input_size=SIZE)
+    images = torch.randn(4, *SIZE)
+    expected = output_and_gradients(model, images, 3)
+    model.set_grad_checkpointing()
+    for a, b in zip(output_and_gradients(model, images, 3), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
+    assert all(m.training for m in model.modules())
+
+
+def test_autocast_in_mode_batch() -> None:
+    model = COMPUTED["timm resnet18"][0]().train()
+    set_drop_path(model, 1.0, profile="constant", mode="batch", input_size=SIZE)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(4, *SIZE))
+    out.float().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert sum(m.samples_computed for m in grafted(model)) == 0
+
+
+def test_a_batch_norm_that_is_replaced_later_is_seen() -> None:
+    model = Stack(TwoNorms()).train()
+    set_drop_path(model, 0.5, mode="skip", profile="constant", input_size=(3, 4, 4))
+    model.blocks[0].norm.eval()
+    model(torch.randn(2, 3, 4, 4))
+    model.blocks[0].norm = nn.BatchNorm1d(8)
+    with pytest.warns(UserWarning, match="batch norm"):
+        model(torch.randn(2, 3, 4, 4))
+    assert [m.samples_computed for m in grafted(model)] == [2, 3]
+
+
+def test_compiled_code_counts_what_it_computes(compilations: Callable[[], tuple[int, int]]) -> None:
+    for name, computed in (("vit_tiny_patch16_224", 0), ("convnext_atto", 4)):
+        model = build(name).train()
+        set_drop_path(model, 1.0, profile="constant", mode="batch", input_size=SIZE)
+        compiled = torch.compile(model, backend="eager")
+        compiled(torch.randn(4, *SIZE)).sum().backward()
+        assert {m.samples_computed for m in grafted(model)} == {computed}, "a convolution wants to know its batch"
+        assert all(p.grad is not None for p in model.parameters())
+    assert compilations()[1] == 0
+
+
+def _ranks_of_a_resnet(rank: int, store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = build("resnet18").train()
+    set_drop_path(model, 0.5, profile="constant", mode="batch", input_size=SIZE)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    torch.manual_seed(rank)
+    for _ in range(20):
+        parallel.zero_grad()
+        parallel(torch.randn(2, *SIZE)).sum().backward()
+    counts = [m.samples_computed for m in grafted(model)]
+    assert counts == [40 - m.samples_dropped for m in grafted(model)] and 0 < sum(counts) < 40 * len(counts)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_drop_whole_batches_of_their_own(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_ranks_of_a_resnet, (str(tmp_path / "store"),), nprocs=2)
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "swin_t"])
