@@ -185,7 +185,7 @@ _COLOURS = (
     "#556b2f",
 )
 _MARKERS = "osD^vPX*<>"
-_INK, _GREY, _LINE = "#1b1f24", "#6b7480", "#e3e7ec"
+_ZOO_INK, _ZOO_GREY, _ZOO_LINE = "#1b1f24", "#6b7480", "#e3e7ec"
 
 
 def families(configs: Sequence[MetaFormerConfig]) -> dict[str, list[tuple[float, float]]]:
@@ -221,19 +221,19 @@ def draw_zoo(configs: Sequence[MetaFormerConfig]) -> str:
         axes.xaxis.set_major_locator(FixedLocator([1, 2, 4, 8, 16, 32, 64, 128, 256]))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.grid(color=_LINE, linewidth=0.8)
+        axes.grid(color=_ZOO_LINE, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, labelsize=9, labelcolor=_GREY)
+        axes.tick_params(length=0, labelsize=9, labelcolor=_ZOO_GREY)
         axes.set_xlabel(
-            "multiply-accumulates per image in billions, as published (logarithmic)", fontsize=9, color=_GREY
+            "multiply-accumulates per image in billions, as published (logarithmic)", fontsize=9, color=_ZOO_GREY
         )
         figure.text(
-            0.02, 0.945, "The zoo: published ImageNet-1k top-1 in %", fontsize=13, fontweight="bold", color=_INK
+            0.02, 0.945, "The zoo: published ImageNet-1k top-1 in %", fontsize=13, fontweight="bold", color=_ZOO_INK
         )
         figure.text(
             0.02, 0.905, "trained on ImageNet-1k alone, at each model's own size; a line is a family, its marks are sizes",
-            fontsize=9, color=_GREY,
+            fontsize=9, color=_ZOO_GREY,
         )  # fmt: skip
         low, high = axes.get_ylim()
         gap, last = (high - low) / 26, high + 1.0

@@ -363,6 +363,7 @@ _VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", PALE: "--pale"} | {
     c: f"--s{i}" for i, c in enumerate(SERIES)
 }
 DASHES = ("-", "--", ":", "-.")
+HEAT_MAP_TICKS = "#6b7480"
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
@@ -954,7 +955,7 @@ def draw_heat_map(axes: Axes, rates: Sequence[float], schedule: DropPathSchedule
         interpolation="nearest",
     )
     axes.set_yticks([1, len(rates)], ["first", "last"])
-    axes.tick_params(length=0, labelsize=8, colors=_GREY)
+    axes.tick_params(length=0, labelsize=8, colors=HEAT_MAP_TICKS)
     axes.set_xticks([0, steps // 2, steps])
     axes.set_xlim(0, steps)
     for side in axes.spines.values():
