@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from files.strict_yaml import ConfigError, Document, annotation_at, set_overrides
 from models.config import MetaFormerConfig
 from models.export import (
     FORMATS,
@@ -26,7 +27,6 @@ from models.factory import create_model, set_class_names, trained_config
 from models.metaformer import MetaFormer
 from models.pretrained import published_config
 from models.registry import model_config
-from models.strict_yaml import ConfigError, Document, annotation_at, set_overrides
 from models.weights import CONFIG, CheckpointError, load_weights
 
 

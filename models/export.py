@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from files.strict_yaml import ConfigError, validate
 from layers.mlp import Mlp, SquaredReLU, StarReLU
 from layers.norm import Affine, GroupNorm1, LayerNorm
 from layers.scale import Scale
@@ -31,7 +32,6 @@ from models.factory import class_names_of, set_class_names, trained_class_names
 from models.metaformer import MetaFormer, MetaFormerBlock, make_pretrained_cfg
 from models.pretrained import in_our_layout, timm_head, to_timm
 from models.registry import is_model, model_config
-from models.strict_yaml import ConfigError, validate
 from models.weights import WEIGHTS, load_weights, make_folder, publish, save_weights, sync_folder, tidy
 
 Format = Literal["timm", "onnx", "torch", "folded"]

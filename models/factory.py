@@ -8,12 +8,12 @@ from typing import Any
 from pydantic import BaseModel
 from torch import nn
 
+from files.strict_yaml import ConfigError, nearest, validate
 from layers.drop_path import Mode
 from models.config import MetaFormerConfig, idle_keys, override_config
 from models.metaformer import MetaFormer
 from models.pretrained import load_into, load_timm_pretrained, published_config, timm_head
 from models.registry import is_model, list_models, model_config
-from models.strict_yaml import ConfigError, nearest, validate
 from models.weights import load_weights
 
 logger = logging.getLogger(__name__)

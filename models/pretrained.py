@@ -19,10 +19,10 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor
 
+from files.strict_yaml import ConfigError, nearest
 from layers.patch_embed import TokenEmbed
 from models.config import MetaFormerConfig
 from models.metaformer import MetaFormer
-from models.strict_yaml import ConfigError, nearest
 from models.weights import check_dense
 
 StateDict = dict[str, Tensor]

@@ -4,9 +4,9 @@ import fnmatch
 from pathlib import Path
 
 from configs import CONFIGS
+from files.strict_yaml import ConfigError, nearest
 from models.config import MetaFormerConfig, load_model_config, override_config
 from models.pretrained import published_config
-from models.strict_yaml import ConfigError, nearest
 
 _registered: dict[str, MetaFormerConfig] = {}
 

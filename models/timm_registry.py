@@ -20,12 +20,12 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
 
+from files.strict_yaml import ConfigError
 from models.config import MetaFormerConfig
 from models.factory import create_model
 from models.metaformer import MetaFormer, make_pretrained_cfg
 from models.pretrained import from_timm
 from models.registry import list_models, model_config
-from models.strict_yaml import ConfigError
 
 __all__ = ["register_with_timm"]
 

@@ -22,7 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from models.strict_yaml import ConfigError, nearest
+from files.strict_yaml import ConfigError, nearest
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -13,10 +13,10 @@ import timm
 import torch
 
 from export import main, parse_args, parse_overrides
+from files.strict_yaml import ConfigError
 from models.export import load_folded
 from models.factory import class_names_of, create_model
 from models.metaformer import MetaFormer
-from models.strict_yaml import ConfigError
 from models.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]

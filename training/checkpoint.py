@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.strict_yaml import ConfigError
+from files.strict_yaml import ConfigError
 from models.weights import (
     CheckpointError,
     make_folder,

@@ -16,9 +16,7 @@ from timm.data.auto_augment import rand_augment_choices
 from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsage]
 
 from configs import CONFIGS
-from layers.rates import ProfileName, RateIs
-from layers.schedule import DropPathSchedule, Kind
-from models.strict_yaml import (
+from files.strict_yaml import (
     ConfigError,
     FieldError,
     annotation_at,
@@ -30,6 +28,8 @@ from models.strict_yaml import (
     unknown_key,
     validate,
 )
+from layers.rates import ProfileName, RateIs
+from layers.schedule import DropPathSchedule, Kind
 
 DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
 

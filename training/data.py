@@ -52,8 +52,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from files.strict_yaml import ConfigError, nearest
 from models.factory import class_difference
-from models.strict_yaml import ConfigError, nearest
 
 if TYPE_CHECKING:
     from training.config import AugmentSection, DataSection

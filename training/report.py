@@ -38,10 +38,10 @@ from matplotlib.ticker import MaxNLocator
 from pydantic import ValidationError
 from torch import Tensor
 
+from files.strict_yaml import ConfigError, load_yaml, nearest
 from layers.drop_path import DropPath
 from layers.rates import ProfileName, drop_path_rates
 from layers.schedule import DropPathSchedule
-from models.strict_yaml import ConfigError, load_yaml, nearest
 from training.config import DropPathSection, build_schedule
 from training.run_folder import METRICS, RunFolder
 

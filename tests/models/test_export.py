@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from files.strict_yaml import ConfigError
 from layers.mlp import StarReLU
 from layers.norm import Affine, GroupNorm1, LayerNorm
 from layers.scale import Scale
@@ -32,7 +33,6 @@ from models.factory import class_names_of, create_model
 from models.metaformer import MetaFormer, MetaFormerBlock
 from models.pretrained import timm_head
 from models.registry import list_models, model_config
-from models.strict_yaml import ConfigError
 from models.weights import load_weights, save_weights
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))

@@ -13,6 +13,7 @@ import timm
 import torch
 
 from configs import CONFIGS
+from files.strict_yaml import ConfigError
 from layers.drop_path import DropPath
 from models.config import HeadConfig, MetaFormerConfig, PatchConfig, override_config
 from models.factory import (
@@ -26,7 +27,6 @@ from models.factory import (
 )
 from models.metaformer import MetaFormerBlock
 from models.registry import model_config, register_model, unregister_model
-from models.strict_yaml import ConfigError
 from models.timm_registry import register_with_timm
 from models.weights import load_weights, save_weights
 

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import CONFIGS
+from files.strict_yaml import ConfigError
 from models.factory import create_model
 from models.metaformer import MetaFormer
 from models.pretrained import from_original, from_timm, load_into, published_config, timm_head, to_timm
 from models.registry import list_models, model_config
-from models.strict_yaml import ConfigError
 
 IN_TIMM = [n for family in ("poolformer_?[0-9]*", "poolformerv2", "convformer", "caformer")
            for n in list_models(f"{family}*") if not n.endswith("_n4")]  # fmt: skip

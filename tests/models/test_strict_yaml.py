@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.strict_yaml import (
+from files.strict_yaml import (
     ConfigError,
     Document,
     FieldError,

@@ -19,12 +19,12 @@ from timm.utils.onnx import onnx_export, onnx_forward
 from torch import Tensor
 
 import models.timm_registry
+from files.strict_yaml import ConfigError
 from layers.drop_path import DropPath
 from models.factory import create_model
 from models.metaformer import MetaFormer
 from models.pretrained import timm_head
 from models.registry import list_models, model_config, register_model, unregister_model
-from models.strict_yaml import ConfigError
 from models.timm_registry import register_with_timm
 
 SMALL = "dpz_caformer_n4"

@@ -18,9 +18,9 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint
 
+from files.strict_yaml import ConfigError
 from models import weights as weights_module
 from models.registry import model_config
-from models.strict_yaml import ConfigError
 from models.weights import (
     CheckpointError,
     load_weights,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.strict_yaml import ConfigError
+from files.strict_yaml import ConfigError
 from models.weights import CheckpointError
 from training.checkpoint import (
     Checkpoint,

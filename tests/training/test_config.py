@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from configs import CONFIGS
+from files.strict_yaml import ConfigError
 from layers.schedule import DropPathSchedule, Kind
-from models.strict_yaml import ConfigError
 from training import config as config_module
 from training.config import (
     _SCHEDULE_KEYS,

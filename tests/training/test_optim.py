@@ -7,9 +7,9 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
+from files.strict_yaml import ConfigError
 from models import create_model
 from models.metaformer import MetaFormer
-from models.strict_yaml import ConfigError
 from training import optim as tested
 from training.config import AugmentSection, EmaSection, OptimSection
 from training.optim import build_ema, build_loss, build_optimizer, build_scheduler

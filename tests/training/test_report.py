@@ -13,9 +13,9 @@ import torch
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 
+from files.strict_yaml import ConfigError
 from layers.rates import drop_path_rates
 from layers.schedule import DropPathSchedule
-from models.strict_yaml import ConfigError
 from training import report
 from training.run_folder import METRICS
 
