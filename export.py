@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from files.strict_yaml import ConfigError, Document, annotation_at, set_overrides
+from files.errors import ConfigError
+from files.strict_yaml import Document, annotation_at, set_overrides
 from models.config import MetaFormerConfig
 from models.export import (
     FORMATS,

@@ -9,7 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from training.config import TrainConfig, dump_config, load_config
 from training.data import ReadError, class_names_of_data, lost_worker

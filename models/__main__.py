@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from files.strict_yaml import ConfigError, nearest
+from files.errors import ConfigError, nearest
 from models.config import MetaFormerConfig
 from models.factory import count_parameters
 from models.metaformer import MetaFormer

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from files.strict_yaml import ConfigError, FieldError, load_yaml, validate
+from files.errors import ConfigError, FieldError
+from files.strict_yaml import load_yaml, validate
 
 TokenMixer = Literal["pooling", "identity", "random_mixing", "sep_conv", "attention", "spatial_mlp"]
 Norm = Literal["group_norm", "group_norm_no_bias", "layer_norm", "layer_norm_no_bias", "affine", "none"]

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files.strict_yaml import ConfigError, validate
+from files.errors import ConfigError
+from files.strict_yaml import validate
 from layers.mlp import Mlp, SquaredReLU, StarReLU
 from layers.norm import Affine, GroupNorm1, LayerNorm
 from layers.scale import Scale

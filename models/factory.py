@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 from torch import nn
 
-from files.strict_yaml import ConfigError, nearest, validate
+from files.errors import ConfigError, nearest
+from files.strict_yaml import validate
 from layers.drop_path import Mode
 from models.config import MetaFormerConfig, idle_keys, override_config
 from models.metaformer import MetaFormer

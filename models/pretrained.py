@@ -19,7 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor
 
-from files.strict_yaml import ConfigError, nearest
+from files.errors import ConfigError, nearest
 from layers.patch_embed import TokenEmbed
 from models.config import MetaFormerConfig
 from models.metaformer import MetaFormer

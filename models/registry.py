@@ -4,7 +4,7 @@ import fnmatch
 from pathlib import Path
 
 from configs import CONFIGS
-from files.strict_yaml import ConfigError, nearest
+from files.errors import ConfigError, nearest
 from models.config import MetaFormerConfig, load_model_config, override_config
 from models.pretrained import published_config
 

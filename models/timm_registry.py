@@ -20,7 +20,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from models.config import MetaFormerConfig
 from models.factory import create_model
 from models.metaformer import MetaFormer, make_pretrained_cfg

@@ -22,7 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from files.strict_yaml import ConfigError, nearest
+from files.errors import ConfigError, nearest
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -13,7 +13,7 @@ import timm
 import torch
 
 from export import main, parse_args, parse_overrides
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from models.export import load_folded
 from models.factory import class_names_of, create_model
 from models.metaformer import MetaFormer

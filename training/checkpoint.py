@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from models.weights import (
     CheckpointError,
     make_folder,

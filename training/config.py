@@ -16,18 +16,8 @@ from timm.data.auto_augment import rand_augment_choices
 from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsage]
 
 from configs import CONFIGS
-from files.strict_yaml import (
-    ConfigError,
-    FieldError,
-    annotation_at,
-    dump_yaml,
-    known_keys,
-    load_yaml,
-    nearest,
-    set_overrides,
-    unknown_key,
-    validate,
-)
+from files.errors import ConfigError, FieldError, nearest
+from files.strict_yaml import annotation_at, dump_yaml, known_keys, load_yaml, set_overrides, unknown_key, validate
 from layers.rates import ProfileName, RateIs
 from layers.schedule import DropPathSchedule, Kind
 

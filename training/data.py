@@ -52,7 +52,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from files.strict_yaml import ConfigError, nearest
+from files.errors import ConfigError, nearest
 from models.factory import class_difference
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import overload
 import torch
 import torch.distributed as dist
 
-from files.strict_yaml import ConfigError, nearest
+from files.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from layers.stochastic_depth import StochasticDepth, break_even_of, count_macs, drop_path_report, set_drop_path
 from models.factory import class_difference, count_parameters, create_model
 from models.metaformer import MetaFormer

@@ -9,7 +9,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from training.config import AugmentSection, EmaSection, OptimSection
 
 

@@ -38,7 +38,8 @@ from matplotlib.ticker import MaxNLocator
 from pydantic import ValidationError
 from torch import Tensor
 
-from files.strict_yaml import ConfigError, load_yaml, nearest
+from files.errors import ConfigError, nearest
+from files.strict_yaml import load_yaml
 from layers.drop_path import DropPath
 from layers.rates import ProfileName, drop_path_rates
 from layers.schedule import DropPathSchedule

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from models.weights import save_text
 from training.distributed import World
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from configs import CONFIGS
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from layers.stochastic_depth import count_macs
 from models.config import MetaFormerConfig, load_model_config, override_config
 from models.factory import count_parameters

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from layers.mlp import StarReLU
 from layers.norm import Affine, GroupNorm1, LayerNorm
 from layers.scale import Scale

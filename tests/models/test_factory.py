@@ -13,7 +13,7 @@ import timm
 import torch
 
 from configs import CONFIGS
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from layers.drop_path import DropPath
 from models.config import HeadConfig, MetaFormerConfig, PatchConfig, override_config
 from models.factory import (

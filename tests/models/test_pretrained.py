@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import CONFIGS
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from models.factory import create_model
 from models.metaformer import MetaFormer
 from models.pretrained import from_original, from_timm, load_into, published_config, timm_head, to_timm

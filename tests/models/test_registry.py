@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs import CONFIGS
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from models.config import load_model_config
 from models.factory import create_model
 from models.registry import is_model, is_path, list_models, model_config, register_model, unregister_model

@@ -6,14 +6,12 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from files.errors import ConfigError, FieldError, nearest
 from files.strict_yaml import (
-    ConfigError,
     Document,
-    FieldError,
     annotation_at,
     dump_yaml,
     load_yaml,
-    nearest,
     parse_value,
     parse_yaml,
     set_overrides,

@@ -19,7 +19,7 @@ from timm.utils.onnx import onnx_export, onnx_forward
 from torch import Tensor
 
 import models.timm_registry
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from layers.drop_path import DropPath
 from models.factory import create_model
 from models.metaformer import MetaFormer

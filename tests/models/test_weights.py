@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from models import weights as weights_module
 from models.registry import model_config
 from models.weights import (

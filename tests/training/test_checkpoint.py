@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from models.weights import CheckpointError
 from training.checkpoint import (
     Checkpoint,

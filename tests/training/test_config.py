@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from configs import CONFIGS
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from layers.schedule import DropPathSchedule, Kind
 from training import config as config_module
 from training.config import (

@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngImageFile
 from torch.utils.data import DataLoader
 
 from configs import CONFIGS
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from training import config as config_module
 from training import data as data_module
 from training.config import AugmentSection, DataSection, load_config

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from training.distributed import World, close_world, init_world
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from layers.stochastic_depth import count_macs
 from models.factory import class_names_of, create_model
 from models.weights import weights_sha256

@@ -7,7 +7,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from models import create_model
 from models.metaformer import MetaFormer
 from training import optim as tested

@@ -13,7 +13,7 @@ import torch
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from layers.rates import drop_path_rates
 from layers.schedule import DropPathSchedule
 from training import report

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from files.strict_yaml import ConfigError
+from files.errors import ConfigError
 from training import run_folder
 from training.distributed import World
 from training.run_folder import METRICS, RunFolder, changed_environment, describe_environment, latest_run, new_run_path
