@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from files.durable import CheckpointError
 from files.errors import ConfigError
 from files.strict_yaml import Document, annotation_at, set_overrides
 from models.config import MetaFormerConfig
@@ -28,7 +29,7 @@ from models.factory import create_model, set_class_names, trained_config
 from models.metaformer import MetaFormer
 from models.pretrained import published_config
 from models.registry import model_config
-from models.weights import CONFIG, CheckpointError, load_weights
+from models.weights import CONFIG, load_weights
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

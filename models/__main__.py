@@ -24,12 +24,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from files.durable import CheckpointError, make_folder, save_text
 from files.errors import ConfigError, nearest
 from models.config import MetaFormerConfig
 from models.factory import count_parameters
 from models.metaformer import MetaFormer
 from models.registry import is_path, list_models, model_config
-from models.weights import CheckpointError, make_folder, save_text
 
 # ---- counting ---------------------------------------------------------------------------------------------------------
 

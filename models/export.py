@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from files.durable import make_folder, publish, sync_folder, tidy
 from files.errors import ConfigError
 from files.strict_yaml import validate
 from layers.mlp import Mlp, SquaredReLU, StarReLU
@@ -33,7 +34,7 @@ from models.factory import class_names_of, set_class_names, trained_class_names
 from models.metaformer import MetaFormer, MetaFormerBlock, make_pretrained_cfg
 from models.pretrained import in_our_layout, timm_head, to_timm
 from models.registry import is_model, model_config
-from models.weights import WEIGHTS, load_weights, make_folder, publish, save_weights, sync_folder, tidy
+from models.weights import WEIGHTS, load_weights, save_weights
 
 Format = Literal["timm", "onnx", "torch", "folded"]
 FORMATS: tuple[Format, ...] = get_args(Format)

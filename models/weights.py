@@ -4,46 +4,42 @@ A folder cannot replace another in one rename, so the one to be replaced is firs
 there when NAME is missing. Reading never unpickles code: `torch.load(weights_only=True)` and safetensors only.
 """
 
-import contextlib
 import glob
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 
-from files.errors import ConfigError, nearest
+from files.durable import CheckpointError, make_folder, nearest_beside, publish, settled, tidy, together, write_durably
+from files.errors import ConfigError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+
 # What the hub's libraries write instead, timm's `save_for_hf` by default the second; a large model comes in parts, which
 # an index names.
 HUB_WEIGHTS = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
 # Keys of config.json: safetensors has no checksum of its own, nor has JSON.
 WEIGHTS_HASH = "weights_sha256"
+
 CONFIG_HASH = "config_sha256"  # of all other keys
+
 # .pth.tar, which is no tar: sail-sg's files and timm's checkpoints; .ckpt: Lightning's
 TORCH_SUFFIXES = (".pt", ".pth", ".pth.tar", ".bin", ".ckpt")
+
 # Keys of checkpoints that hold a state dict, averaged ones first, as timm looks for them; `ema_state_dict` is what several
 # trainers call the average.
 STATE_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged or could not be written; the message names the file and what is wrong."""
-
-
-# ---- weights -----------------------------------------------------------------------------------------------------------
 
 
 def weights_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
@@ -191,8 +187,6 @@ def _check_no_pointer(path: Path) -> None:
     if pointer:
         raise ConfigError(f"{path}: a pointer of Git LFS, not the weights; fetch them with: git lfs pull")
 
-
-# ---- which weights of a checkpoint -------------------------------------------------------------------------------------
 
 _AVERAGED = re.compile(r"(?<![A-Za-z])(ema|swa|averag|shadow)|EMA|SWA")  # words in keys of averaged weights
 _NO_MODEL = ("optim", "lr_sched", "scaler", "amp", "loops")  # beginnings of keys that hold other things than a model
@@ -401,6 +395,7 @@ _DEEPSPEED = (
     "a checkpoint of DeepSpeed, whose weights may be in pieces; join them with the script that it puts there: "
     "python zero_to_fp32.py {0} OUTPUT, and name OUTPUT"
 )
+
 _DISTRIBUTED = (
     "a distributed checkpoint of torch, in pieces; join them with: "
     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {0} weights.pth"
@@ -441,60 +436,6 @@ def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
-# ---- files and folders -------------------------------------------------------------------------------------------------
-
-
-def save_text(path: Path, text: str) -> None:
-    """Writes a text file so that a kill leaves the old or the new one.
-
-    Raises:
-        CheckpointError: It could not be written; what was there before is untouched.
-    """
-    temp = path.with_name(f".tmp-{path.name}")
-    try:
-        with together(bool, path):
-            temp.unlink(missing_ok=True)
-            write_durably(temp, lambda file: file.write(text.encode()))
-            os.replace(temp, path)
-            sync_folder(path.parent)
-    except CheckpointError:
-        with contextlib.suppress(OSError):  # give a full disk its room back
-            temp.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def together(barrier: Callable[[bool], bool], final: Path) -> Iterator[None]:
-    """Runs one stage on all ranks; when it fails on any, it fails on all, so that none is left waiting."""
-    error = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    failed = barrier(error is not None)
-    if error is not None:
-        raise CheckpointError(f"{final} was not saved, what was there before is untouched: {_reason(error)}") from error
-    if failed:
-        raise CheckpointError(f"{final} was not saved, what was there before is untouched: another rank failed")
-
-
-def _reason(error: BaseException) -> str:
-    """The operating system's words where it was the cause: torch hides a full disk behind an error of its own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror + (f": {cause.filename}" if cause.filename else "")
-        cause = cause.__cause__ or cause.__context__
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-
-
-def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    with open(path, "xb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _save_advice(path: Path, found: str) -> str:
     """What to do with a file that holds more than tensors and plain values, on a line of its own."""
     if found != "argparse.Namespace":
@@ -522,69 +463,3 @@ def read_tensors(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: must hold a dict, holds {type(state).__name__}")
     return state
-
-
-def publish(temp: Path, final: Path) -> None:
-    """Moves a finished folder to its place, durably, and then removes the one it replaces."""
-    sync_folder(temp)
-    old = final.with_name(f".old-{final.name}")
-    if final.exists():
-        os.rename(final, old)
-    os.rename(temp, final)
-    sync_folder(final.parent)
-    if old.exists():
-        remove(old)
-
-
-def settled(path: Path) -> Path:
-    """`path`, or where a save that was killed between its two renames has set it aside."""
-    old = path.parent / f".old-{path.name}"
-    return old if path.name and not path.exists() and old.exists() else path
-
-
-def tidy(folder: Path, pattern: str) -> None:
-    """Undoes what killed saves left behind: brings back what was set aside, removes what was never finished."""
-    for old in folder.glob(f".old-{pattern}"):
-        final = old.with_name(old.name.removeprefix(".old-"))
-        if final.exists():
-            remove(old)
-        else:
-            os.rename(old, final)
-            sync_folder(folder)
-    for stray in folder.glob(f".tmp-{pattern}"):
-        remove(stray)
-
-
-def remove(path: Path) -> None:
-    with warn_only(path):
-        shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def warn_only(path: Path) -> Iterator[None]:
-    """Rubbish that cannot be removed is no reason to stop a run."""
-    try:
-        yield
-    except OSError as error:
-        warnings.warn(f"{path}: cannot be removed: {error.strerror}", stacklevel=2)
-
-
-def make_folder(folder: Path) -> None:
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def nearest_beside(path: Path) -> str:
-    """A suggestion from the names beside a path that does not exist."""
-    with contextlib.suppress(OSError):
-        return nearest(path.name, [entry.name for entry in path.parent.iterdir()])
-    return ""

@@ -21,13 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from files.errors import ConfigError
-from models.weights import (
+from files.durable import (
     CheckpointError,
     make_folder,
     nearest_beside,
     publish,
-    read_tensors,
     remove,
     settled,
     tidy,
@@ -35,6 +33,8 @@ from models.weights import (
     warn_only,
     write_durably,
 )
+from files.errors import ConfigError
+from models.weights import read_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"

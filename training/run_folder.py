@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from files.durable import save_text
 from files.errors import ConfigError
-from models.weights import save_text
 from training.distributed import World
 
 METRICS = (

@@ -18,22 +18,11 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint
 
+from files.durable import CheckpointError, publish, save_text, settled, tidy, together, write_durably
 from files.errors import ConfigError
 from models import weights as weights_module
 from models.registry import model_config
-from models.weights import (
-    CheckpointError,
-    load_weights,
-    publish,
-    read_tensors,
-    save_text,
-    save_weights,
-    settled,
-    tidy,
-    together,
-    weights_sha256,
-    write_durably,
-)
+from models.weights import load_weights, read_tensors, save_weights, weights_sha256
 
 
 def names(folder: Path) -> list[str]:

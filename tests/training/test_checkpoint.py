@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from files.durable import CheckpointError
 from files.errors import ConfigError
-from models.weights import CheckpointError
 from training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
