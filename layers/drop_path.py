@@ -12,6 +12,7 @@ is what timm made common. Differences from timm's `DropPath`:
 import numbers
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,7 +22,6 @@ from layers.branches import batch_norms, held_modules, left_alone, samples_to_co
 
 Mode = Literal["mask", "skip", "batch"]
 MODES: tuple[str, ...] = get_args(Mode)
-
 Branch = Callable[[Tensor], Tensor]
 
 BREAK_EVEN: dict[str, float] = {
@@ -473,3 +473,28 @@ def _per_sample(values: Tensor, x: Tensor) -> Tensor:
 def _add_masked(shortcut: Tensor, out: Tensor, scale: Tensor) -> Tensor:
     """shortcut + out * scale, with scale (B,), in one pass over memory."""
     return torch.addcmul(shortcut, out.to(shortcut.dtype), _per_sample(scale, shortcut))
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One draw on its way from the beginning of a branch or block to its end."""
+
+    batch: int
+    kept: Tensor | None  # indices of the samples that are computed; None: all
+    scale: Tensor | None  # their factors, 1 / keep_prob or 0; None: nothing is dropped
+    nothing: bool = False  # whether no sample is kept
+
+    def scaled(self, out: Tensor) -> Tensor:
+        """The branch's output for those samples that are computed, each by its factor."""
+        return out if self.scale is None else out * self.scale.to(out.dtype).view(-1, *(1,) * (out.ndim - 1))
+
+    def as_mask(self) -> "_Draw":
+        """The same draw for a branch that is computed in full."""
+        if self.kept is None or self.scale is None:
+            return self
+        return replace(self, kept=None, scale=self.scale.new_zeros(self.batch).index_copy(0, self.kept, self.scale))
+
+    def scatter(self, out: Tensor) -> Tensor:
+        """The branch's scaled output for the computed samples, (B', ...) -> (B, ...) with zeros for the others."""
+        out = self.scaled(out)
+        return out if self.kept is None else out.new_zeros(self.batch, *out.shape[1:]).index_add(0, self.kept, out)

@@ -24,21 +24,26 @@ import torch
 from torch import Tensor, nn
 
 from layers.branches import batch_norms, samples_to_compute, takes_batch_statistics
-from layers.drop_path import DropPath, Mode, as_number, wants_known_batch
+from layers.drop_path import DropPath, Mode, _Draw, as_number, wants_known_batch
 
 Role = Literal["mask", "branch", "block", "silent"]
 
 # Classes (or their bases) as timm's DropPath, transformers' ConvNextDropPath and torchvision's StochasticDepth.
 CLASS_NAME = re.compile(r"(drop_?path|stochastic_?depth)_?(v?\d+d?)?$", re.IGNORECASE)
+
 ATTRIBUTE = re.compile(r"drop_?path|path_?drop|stochastic_?depth", re.IGNORECASE)
 PLACE = re.compile(r"(drop_?path|stochastic_?depth)_?\d*", re.IGNORECASE)
+
 # Attributes that may hold `None` at rate 0. Not numbered ones: timm's DaViT has no branch where drop_path2 is None.
 OPTIONAL = ("drop_path", "stochastic_depth")
+
 # Containers of what shares the rate of the block around it: branches side by side (timm's parallel ViT), and the
 # transformer inside a MobileViT block.
 NESTED = ("attns", "ffns", "transformer")
+
 # Blocks that update the class token alone (CaiT, XCiT, VOLO). Their authors never drop them, so they count as no block.
 CLASS_ATTENTION = ("LayerScaleBlockClassAttn", "ClassAttentionBlock", "ClassBlock")
+
 # Residual blocks without a place for stochastic depth: by module and class, the last module of each branch, and the
 # attribute that says whether there is a shortcut ("": always).
 BRANCH_ENDS: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
@@ -52,11 +57,15 @@ BRANCH_ENDS: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
     # timm's own place drops the block's input there: see MISPLACED
     ("timm.models.resnest", "ResNestBottleneck"): (("bn3",), ""),
 }
+
 MISPLACED = ("ResNestBottleneck",)
 """Classes whose own forward applies drop path to something else than a branch (timm 1.0.31)."""
+
 # Modules tried as the beginning of a branch: children in the order of their calls, then deeper ones.
 CANDIDATES = 12
+
 TOLERANCE = 1e-4  # of float32, in which conversions are tried
+
 # Images in a probe: two numbers, since only what grows with them is a dimension of samples (a model may have 3 tokens).
 PROBE_BATCHES = (3, 2)
 
@@ -158,31 +167,6 @@ class GraftedDropPath(DropPath):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_draw": None}
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """One draw on its way from the beginning of a branch or block to its end."""
-
-    batch: int
-    kept: Tensor | None  # indices of the samples that are computed; None: all
-    scale: Tensor | None  # their factors, 1 / keep_prob or 0; None: nothing is dropped
-    nothing: bool = False  # whether no sample is kept
-
-    def scaled(self, out: Tensor) -> Tensor:
-        """The branch's output for those samples that are computed, each by its factor."""
-        return out if self.scale is None else out * self.scale.to(out.dtype).view(-1, *(1,) * (out.ndim - 1))
-
-    def as_mask(self) -> "_Draw":
-        """The same draw for a branch that is computed in full."""
-        if self.kept is None or self.scale is None:
-            return self
-        return replace(self, kept=None, scale=self.scale.new_zeros(self.batch).index_copy(0, self.kept, self.scale))
-
-    def scatter(self, out: Tensor) -> Tensor:
-        """The branch's scaled output for the computed samples, (B', ...) -> (B, ...) with zeros for the others."""
-        out = self.scaled(out)
-        return out if self.kept is None else out.new_zeros(self.batch, *out.shape[1:]).index_add(0, self.kept, out)
 
 
 class NoteBatch:
@@ -331,9 +315,6 @@ class BlockSkip:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "inputs": []}
-
-
-# ---- finding --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -640,9 +621,6 @@ def graft(model: nn.Module) -> None:
             setattr(holder, attribute, grafted)
             if end := key.removeprefix("drop_path_") if branch_ends(owner.module) else "":
                 owner.module.get_submodule(end).register_forward_hook(ApplyAfter(grafted))
-
-
-# ---- converting to skip ---------------------------------------------------------------------------------------------
 
 
 @dataclass
