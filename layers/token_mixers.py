@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.kernels import _depthwise_conv
 from layers.mlp import StarReLU, build_act
 from layers.patch_embed import check_grid, check_positions
 
@@ -128,36 +129,6 @@ class DepthwiseConv(nn.Conv2d):
     def compiles_for_training(self) -> bool:
         """Whether this is torch.compile's look at training code, which an export is not."""
         return self.training and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-
-
-@torch.library.custom_op("drop_path_zoo::depthwise_conv", mutates_args=())
-def _depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
-    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
-    y = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=weight.shape[0])  # (B, C, H, W)
-    return y.permute(0, 2, 3, 1).contiguous()
-
-
-@torch.library.custom_op("drop_path_zoo::depthwise_conv_backward", mutates_args=())
-def _depthwise_conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    grad, image = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)  # (B, C, H, W)
-    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, image, weight, None, [1, 1], padding, [1, 1], False, [0, 0], weight.shape[0], [True, True, False]
-    )
-    return grad_x.permute(0, 2, 3, 1).contiguous(), grad_weight.contiguous()
-
-
-_depthwise_conv.register_fake(lambda x, weight: torch.empty_like(x, memory_format=torch.contiguous_format))
-_depthwise_conv_backward.register_fake(
-    lambda grad, x, weight: (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
-    )
-)
-_depthwise_conv.register_autograd(
-    lambda ctx, grad: _depthwise_conv_backward(grad, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
 
 
 class SepConv(nn.Module):
