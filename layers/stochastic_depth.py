@@ -15,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from layers.drop_path import BREAK_EVEN, MODES, Branch, DropPath, Mode, check_drop_prob
-from layers.foreign import (
+from layers.rates import Profile, RateIs, check_request, drop_path_rates
+from layers.schedule import DropPathSchedule
+from stochastic_depth.proof import (
     GraftedDropPath,
     Owner,
     block_names,
@@ -31,8 +33,6 @@ from layers.foreign import (
     misplaced,
     unknown_modules,
 )
-from layers.rates import Profile, RateIs, check_request, drop_path_rates
-from layers.schedule import DropPathSchedule
 
 NO_SHORTCUT = "no shortcut"
 """Mode of a foreign block that has a place for stochastic depth but no shortcut, so that nothing is dropped."""
@@ -131,7 +131,7 @@ def set_drop_path(
     """Sets the drop-path rates of a live model; a second call replaces the first, and 0 turns stochastic depth off.
 
     A timm or torchvision model is changed in place at the first call: its drop-path modules (or the identities that stand
-    for rate 0) are replaced, see `layers.foreign`. Its state-dict keys and evaluation stay as they are.
+    for rate 0) are replaced, see `stochastic_depth.proof`. Its state-dict keys and evaluation stay as they are.
 
     Args:
         model: Ours, or one of timm or torchvision, also inside DDP or torch.compile, built at any rate.

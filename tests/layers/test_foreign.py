@@ -25,7 +25,9 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 
 from benchmark import masking_twin, randomise_scales
 from layers.drop_path import MODES, DropPath, Mode
-from layers.foreign import (
+from layers.stochastic_depth import drop_path_report, find_blocks, set_drop_path
+from models import create_model
+from stochastic_depth.proof import (
     GraftedDropPath,
     block_names,
     convert_to_skip,
@@ -35,8 +37,6 @@ from layers.foreign import (
     graft,
     grafted,
 )
-from layers.stochastic_depth import drop_path_report, find_blocks, set_drop_path
-from models import create_model
 
 SIZE = (3, 64, 64)
 NORM_WARNING = "mode 'skip': the batch norm"
@@ -849,7 +849,7 @@ def test_owners_of_one_block_share_a_rate() -> None:
 
 
 def test_structures_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import layers.foreign as foreign
+    import stochastic_depth.proof as foreign
 
     model = build("vit_tiny_patch16_224")
     graft(model)
@@ -1315,7 +1315,7 @@ def test_what_is_refused_changes_nothing(rate: float, settings: dict, message: s
 
 
 def test_an_interruption_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import layers.foreign as foreign
+    import stochastic_depth.proof as foreign
 
     model = build("resnet18", drop_path_rate=0.2)
     before = traces(model)
