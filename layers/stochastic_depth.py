@@ -17,11 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from layers.drop_path import BREAK_EVEN, MODES, Branch, DropPath, Mode, check_drop_prob
 from layers.rates import Profile, RateIs, check_request, drop_path_rates
 from layers.schedule import DropPathSchedule
+from stochastic_depth.law import bounded
 from stochastic_depth.proof import (
     GraftedDropPath,
     Owner,
     block_names,
-    bounded,
     class_attention_blocks,
     convert_to_skip,
     find_owners,

@@ -27,13 +27,13 @@ from benchmark import masking_twin, randomise_scales
 from layers.drop_path import MODES, DropPath, Mode
 from layers.stochastic_depth import drop_path_report, find_blocks, set_drop_path
 from models import create_model
+from stochastic_depth.law import full_precision
 from stochastic_depth.proof import (
     GraftedDropPath,
     block_names,
     convert_to_skip,
     find_owners,
     foreign_rate,
-    full_precision,
     graft,
     grafted,
 )
