@@ -18,21 +18,17 @@ from layers.drop_path import BREAK_EVEN, MODES, Branch, DropPath, Mode, check_dr
 from layers.rates import Profile, RateIs, check_request, drop_path_rates
 from layers.schedule import DropPathSchedule
 from stochastic_depth.law import bounded
-from stochastic_depth.proof import (
-    GraftedDropPath,
+from stochastic_depth.places import (
     Owner,
     block_names,
     class_attention_blocks,
-    convert_to_skip,
     find_owners,
     foreign_rate,
-    graft,
-    grafted,
     is_foreign,
-    mark_applied,
     misplaced,
     unknown_modules,
 )
+from stochastic_depth.proof import GraftedDropPath, convert_to_skip, graft, grafted, mark_applied
 
 NO_SHORTCUT = "no shortcut"
 """Mode of a foreign block that has a place for stochastic depth but no shortcut, so that nothing is dropped."""

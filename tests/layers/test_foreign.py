@@ -28,15 +28,8 @@ from layers.drop_path import MODES, DropPath, Mode
 from layers.stochastic_depth import drop_path_report, find_blocks, set_drop_path
 from models import create_model
 from stochastic_depth.law import full_precision
-from stochastic_depth.proof import (
-    GraftedDropPath,
-    block_names,
-    convert_to_skip,
-    find_owners,
-    foreign_rate,
-    graft,
-    grafted,
-)
+from stochastic_depth.places import block_names, find_owners, foreign_rate
+from stochastic_depth.proof import GraftedDropPath, convert_to_skip, graft, grafted
 
 SIZE = (3, 64, 64)
 NORM_WARNING = "mode 'skip': the batch norm"
