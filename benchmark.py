@@ -34,8 +34,8 @@ from models.config import MetaFormerConfig, PatchConfig
 from models.export import compare_speed, fold_scales
 from models.factory import create_model
 from models.metaformer import build_block
+from stochastic_depth.graft import GraftedDropPath, Parts, grafted
 from stochastic_depth.places import find_owners, foreign_rate, misplaced
-from stochastic_depth.proof import GraftedDropPath, Parts, grafted
 from training.run_folder import describe_processor
 
 RATES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)

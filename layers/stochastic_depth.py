@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from layers.drop_path import BREAK_EVEN, MODES, Branch, DropPath, Mode, check_drop_prob
 from layers.rates import Profile, RateIs, check_request, drop_path_rates
 from layers.schedule import DropPathSchedule
+from stochastic_depth.graft import GraftedDropPath, graft, grafted
 from stochastic_depth.law import bounded
 from stochastic_depth.places import (
     Owner,
@@ -28,7 +29,7 @@ from stochastic_depth.places import (
     misplaced,
     unknown_modules,
 )
-from stochastic_depth.proof import GraftedDropPath, convert_to_skip, graft, grafted, mark_applied
+from stochastic_depth.proof import convert_to_skip, mark_applied
 
 NO_SHORTCUT = "no shortcut"
 """Mode of a foreign block that has a place for stochastic depth but no shortcut, so that nothing is dropped."""

@@ -12,19 +12,17 @@ what does not agree then is masked. Nothing is installed that has not agreed exa
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layers.branches import batch_norms, samples_to_compute, takes_batch_statistics
-from layers.drop_path import DropPath, Mode, _Draw, wants_known_batch
-from stochastic_depth.law import bounded, drop_law, full_precision, undisturbed
-from stochastic_depth.places import Owner, branch_ends, find_owners, is_identity, misplaced, unknown_modules
-
-Role = Literal["mask", "branch", "block", "silent"]
+from layers.drop_path import DropPath
+from stochastic_depth.graft import GraftedDropPath, Role, _Entry, _hook_block, _hook_branch, grafted
+from stochastic_depth.law import full_precision, undisturbed
+from stochastic_depth.places import Owner, find_owners
 
 # Modules tried as the beginning of a branch: children in the order of their calls, then deeper ones.
 CANDIDATES = 12
@@ -33,286 +31,6 @@ TOLERANCE = 1e-4  # of float32, in which conversions are tried
 
 # Images in a probe: two numbers, since only what grows with them is a dimension of samples (a model may have 3 tokens).
 PROBE_BATCHES = (3, 2)
-
-
-class GraftedDropPath(DropPath):
-    """A `DropPath` in a block whose forward we do not own. Called with a branch's output, as timm's is.
-
-    Attributes:
-        role: What it does where its mode skips. `mask`: nothing could be proven, multiply. `branch`: a hook in front of
-            the branch selects the kept samples and this module scatters the result. `block`: hooks of the block do both.
-            `silent`: another module of the block drops for this one.
-        batch_dim: Dimension of its input that holds the samples: 1 for tokens first, (L, B, C). There it masks.
-        parts: Rows of that dimension for each sample; more than 1 where the block works on parts of samples.
-        begins: Where its branches begin, if it has role `branch`.
-        takes_nothing: Whether the code between begin and end takes an empty batch. Where it does not, one sample is
-            computed and multiplied by 0 when none is kept, so that every parameter gets its (zero) gradient.
-        has_batch_norm: Whether a batch norm sees the kept samples only.
-    """
-
-    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, mode: Mode = "mask") -> None:
-        super().__init__(drop_prob, scale_by_keep, mode)
-        self.role: Role = "mask"
-        self.batch_dim: int | None = 0  # None: no dimension holds samples
-        self.parts = 1
-        self.reason = ""  # why it does not skip, or skips with its whole block
-        self.tried = False  # whether `convert_to_skip` has looked at it
-        self.applied = True  # whether a forward pass calls it at all: blocks without a shortcut do not
-        self.begins: tuple[_Entry, ...] = ()
-        self.takes_nothing = False
-        self.has_batch_norm = False
-        self._draw: _Draw | None = None
-        self._batch = 0  # of the block around it, where its branch begins with windows of samples
-
-    @property
-    def skips(self) -> bool:
-        """Whether dropped samples are left out of the computation."""
-        return self._skips and self.role != "mask"
-
-    def select(self, x: Tensor, parts: "Parts", groups: int = 1) -> Tensor | None:
-        """Draws, remembers the draw for the branch's end, and returns the samples to compute; `None`: all.
-
-        Args:
-            x: First argument of the branch or block, (B * groups, ...).
-            parts: What runs until its end.
-            groups: Rows of x, one behind the other, that are one sample.
-        """
-        self._draw = None
-        if not (self.training and self._skips_here()) or self.role == "mask" or not x.shape[0]:
-            return None
-        batch = x.shape[0] // groups
-        count_tensor, order = self.draw(batch, x.device)
-        scale = self._scale(x.dtype)
-        if torch.compiler.is_compiling():
-            if parts.masked_compiled:
-                self._count(batch, count_tensor)
-                self._draw = _Draw(batch, None, (order.argsort() < count_tensor) * scale)
-                return None
-            least = 0 if self.takes_nothing else 1
-            computed_tensor = count_tensor.clamp(min=least)
-            self._count(batch, count_tensor, computed_tensor)
-            computed, nothing = int(computed_tensor.item()), False
-            torch._check(computed >= least)
-            torch._check(computed <= batch)
-        else:
-            count = int(count_tensor)
-            norms = parts.norms()
-            if norms:
-                self._warn_of_batch_norm()
-            computed = samples_to_compute(count, batch, norms)
-            nothing = computed == 0
-            if nothing and not self.takes_nothing:
-                computed = 1
-            self._count(batch, count_tensor, computed)
-        if not torch.compiler.is_compiling() and computed == batch:
-            mask = None if self.rate == 0.0 else (order.argsort() < count_tensor) * scale
-            self._draw = _Draw(batch, None, mask, nothing)
-            return None
-        kept = order.narrow(0, 0, computed)
-        self._draw = _Draw(batch, kept, (torch.arange(computed, device=x.device) < count_tensor) * scale, nothing)
-        if groups == 1:
-            return x.index_select(0, kept)
-        grouped = x.reshape(batch, groups, *x.shape[1:]).index_select(0, kept)  # (B', groups, ...)
-        return grouped.reshape(computed * groups, *x.shape[1:])
-
-    def draw(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Number of kept samples (0-dim, CPU) and a random order of the samples, of which the first are kept."""
-        return self._draw_count(batch), torch.rand(batch, device=device).argsort()
-
-    def forward_training(self, x: Tensor) -> Tensor:
-        """Multiplies or scatters a branch's output by the draw that was made in front of it, if one was."""
-        if self.batch_dim:
-            return super().forward_training(x.movedim(self.batch_dim, 0)).movedim(0, self.batch_dim)
-        if self.role == "mask" or self._draw is None:
-            return super().forward_training(x)
-        if self.role == "branch":
-            draw, self._draw = self._draw, None
-            return draw.scatter(x)
-        return self._draw.scaled(x)  # inside a block that is skipped as a whole
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_draw": None}
-
-
-class NoteBatch:
-    """Forward pre-hook of a block in which a branch begins with windows of samples: says how many samples there are."""
-
-    def __init__(self, drop_path: GraftedDropPath) -> None:
-        self.drop_path = drop_path
-
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.drop_path._batch = args[0].shape[0]
-
-
-class Parts:
-    """Modules of a block that run on the kept samples only. Known by name: a batch norm may be replaced by a synchronised
-    one at any time."""
-
-    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
-        modules = {name: block.get_submodule(name) for name in names}
-        self.block = block
-        self.norm_names = [name for name, module in modules.items() if takes_batch_statistics(module)]
-        self.masked_compiled = any(map(wants_known_batch, modules.values()))
-
-    def norms(self) -> list[nn.Module]:
-        """Batch norms that take statistics of what they see."""
-        return batch_norms(self.block.get_submodule(name) for name in self.norm_names)
-
-
-class KeepStatistics:
-    """Hooks of a batch norm inside a branch: with no sample kept it takes no statistics, whatever it is given.
-
-    Not a flag set from the beginning of the branch to its end, which an exception would leave behind.
-    """
-
-    def __init__(self, drop_path: GraftedDropPath) -> None:
-        self.drop_path = drop_path
-        self.held = False
-
-    def before(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
-        """Puts the batch norm into evaluation for this one call."""
-        if torch.compiler.is_compiling():
-            return
-        draw = self.drop_path._draw
-        self.held = module.training and draw is not None and draw.nothing
-        if self.held:
-            module.training = False
-
-    def after(self, module: nn.Module, _args: tuple[Any, ...], _out: object) -> None:
-        """Puts it back."""
-        if not torch.compiler.is_compiling() and self.held:
-            self.held = False
-            module.training = True
-
-
-class SelectKept:
-    """Forward pre-hook of the first module of a branch, whose first argument holds samples or windows of samples."""
-
-    def __init__(self, drop_path: GraftedDropPath, parts: Parts, *, windows: bool = False) -> None:
-        self.drop_path = drop_path
-        self.parts = parts
-        self.windows = windows
-
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args or not isinstance(args[0], Tensor):
-            return None
-        groups = args[0].shape[0] // self.drop_path._batch if self.windows else 1
-        selected = self.drop_path.select(args[0], self.parts, groups)
-        return None if selected is None else (selected, *args[1:])
-
-
-class SkipModule:
-    """Hooks of one module, where the code around it wants the full batch: computes it for the kept samples only."""
-
-    def __init__(self, drop_path: GraftedDropPath, parts: Parts, *, windows: bool = False) -> None:
-        self.select = SelectKept(drop_path, parts, windows=windows)
-        self.kept: Tensor | None = None
-        self.groups = 1  # rows of a sample
-
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Hands on the kept samples, and leaves a mask of the full batch for the branch's end."""
-        selected = self.select(module, args)
-        drop_path = self.select.drop_path
-        self.kept = None if selected is None or drop_path._draw is None else drop_path._draw.kept
-        if drop_path._draw is not None:
-            self.groups = args[0].shape[0] // drop_path._draw.batch
-            drop_path._draw = drop_path._draw.as_mask()
-        return selected
-
-    def after(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-        """The kept samples' results in their places, zeros in the others."""
-        kept, self.kept = self.kept, None
-        draw = self.select.drop_path._draw
-        if kept is None or draw is None:
-            return None
-        groups = self.groups
-        full = out.new_zeros(draw.batch, groups, *out.shape[1:])
-        full = full.index_add(0, kept, out.reshape(kept.shape[0], groups, *out.shape[1:]))
-        return full.reshape(draw.batch * groups, *out.shape[1:])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None}
-
-
-class ApplyAfter:
-    """Forward hook of a branch's last module, in a block that has no place of its own for stochastic depth."""
-
-    def __init__(self, drop_path: GraftedDropPath) -> None:
-        self.drop_path = drop_path
-
-    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
-        return self.drop_path(out)
-
-
-class BlockSkip:
-    """Forward pre-hook and hook of a block whose input and output have one shape: skips all its branches together."""
-
-    def __init__(self, drop_paths: Sequence[GraftedDropPath], parts: Parts) -> None:
-        self.drop_paths = list(drop_paths)  # the first draws for all
-        self.parts = parts
-        self.inputs: list[Tensor] = []
-
-    def before(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Keeps the full batch aside and hands on the kept samples."""
-        self.inputs.clear()
-        if not args or not isinstance(args[0], Tensor):
-            return None
-        first, *others = self.drop_paths
-        selected = first.select(args[0], self.parts)
-        for other in others:
-            other._draw = first._draw
-        if selected is None:
-            return None
-        self.inputs.append(args[0])
-        return (selected, *args[1:])
-
-    def after(self, _module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
-        """The full batch with the kept samples' results in their places."""
-        draw = self.drop_paths[0]._draw
-        for module in self.drop_paths:
-            module._draw = None
-        if draw is None or draw.kept is None or not self.inputs:
-            return None
-        x = self.inputs.pop()
-        if not isinstance(out, Tensor) or out.shape != (len(draw.kept), *x.shape[1:]):
-            raise ValueError("a block can be skipped only where its input and output have one shape")
-        return x.to(out.dtype).index_copy(0, draw.kept, out)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "inputs": []}
-
-
-def graft(model: nn.Module) -> None:
-    """Puts a `GraftedDropPath` into every place for one. State-dict keys and evaluation stay as they are.
-
-    Raises:
-        ValueError: A module in such a place does something else than dropping whole samples.
-    """
-    if unknown := unknown_modules(model):
-        names = [f"{name} ({kind})" for name, kind in unknown.items()]
-        raise ValueError(
-            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}: named like stochastic depth, but "
-            "not known to drop whole samples at a rate that can be set; put layers.drop_path.DropPath or nn.Identity there"
-        )
-    for owner in find_owners(model):
-        if misplaced(owner):
-            owner.module.drop_path = None  # type: ignore[assignment]
-        for key, child in owner.slots.items():
-            if isinstance(child, DropPath):
-                continue
-            if child is None or is_identity(child):
-                grafted = GraftedDropPath()
-            else:
-                law = drop_law(child)
-                assert law is not None
-                grafted = GraftedDropPath(bounded(law.rate(child)), law.scale_by_keep, law.mode)
-            parent, _, attribute = key.rpartition(".")
-            holder = owner.module.get_submodule(parent)
-            holder.__dict__.pop(attribute, None)
-            grafted.train(child.training if child is not None else owner.module.training)
-            setattr(holder, attribute, grafted)
-            if end := key.removeprefix("drop_path_") if branch_ends(owner.module) else "":
-                owner.module.get_submodule(end).register_forward_hook(ApplyAfter(grafted))
 
 
 @dataclass
@@ -434,23 +152,6 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Convers
                 _install(owner, found[key], conversion)
             conversions.append(conversion)
     return conversions
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Where a branch begins.
-
-    Attributes:
-        part: The first module of it.
-        windows: Whether that is given windows of samples.
-        alone: Whether only this one module is skipped, since the code behind it wants the full batch.
-        parts: The modules that run from there to the branch's end, by name.
-    """
-
-    part: str
-    windows: bool = False
-    alone: bool = False
-    parts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -768,44 +469,6 @@ def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> Non
     conversion.roles = {key: slot.role for key, slot in slots.items()}
 
 
-def _hook_branch(owner: nn.Module, entries: Sequence[_Entry], drop_path: GraftedDropPath) -> None:
-    drop_path.role, drop_path.begins = "branch", tuple(entries)
-    if any(entry.windows for entry in entries):
-        owner.register_forward_pre_hook(NoteBatch(drop_path))
-    for entry in entries:
-        first = owner.get_submodule(entry.part)
-        if entry.alone:
-            parts = Parts(owner, [p for p in entry.parts if f"{p}.".startswith(f"{entry.part}.")])
-            skip = SkipModule(drop_path, parts, windows=entry.windows)
-            first.register_forward_pre_hook(skip.before)
-            first.register_forward_hook(skip.after)
-        else:
-            parts = Parts(owner, entry.parts)
-            first.register_forward_pre_hook(SelectKept(drop_path, parts, windows=entry.windows))
-        drop_path.has_batch_norm |= bool(parts.norm_names)
-    _keep_statistics(owner, {part for entry in entries for part in entry.parts}, drop_path)
-
-
-def _hook_block(owner: nn.Module, drop_paths: Sequence[GraftedDropPath]) -> None:
-    names = [name for name, _ in owner.named_modules() if name]
-    skip = BlockSkip(drop_paths, parts := Parts(owner, names))
-    for i, module in enumerate(drop_paths):
-        module.role = "block" if i == 0 else "silent"
-        module.has_batch_norm = bool(parts.norm_names)
-    owner.register_forward_pre_hook(skip.before)
-    owner.register_forward_hook(skip.after)
-    _keep_statistics(owner, names, drop_paths[0])
-
-
-def _keep_statistics(owner: nn.Module, names: Collection[str], drop_path: GraftedDropPath) -> None:
-    """Hooks behind those that draw: a batch norm may be the first module of a branch, or its last."""
-    for name, module in owner.named_modules():
-        if name in names and takes_batch_statistics(module):
-            keep = KeepStatistics(drop_path)
-            module.register_forward_pre_hook(keep.before)
-            module.register_forward_hook(keep.after, always_call=True)
-
-
 def _clone(value: Any, grad: bool = False) -> Any:
     """Tensors in tuples, lists and dicts copied; floating ones asked for gradients if `grad`."""
     if isinstance(value, Tensor):
@@ -816,8 +479,3 @@ def _clone(value: Any, grad: bool = False) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_clone(v, grad) for v in value)
     return value
-
-
-def grafted(model: nn.Module) -> Iterator[GraftedDropPath]:
-    """The grafted modules of a model."""
-    return (m for m in model.modules() if isinstance(m, GraftedDropPath))
