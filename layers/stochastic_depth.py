@@ -29,7 +29,8 @@ from stochastic_depth.places import (
     misplaced,
     unknown_modules,
 )
-from stochastic_depth.proof import convert_to_skip, mark_applied
+from stochastic_depth.probe import mark_applied
+from stochastic_depth.proof import convert_to_skip
 
 NO_SHORTCUT = "no shortcut"
 """Mode of a foreign block that has a place for stochastic depth but no shortcut, so that nothing is dropped."""
