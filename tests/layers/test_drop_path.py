@@ -17,8 +17,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from layers.drop_path import BREAK_EVEN, MODES, DropPath, drop_path
-from layers.stochastic_depth import set_drop_path
 from models import create_model
+from stochastic_depth.setting import set_drop_path
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "drop_path_example.json"
 

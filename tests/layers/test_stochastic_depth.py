@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from layers.drop_path import BREAK_EVEN, MODES, DropPath
 from layers.rates import PROFILES, drop_path_rates
 from layers.schedule import DropPathSchedule
-from layers.stochastic_depth import (
+from models import create_model
+from stochastic_depth.setting import (
     break_even_of,
     count_macs,
     drop_path_report,
@@ -26,7 +27,6 @@ from layers.stochastic_depth import (
     stage_depths,
     unwrap,
 )
-from models import create_model
 
 DEPTHS, DIMS = [1, 1, 2, 1], [16, 32, 48, 64]
 LINEAR = [0.0, 0.1, 0.2, 0.3, 0.4]  # of 0.4 over the five blocks

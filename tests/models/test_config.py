@@ -11,10 +11,10 @@ import yaml
 
 from configs import CONFIGS
 from files.errors import ConfigError
-from layers.stochastic_depth import count_macs
 from models.config import MetaFormerConfig, load_model_config, override_config
 from models.factory import count_parameters
 from models.metaformer import MetaFormer
+from stochastic_depth.setting import count_macs
 
 FILES = sorted((CONFIGS / "models").glob("*.yaml"))
 FAMILIES = {

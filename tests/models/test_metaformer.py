@@ -20,13 +20,13 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from layers.drop_path import MODES, DropPath
 from layers.mlp import Mlp, MlpHead
 from layers.rates import drop_path_rates
-from layers.stochastic_depth import count_macs, drop_path_report, set_drop_path
 from layers.token_mixers import Attention, Pooling, RandomMixing
 from models.config import MetaFormerConfig
 from models.factory import create_model
 from models.metaformer import MetaFormer, MetaFormerBlock
 from models.pretrained import load_into, timm_head
 from models.registry import list_models, model_config
+from stochastic_depth.setting import count_macs, drop_path_report, set_drop_path
 
 HYBRID = {
     "depths": [1, 2, 1, 1],
