@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from layers.drop_path import BREAK_EVEN, MODES, Branch, DropPath, Mode, check_drop_prob
 from layers.rates import Profile, RateIs, check_request, drop_path_rates
 from layers.schedule import DropPathSchedule
+from stochastic_depth.blocks import Block, _input_size, find_blocks, stage_depths, unwrap
 from stochastic_depth.graft import GraftedDropPath, graft, grafted
 from stochastic_depth.law import bounded
 from stochastic_depth.places import (
@@ -34,14 +34,6 @@ from stochastic_depth.proof import convert_to_skip
 
 NO_SHORTCUT = "no shortcut"
 """Mode of a foreign block that has a place for stochastic depth but no shortcut, so that nothing is dropped."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """One residual block: the module that holds its DropPath modules."""
-
-    name: str
-    drop_paths: dict[str, DropPath]
 
 
 @dataclass
@@ -67,52 +59,6 @@ class StochasticDepth:
             for module in block.drop_paths.values():
                 module.multiplier = multiplier
         return max(self.rates) * multiplier
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile."""
-    while True:
-        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def find_blocks(model: nn.Module) -> list[Block]:
-    """The residual blocks of a model with their DropPath modules, in order of registration.
-
-    Raises:
-        ValueError: There is none.
-    """
-    owners = find_owners(unwrap(model))
-    blocks: dict[str, Block] = {}
-    for owner, name in zip(owners, block_names(owners), strict=True):
-        block = blocks.setdefault(name, Block(name, {}))
-        inner = owner.name.removeprefix(name).lstrip(".")
-        for key, child in owner.slots.items():
-            if isinstance(child, DropPath):
-                block.drop_paths[f"{inner}.{key}" if inner else key] = child
-    found = [block for block in blocks.values() if block.drop_paths]
-    if not found:
-        raise ValueError(
-            f"{type(unwrap(model)).__name__} has no residual block with a DropPath, nor a place for one; "
-            "build blocks with layers.drop_path.DropPath, or use a model that takes a drop-path rate"
-        )
-    return found
-
-
-def stage_depths(model: nn.Module, blocks: Sequence[Block]) -> list[int]:
-    """Blocks per stage: neighbours whose names differ in the last part only are one stage."""
-    depths: list[int] = []
-    previous = None
-    for block in blocks:
-        parent = block.name.rpartition(".")[0]
-        if parent == previous:
-            depths[-1] += 1
-        else:
-            depths.append(1)
-        previous = parent
-    return depths
 
 
 def set_drop_path(
@@ -237,11 +183,6 @@ def _try_out(probe: Callable[[nn.Module, Sequence[int]], object], model: nn.Modu
         ) from error
 
 
-def _input_size(model: nn.Module) -> Sequence[int] | None:
-    config = getattr(model, "pretrained_cfg", None)
-    return config.get("input_size") if isinstance(config, Mapping) else None
-
-
 def _foreign_notes(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
     """What became of the drop-path modules of a foreign model, a line per kind."""
     notes: dict[str, int] = {}
@@ -292,9 +233,6 @@ def _break_even_by_kind(blocks: Sequence[Block], given: float | Mapping[str, flo
     if unknown:
         raise ValueError(f"break_even: no branch of kind {unknown[0]!r}; this model has {', '.join(kinds)}")
     return {kind: check_drop_prob(rate, f"break_even of {kind}") for kind, rate in given.items()}
-
-
-# ---- compute ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -436,9 +374,6 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
         for module, flag in training.items():
             module.training = flag
     return Macs(counts.macs, counts.branches)
-
-
-# ---- report -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 from benchmark import masking_twin, randomise_scales
 from layers.drop_path import MODES, DropPath, Mode
 from models import create_model
+from stochastic_depth.blocks import find_blocks
 from stochastic_depth.graft import GraftedDropPath, graft, grafted
 from stochastic_depth.law import full_precision
 from stochastic_depth.places import block_names, find_owners, foreign_rate
 from stochastic_depth.proof import convert_to_skip
-from stochastic_depth.setting import drop_path_report, find_blocks, set_drop_path
+from stochastic_depth.setting import drop_path_report, set_drop_path
 
 SIZE = (3, 64, 64)
 NORM_WARNING = "mode 'skip': the batch norm"
