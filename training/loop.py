@@ -34,7 +34,8 @@ from models.factory import class_difference, count_parameters, create_model
 from models.metaformer import MetaFormer
 from models.registry import model_config
 from models.weights import save_weights, weights_sha256
-from stochastic_depth.setting import StochasticDepth, break_even_of, count_macs, drop_path_report, set_drop_path
+from stochastic_depth.compute import count_macs
+from stochastic_depth.setting import StochasticDepth, break_even_of, drop_path_report, set_drop_path
 from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
 from training.config import TrainConfig, build_schedule, dump_config
 from training.data import (

@@ -14,7 +14,7 @@ from files.errors import ConfigError
 from models.config import MetaFormerConfig, load_model_config, override_config
 from models.factory import count_parameters
 from models.metaformer import MetaFormer
-from stochastic_depth.setting import count_macs
+from stochastic_depth.compute import count_macs
 
 FILES = sorted((CONFIGS / "models").glob("*.yaml"))
 FAMILIES = {

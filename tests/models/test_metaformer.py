@@ -26,7 +26,8 @@ from models.factory import create_model
 from models.metaformer import MetaFormer, MetaFormerBlock
 from models.pretrained import load_into, timm_head
 from models.registry import list_models, model_config
-from stochastic_depth.setting import count_macs, drop_path_report, set_drop_path
+from stochastic_depth.compute import count_macs
+from stochastic_depth.setting import drop_path_report, set_drop_path
 
 HYBRID = {
     "depths": [1, 2, 1, 1],

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from files.errors import ConfigError
 from models.factory import class_names_of, create_model
 from models.weights import weights_sha256
-from stochastic_depth.setting import count_macs
+from stochastic_depth.compute import count_macs
 from training import loop
 from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.config import dump_config, load_config
