@@ -36,7 +36,8 @@ from models.metaformer import build_block
 from stochastic_depth.blocks import find_blocks
 from stochastic_depth.graft import GraftedDropPath, Parts, grafted
 from stochastic_depth.places import find_owners, foreign_rate, misplaced
-from stochastic_depth.setting import drop_path_report, set_drop_path
+from stochastic_depth.report import drop_path_report
+from stochastic_depth.setting import set_drop_path
 from training.run_folder import describe_processor
 
 RATES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)

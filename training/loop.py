@@ -35,7 +35,8 @@ from models.metaformer import MetaFormer
 from models.registry import model_config
 from models.weights import save_weights, weights_sha256
 from stochastic_depth.compute import count_macs
-from stochastic_depth.setting import StochasticDepth, break_even_of, drop_path_report, set_drop_path
+from stochastic_depth.report import drop_path_report
+from stochastic_depth.setting import StochasticDepth, break_even_of, set_drop_path
 from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
 from training.config import TrainConfig, build_schedule, dump_config
 from training.data import (

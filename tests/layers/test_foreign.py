@@ -31,7 +31,8 @@ from stochastic_depth.graft import GraftedDropPath, graft, grafted
 from stochastic_depth.law import full_precision
 from stochastic_depth.places import block_names, find_owners, foreign_rate
 from stochastic_depth.proof import convert_to_skip
-from stochastic_depth.setting import drop_path_report, set_drop_path
+from stochastic_depth.report import drop_path_report
+from stochastic_depth.setting import set_drop_path
 
 SIZE = (3, 64, 64)
 NORM_WARNING = "mode 'skip': the batch norm"

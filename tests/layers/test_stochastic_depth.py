@@ -20,7 +20,8 @@ from layers.schedule import DropPathSchedule
 from models import create_model
 from stochastic_depth.blocks import find_blocks, stage_depths, unwrap
 from stochastic_depth.compute import count_macs
-from stochastic_depth.setting import break_even_of, drop_path_report, set_drop_path
+from stochastic_depth.report import drop_path_report
+from stochastic_depth.setting import break_even_of, set_drop_path
 
 DEPTHS, DIMS = [1, 1, 2, 1], [16, 32, 48, 64]
 LINEAR = [0.0, 0.1, 0.2, 0.3, 0.4]  # of 0.4 over the five blocks

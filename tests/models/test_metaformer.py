@@ -27,7 +27,8 @@ from models.metaformer import MetaFormer, MetaFormerBlock
 from models.pretrained import load_into, timm_head
 from models.registry import list_models, model_config
 from stochastic_depth.compute import count_macs
-from stochastic_depth.setting import drop_path_report, set_drop_path
+from stochastic_depth.report import drop_path_report
+from stochastic_depth.setting import set_drop_path
 
 HYBRID = {
     "depths": [1, 2, 1, 1],
