@@ -1,9 +1,5 @@
 """Speed and memory side by side, in one process, in turns: `python benchmark.py --help`."""
 
-from training.threads import wait_passively
-
-wait_passively()  # before torch loads
-
 import argparse
 import contextlib
 import copy
@@ -34,13 +30,19 @@ from models.export import compare_speed, fold_scales
 from models.factory import create_model
 from models.metaformer import build_block
 from stochastic_depth.blocks import find_blocks
-from stochastic_depth.graft import GraftedDropPath, Parts, grafted
+from stochastic_depth.graft import grafted
 from stochastic_depth.places import find_owners, foreign_rate, misplaced
+from stochastic_depth.proof import _skip_against_mask, randomise_scales
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import set_drop_path
 from training.run_folder import describe_processor
+from training.threads import wait_passively
+
+wait_passively()  # before torch loads
+
 
 RATES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
+
 FOLDED = [
     "poolformer_s12",
     "poolformerv2_s12",
@@ -49,14 +51,14 @@ FOLDED = [
     "deit3_small_patch16_224",
     "resmlp_12_224",
 ]
+
 ROOT = Path(__file__).resolve().parent
+
 # Small architectures of many families of timm and torchvision, one a line.
 ARCHITECTURES = ROOT / "benchmarks" / "architectures.txt"
+
 # Share of its throughput that a run should keep beside a busy process: a fair share of two cores for one thread is 1/2.
 WANTED = 0.4
-
-
-# ---- what is compared -----------------------------------------------------------------------------------------------
 
 
 class FlooredDropPath(DropPath):
@@ -280,9 +282,6 @@ def _whole(name: str) -> nn.Module:
     return create_model(name, num_classes=1000)
 
 
-# ---- any model ------------------------------------------------------------------------------------------------------
-
-
 RULES = {
     "CrossVit": "two rows of blocks side by side there, which count their depth once",
     "NextViT": "three branches of a block share out its rate there",
@@ -377,50 +376,6 @@ def _compare_rates(model: nn.Module, name: str, rate: float) -> str:
     return RULES.get(type(model).__name__, "another rule there")
 
 
-class MaskingDraw(GraftedDropPath):
-    """Applies the draw of a skipped branch or block as a mask: the same samples, everything computed."""
-
-    def select(self, x: Tensor, parts: Parts, groups: int = 1) -> None:
-        super().select(x, parts, groups)
-        if self._draw is not None:
-            self._draw = self._draw.as_mask()
-
-
-def masking_twin(model: nn.Module) -> nn.Module:
-    """A copy of a foreign model that draws as it does and masks where it skips."""
-    twin = copy.deepcopy(model)
-    for module in grafted(twin):
-        module.__class__ = MaskingDraw
-    return twin
-
-
-def randomise_scales(model: nn.Module) -> None:
-    """Draws biases, norm weights and layer scales from [0.5, 1.5]: at 1e-6, 0 or 1 they would hide any error."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim <= 1:
-                parameter.uniform_(0.5, 1.5)
-
-
-def _skip_against_mask(model: nn.Module, images: Tensor) -> float:
-    """Largest relative deviation of outputs and gradients between skipping and masking the same samples."""
-    results = []
-    for other in (model, masking_twin(model)):
-        other.zero_grad()
-        torch.manual_seed(1)
-        out = other(images)
-        out.square().sum().backward()
-        results.append([out.detach(), *(p.grad for p in other.parameters())])
-    noise = 0.01 * max(float(b.abs().max()) for b in results[1] if b is not None)
-    worst = 0.0
-    for a, b in zip(*results, strict=True):
-        if (a is None) != (b is None):
-            return float("inf")
-        if a is not None and b is not None:
-            worst = max(worst, float((a - b).abs().max()) / (float(b.abs().max()) + noise))
-    return float(f"{worst:.2g}")
-
-
 def _markdown(rows: list[dict[str, Any]]) -> str:
     good = [r for r in rows if "refused" not in r]
     lines = [
@@ -454,9 +409,6 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---- inference form -------------------------------------------------------------------------------------------------
-
-
 def fold_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """The inference form with folded scales against the model itself, in evaluation."""
     torch.manual_seed(0)
@@ -481,9 +433,6 @@ def fold_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         )
         print(rows[-1], flush=True)
     return {"rows": rows}
-
-
-# ---- digits ---------------------------------------------------------------------------------------------------------
 
 
 def digits_seeds(args: argparse.Namespace) -> dict[str, Any]:
@@ -519,9 +468,6 @@ def train_digits(output: Path, overrides: list[str]) -> int:
     if done.returncode:
         raise SystemExit("\n".join(done.stderr.strip().splitlines()[-3:]))
     return json.loads((output / "environment.json").read_text())["threads"]
-
-
-# ---- beside others --------------------------------------------------------------------------------------------------
 
 
 NEIGHBOUR = """
@@ -569,9 +515,6 @@ def busy_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         f"beside a process of two computing threads: {median['ratio']:.2f} of the throughput alone (wanted: {WANTED})"
     )
     return {"machine": machine(threads), "rows": rows, "median": median, "wanted": WANTED}
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def machine(threads: int) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.drop_path import DropPath
-from stochastic_depth.graft import GraftedDropPath, Role, _Entry, _hook_block, _hook_branch, grafted
+from stochastic_depth.graft import GraftedDropPath, Parts, Role, _Entry, _hook_block, _hook_branch, grafted
 from stochastic_depth.law import full_precision, undisturbed
 from stochastic_depth.places import Owner, find_owners
 from stochastic_depth.probe import _Call, _clone, _in_float32, _SlotCall, _structure, _watch
@@ -249,3 +249,47 @@ def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> Non
                 _hook_branch(owner.module, entries[key], slot)
                 slot.kind, slot.reason = found["kinds"][key], ""
     conversion.roles = {key: slot.role for key, slot in slots.items()}
+
+
+class MaskingDraw(GraftedDropPath):
+    """Applies the draw of a skipped branch or block as a mask: the same samples, everything computed."""
+
+    def select(self, x: Tensor, parts: Parts, groups: int = 1) -> None:
+        super().select(x, parts, groups)
+        if self._draw is not None:
+            self._draw = self._draw.as_mask()
+
+
+def masking_twin(model: nn.Module) -> nn.Module:
+    """A copy of a foreign model that draws as it does and masks where it skips."""
+    twin = copy.deepcopy(model)
+    for module in grafted(twin):
+        module.__class__ = MaskingDraw
+    return twin
+
+
+def randomise_scales(model: nn.Module) -> None:
+    """Draws biases, norm weights and layer scales from [0.5, 1.5]: at 1e-6, 0 or 1 they would hide any error."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim <= 1:
+                parameter.uniform_(0.5, 1.5)
+
+
+def _skip_against_mask(model: nn.Module, images: Tensor) -> float:
+    """Largest relative deviation of outputs and gradients between skipping and masking the same samples."""
+    results = []
+    for other in (model, masking_twin(model)):
+        other.zero_grad()
+        torch.manual_seed(1)
+        out = other(images)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in other.parameters())])
+    noise = 0.01 * max(float(b.abs().max()) for b in results[1] if b is not None)
+    worst = 0.0
+    for a, b in zip(*results, strict=True):
+        if (a is None) != (b is None):
+            return float("inf")
+        if a is not None and b is not None:
+            worst = max(worst, float((a - b).abs().max()) / (float(b.abs().max()) + noise))
+    return float(f"{worst:.2g}")

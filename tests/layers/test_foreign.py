@@ -23,14 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from benchmark import masking_twin, randomise_scales
 from layers.drop_path import MODES, DropPath, Mode
 from models import create_model
 from stochastic_depth.blocks import find_blocks
 from stochastic_depth.graft import GraftedDropPath, graft, grafted
 from stochastic_depth.law import full_precision
 from stochastic_depth.places import block_names, find_owners, foreign_rate
-from stochastic_depth.proof import convert_to_skip
+from stochastic_depth.proof import convert_to_skip, masking_twin, randomise_scales
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import set_drop_path
 
