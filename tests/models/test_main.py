@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.__main__ import count_parts, draw_zoo, families, find, main, stage_table, zoo_table
+from models.__main__ import draw_zoo, families, find, main, stage_table, zoo_table
+from models.counting import count_parts
 from models.factory import create_model
 from models.registry import list_models, model_config
 
