@@ -7,7 +7,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import MetaFormerConfig
-from models.factory import count_parameters
 from models.metaformer import MetaFormer
 
 
@@ -75,3 +74,9 @@ def count_parts(config: MetaFormerConfig) -> list[Part]:
     rest_params = params(model) - params(model.stages) - head.params
     rest_macs = counter.get_total_flops() // 2 - sum(macs(f"stages.{i}") for i in range(len(stages))) - head.macs
     return [Part("stem", rest_params, rest_macs, config.feature_size(0), config.dims[0]), *stages, head]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trainable and of frozen parameters."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters()) - trainable

@@ -103,9 +103,6 @@ def create_model(
     return model
 
 
-# ---- names of classes -------------------------------------------------------------------------------------------------
-
-
 def class_names_of(model: nn.Module) -> list[str] | None:
     """Names of a model's classes in the order of its logits, as timm has them (`pretrained_cfg["label_names"]`), or None.
 
@@ -162,9 +159,6 @@ def _trained_classes(saved: Mapping[str, Any]) -> Any:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(map(repr, names[:5])) + more
-
-
-# ---- the model that weights are of --------------------------------------------------------------------------------------
 
 
 def trained_config(saved: Mapping[str, Any], origin: str) -> MetaFormerConfig | None:
@@ -224,6 +218,7 @@ def _published(config: MetaFormerConfig) -> dict[str, Any]:
 # Keys in which a model and its weights' may differ: what loading adapts or overwrites, what acts in training only, facts.
 _FREE = {"name", "num_classes", "in_chans", "image_size", "layer_scale", "res_scale", "drop_rate"}
 _FREE |= {"pretrained", "published"}
+
 _IMAGES = ("crop_pct", "interpolation", "mean", "std")  # how images are prepared: said, not refused
 
 
@@ -305,9 +300,3 @@ def _other_positions(config: MetaFormerConfig, trained: MetaFormerConfig) -> lis
         if (rows, columns) != grid and (rows != columns or rows * columns == grid[0] * grid[1]):
             return [(f"image_size was {trained.image_size}, is {config.image_size}", "")]
     return []
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers of trainable and of frozen parameters."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters()) - trainable

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from files.durable import save_text
 from files.errors import ConfigError
-from models.factory import class_difference, count_parameters, create_model
+from models.counting import count_parameters
+from models.factory import class_difference, create_model
 from models.metaformer import MetaFormer
 from models.registry import model_config
 from models.weights import save_weights, weights_sha256

@@ -12,7 +12,7 @@ import yaml
 from configs import CONFIGS
 from files.errors import ConfigError
 from models.config import MetaFormerConfig, load_model_config, override_config
-from models.factory import count_parameters
+from models.counting import count_parameters
 from models.metaformer import MetaFormer
 from stochastic_depth.compute import count_macs
 

@@ -16,10 +16,10 @@ from configs import CONFIGS
 from files.errors import ConfigError
 from layers.drop_path import DropPath
 from models.config import HeadConfig, MetaFormerConfig, PatchConfig, override_config
+from models.counting import count_parameters
 from models.factory import (
     class_difference,
     class_names_of,
-    count_parameters,
     create_model,
     set_class_names,
     trained_class_names,
