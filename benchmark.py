@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from layers.drop_path import BREAK_EVEN, DropPath
 from layers.rates import drop_path_rates
 from models.config import MetaFormerConfig, PatchConfig
-from models.export import compare_speed, fold_scales
+from models.export import compare_speed
 from models.factory import create_model
+from models.fold import fold_scales
 from models.metaformer import build_block
 from stochastic_depth.blocks import find_blocks
 from stochastic_depth.graft import grafted

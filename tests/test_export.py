@@ -14,8 +14,8 @@ import torch
 
 from export import main, parse_args, parse_overrides
 from files.errors import ConfigError
-from models.export import load_folded
 from models.factory import class_names_of, create_model
+from models.fold import load_folded
 from models.metaformer import MetaFormer
 from models.weights import save_weights
 

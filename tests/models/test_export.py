@@ -25,11 +25,10 @@ from models.export import (
     compare_speed,
     example_images,
     export_model,
-    fold_scales,
-    load_folded,
     relative_error,
 )
 from models.factory import class_names_of, create_model
+from models.fold import fold_scales, load_folded
 from models.metaformer import MetaFormer, MetaFormerBlock
 from models.pretrained import timm_head
 from models.registry import list_models, model_config
