@@ -274,9 +274,6 @@ def _conv_size(positions: int, patch: PatchConfig) -> int:
     return (positions + 2 * patch.padding - patch.kernel_size) // patch.stride + 1
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------------
-
-
 def load_model_config(path: Path, overrides: Mapping[str, Any] | None = None) -> MetaFormerConfig:
     """Reads one model's YAML.
 
@@ -377,3 +374,24 @@ def _refuse_idle(config: MetaFormerConfig, before: MetaFormerConfig | None, wher
 
 def _get(config: MetaFormerConfig, key: str) -> Any:
     return reduce(getattr, key.split("."), config)
+
+
+def make_pretrained_cfg(config: MetaFormerConfig) -> dict[str, Any]:
+    """timm's description of a model's input and classifier."""
+    mean, std = config.channel_stats()
+    height, width = config.height_width
+    return {
+        "architecture": config.name,
+        "tag": config.pretrained[0] if config.pretrained else "",
+        "num_classes": config.num_classes,
+        "input_size": (config.in_chans, height, width),
+        "fixed_input_size": config.fixed_size,
+        "pool_size": config.feature_size(len(config.depths) - 1),
+        "crop_pct": config.crop_pct,
+        "crop_mode": "center",
+        "interpolation": config.interpolation,
+        "mean": tuple(mean),
+        "std": tuple(std),
+        "first_conv": "stem.conv",
+        "classifier": "head.fc.fc2" if config.head.kind == "mlp" else "head.fc",
+    }

@@ -26,7 +26,7 @@ from layers.patch_embed import PatchEmbed, TokenEmbed
 from layers.rates import drop_path_rates
 from layers.scale import build_scale
 from layers.token_mixers import Attention, Identity, Pooling, RandomMixing, SepConv, SpatialMlp
-from models.config import MetaFormerConfig
+from models.config import MetaFormerConfig, make_pretrained_cfg
 
 
 class MetaFormerBlock(nn.Module):
@@ -451,27 +451,6 @@ def build_token_mixer(config: MetaFormerConfig, stage: int) -> nn.Module:
         return SpatialMlp(*config.feature_size(stage), config.spatial_hidden, config.act)
     assert kind == "attention"
     return Attention(dim, config.head_dim, qkv_bias=config.qkv_bias, proj_bias=config.proj_bias)
-
-
-def make_pretrained_cfg(config: MetaFormerConfig) -> dict[str, Any]:
-    """timm's description of a model's input and classifier."""
-    mean, std = config.channel_stats()
-    height, width = config.height_width
-    return {
-        "architecture": config.name,
-        "tag": config.pretrained[0] if config.pretrained else "",
-        "num_classes": config.num_classes,
-        "input_size": (config.in_chans, height, width),
-        "fixed_input_size": config.fixed_size,
-        "pool_size": config.feature_size(len(config.depths) - 1),
-        "crop_pct": config.crop_pct,
-        "crop_mode": "center",
-        "interpolation": config.interpolation,
-        "mean": tuple(mean),
-        "std": tuple(std),
-        "first_conv": "stem.conv",
-        "classifier": "head.fc.fc2" if config.head.kind == "mlp" else "head.fc",
-    }
 
 
 def init_weights(module: nn.Module) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
 
 from files.errors import ConfigError
-from models.config import MetaFormerConfig
+from models.config import MetaFormerConfig, make_pretrained_cfg
 from models.factory import create_model
-from models.metaformer import MetaFormer, make_pretrained_cfg
+from models.metaformer import MetaFormer
 from models.pretrained import from_timm
 from models.registry import list_models, model_config
 
