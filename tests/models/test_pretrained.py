@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from configs import CONFIGS
 from files.errors import ConfigError
 from models.factory import create_model
+from models.loading import from_original, from_timm, load_into, published_config, timm_head, to_timm
 from models.metaformer import MetaFormer
-from models.pretrained import from_original, from_timm, load_into, published_config, timm_head, to_timm
 from models.registry import list_models, model_config
 
 IN_TIMM = [n for family in ("poolformer_?[0-9]*", "poolformerv2", "convformer", "caformer")
