@@ -26,7 +26,8 @@ from files.errors import ConfigError
 from models.config import MetaFormerConfig, make_pretrained_cfg
 from models.factory import class_names_of
 from models.fold import fold_scales, load_folded
-from models.loading import in_our_layout, timm_head, to_timm
+from models.layouts import timm_head, to_timm
+from models.loading import in_our_layout
 from models.metaformer import MetaFormer
 from models.registry import is_model, model_config
 from models.weights import WEIGHTS, save_weights

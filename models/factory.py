@@ -12,7 +12,8 @@ from files.errors import ConfigError, nearest
 from files.strict_yaml import validate
 from layers.drop_path import Mode
 from models.config import MetaFormerConfig, idle_keys, override_config
-from models.loading import load_into, load_timm_pretrained, published_config, timm_head
+from models.layouts import timm_head
+from models.loading import load_into, load_timm_pretrained, published_config
 from models.metaformer import MetaFormer
 from models.registry import is_model, list_models, model_config
 from models.weights import load_weights

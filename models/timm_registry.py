@@ -23,7 +23,7 @@ from torchvision.models.feature_extraction import NodePathTracer, create_feature
 from files.errors import ConfigError
 from models.config import MetaFormerConfig, make_pretrained_cfg
 from models.factory import create_model
-from models.loading import from_timm
+from models.layouts import from_timm
 from models.metaformer import MetaFormer
 from models.registry import list_models, model_config
 

@@ -29,7 +29,7 @@ from models.export import (
 )
 from models.factory import class_names_of, create_model
 from models.fold import fold_scales, load_folded
-from models.loading import timm_head
+from models.layouts import timm_head
 from models.metaformer import MetaFormer, MetaFormerBlock
 from models.registry import list_models, model_config
 from models.weights import load_weights, save_weights

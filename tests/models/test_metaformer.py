@@ -23,7 +23,8 @@ from layers.rates import drop_path_rates
 from layers.token_mixers import Attention, Pooling, RandomMixing
 from models.config import MetaFormerConfig
 from models.factory import create_model
-from models.loading import load_into, timm_head
+from models.layouts import timm_head
+from models.loading import load_into
 from models.metaformer import MetaFormer, MetaFormerBlock
 from models.registry import list_models, model_config
 from stochastic_depth.compute import count_macs

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from configs import CONFIGS
 from files.errors import ConfigError
 from models.factory import create_model
-from models.loading import from_original, from_timm, load_into, published_config, timm_head, to_timm
+from models.layouts import from_original, from_timm, timm_head, to_timm
+from models.loading import load_into, published_config
 from models.metaformer import MetaFormer
 from models.registry import list_models, model_config
 

@@ -22,7 +22,7 @@ import models.timm_registry
 from files.errors import ConfigError
 from layers.drop_path import DropPath
 from models.factory import create_model
-from models.loading import timm_head
+from models.layouts import timm_head
 from models.metaformer import MetaFormer
 from models.registry import list_models, model_config, register_model, unregister_model
 from models.timm_registry import register_with_timm
