@@ -26,8 +26,8 @@ from models.export import (
     export_model,
 )
 from models.factory import create_model, set_class_names, trained_config
-from models.loading import published_config
 from models.metaformer import MetaFormer
+from models.published import published_config
 from models.registry import model_config
 from models.weights import CONFIG, load_weights
 

@@ -13,8 +13,9 @@ from files.strict_yaml import validate
 from layers.drop_path import Mode
 from models.config import MetaFormerConfig, idle_keys, override_config
 from models.layouts import timm_head
-from models.loading import load_into, load_timm_pretrained, published_config
+from models.loading import load_into
 from models.metaformer import MetaFormer
+from models.published import load_timm_pretrained, published_config
 from models.registry import is_model, list_models, model_config
 from models.weights import load_weights
 

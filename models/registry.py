@@ -6,7 +6,7 @@ from pathlib import Path
 from configs import CONFIGS
 from files.errors import ConfigError, nearest
 from models.config import MetaFormerConfig, load_model_config, override_config
-from models.loading import published_config
+from models.published import published_config
 
 _registered: dict[str, MetaFormerConfig] = {}
 

@@ -22,8 +22,9 @@ from configs import CONFIGS
 from files.errors import ConfigError
 from models.factory import create_model
 from models.layouts import from_original, from_timm, timm_head, to_timm
-from models.loading import load_into, published_config
+from models.loading import load_into
 from models.metaformer import MetaFormer
+from models.published import published_config
 from models.registry import list_models, model_config
 
 IN_TIMM = [n for family in ("poolformer_?[0-9]*", "poolformerv2", "convformer", "caformer")
