@@ -25,7 +25,8 @@ from models.export import (
     count_classes,
     export_model,
 )
-from models.factory import create_model, set_class_names, trained_config
+from models.factory import create_model, set_class_names
+from models.loading import trained_config
 from models.metaformer import MetaFormer
 from models.published import published_config
 from models.registry import model_config

@@ -5,18 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from torch import nn
 
-from files.errors import ConfigError, nearest
-from files.strict_yaml import validate
+from files.errors import ConfigError
 from layers.drop_path import Mode
-from models.config import MetaFormerConfig, idle_keys, override_config
-from models.layouts import timm_head
-from models.loading import load_into
+from models.config import MetaFormerConfig, override_config
+from models.loading import _check_trained_as, _published, _section, load_into
 from models.metaformer import MetaFormer
-from models.published import load_timm_pretrained, published_config
-from models.registry import is_model, list_models, model_config
+from models.published import load_timm_pretrained
+from models.registry import model_config
 from models.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -161,144 +158,3 @@ def _trained_classes(saved: Mapping[str, Any]) -> Any:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(map(repr, names[:5])) + more
-
-
-def trained_config(saved: Mapping[str, Any], origin: str) -> MetaFormerConfig | None:
-    """The model that a folder's config.json says its weights are of.
-
-    Args:
-        saved: Ours (key `model`), timm's (key `architecture`, also under the prefix of `register_with_timm`) or any other.
-        origin: Where it comes from, for messages.
-
-    Returns:
-        Its config, with the classes, channels and images of these weights and, where timm's own model was trained, with
-        timm's head; `None` where it does not say.
-
-    Raises:
-        ConfigError: The model is not in the zoo, or what is said of it is no config.
-    """
-    if isinstance(saved.get("model"), dict):
-        return validate(MetaFormerConfig, saved["model"], source=f"{origin}: model")
-    architecture = saved.get("architecture")
-    if not isinstance(architecture, str):
-        return None
-    names = [n for n in list_models() if n == architecture or architecture.endswith(f"_{n}")]
-    if not names:
-        hint = nearest(architecture, list_models())
-        raise ConfigError(f"{origin}: weights of {architecture!r}, which is not in the zoo{hint}")
-    config = model_config(max(names, key=len))
-    said, arguments = _section(saved, "pretrained_cfg"), _section(saved, "model_args")
-    facts: dict[str, Any] = {key: said[key] for key in _IMAGES if said.get(key) not in (None, "random")}
-    facts["num_classes"] = saved.get("num_classes", config.num_classes)
-    if isinstance(size := said.get("input_size"), list) and len(size) == 3:
-        facts |= {"in_chans": size[0], "image_size": size[1] if size[1] == size[2] else size[1:]}
-    for theirs, ours in (("in_chans", "in_chans"), ("img_size", "image_size")):
-        if theirs in arguments:
-            facts[ours] = arguments[theirs]
-    if config.name != architecture:  # ours under a prefix, which takes our keys
-        facts |= {key: value for key, value in arguments.items() if key in MetaFormerConfig.model_fields}
-    else:
-        facts["head"] = timm_head(config)
-        pool = saved.get("global_pool", config.head.pool)
-        if config.class_token and pool in ("avg", "token") and pool != config.head.pool:
-            facts["head"] = {"pool": pool, "order": "pool_norm" if pool == "avg" else "norm_pool"}
-    return override_config(config, facts, source=f"{origin}: model {architecture}")
-
-
-def _section(saved: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return value if isinstance(value := saved.get(key), dict) else {}
-
-
-def _published(config: MetaFormerConfig) -> dict[str, Any]:
-    """What a config.json beside the published weights that `load_timm_pretrained` takes would say of them."""
-    if not config.pretrained:
-        return {}
-    shipped = model_config(config.name) if is_model(config.name) else config
-    return {"model": published_config(shipped, config.pretrained[0]).model_dump()}
-
-
-# Keys in which a model and its weights' may differ: what loading adapts or overwrites, what acts in training only, facts.
-_FREE = {"name", "num_classes", "in_chans", "image_size", "layer_scale", "res_scale", "drop_rate"}
-_FREE |= {"pretrained", "published"}
-
-_IMAGES = ("crop_pct", "interpolation", "mean", "std")  # how images are prepared: said, not refused
-
-
-def _check_trained_as(
-    config: MetaFormerConfig, saved: Mapping[str, Any], origin: str, overrides: Mapping[str, Any]
-) -> list[str]:
-    """Compares a model with the one that its weights are of, in all that is more than a choice of use.
-
-    Args:
-        config: The model to load into.
-        saved: The weights' config.json, see `trained_config`.
-        origin: Where the weights come from, for messages.
-        overrides: What the user named; keys of `head` among it may differ.
-
-    Returns:
-        Settings that differ from those the weights were trained with, a line each.
-
-    Raises:
-        ConfigError: They are of another architecture.
-    """
-    trained = trained_config(saved, origin)
-    if trained is None:
-        return []
-    before, now = _settings(trained), _settings(config)
-    if trained.in_chans != config.in_chans:
-        for key in ("mean", "std"):
-            before[key] = now[key]
-    named = overrides.get("head", {})
-    # how ours differs from timm's, load_into says
-    told = timm_head(config) if saved.get("architecture") == trained.name else {}
-    lines, faults = [], []
-    for key, old in before.items():
-        new, part = now.get(key, old), key.removeprefix("head.")
-        if old == new or (part != key and part in told):
-            continue
-        if key in _IMAGES or (part != key and part in named):
-            lines.append(f"{key} is {new}, in the model of the weights it was {old}")
-        else:
-            hint = f"\nto load them all the same, name it: head={{{part!r}: {new!r}}}" if part != key else ""
-            faults.append((f"{key} was {old}, is {new}", hint))
-    if not faults and config.fixed_size:
-        faults += _other_positions(config, trained)
-    if faults:
-        what = f"weights of {trained.name or 'a model'!r}, another architecture than {config.name!r}"
-        if trained.name == config.name:
-            what = f"weights do not fit {config.name or 'the model'}"
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ConfigError(f"{origin}: {what}: {faults[0][0]}{more}{faults[0][1]}")
-    return lines
-
-
-def _settings(config: MetaFormerConfig) -> dict[str, Any]:
-    """What a model does with its weights and images, by dotted key; nothing that has no effect in this model."""
-    out: dict[str, Any] = {}
-    for key in MetaFormerConfig.model_fields:
-        value = getattr(config, key)
-        if key in _FREE:
-            continue
-        if isinstance(value, BaseModel):
-            out |= {f"{key}.{part}": x for part, x in value.model_dump().items()}
-        elif key in ("token_mixer", "norm"):
-            stages = config.per_stage(value)
-            out[key] = stages[0] if len(set(stages)) == 1 else stages
-        else:
-            out[key] = value
-    idle = idle_keys(config)
-    out = {key: value for key, value in out.items() if key not in idle and key.partition(".")[0] not in idle}
-    out["mean"], out["std"] = config.channel_stats()
-    return out
-
-
-def _other_positions(config: MetaFormerConfig, trained: MetaFormerConfig) -> list[tuple[str, str]]:
-    """The fault of an image size that shapes do not tell from the weights': as many positions in other rows.
-
-    From a grid that is no square nothing can be resampled: its shape does not say its sides.
-    """
-    for stage in range(len(config.depths)):
-        (rows, columns), grid = trained.feature_size(stage), config.feature_size(stage)
-        if (rows, columns) != grid and (rows != columns or rows * columns == grid[0] * grid[1]):
-            return [(f"image_size was {trained.image_size}, is {config.image_size}", "")]
-    return []

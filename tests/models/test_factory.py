@@ -17,14 +17,8 @@ from files.errors import ConfigError
 from layers.drop_path import DropPath
 from models.config import HeadConfig, MetaFormerConfig, PatchConfig, override_config
 from models.counting import count_parameters
-from models.factory import (
-    class_difference,
-    class_names_of,
-    create_model,
-    set_class_names,
-    trained_class_names,
-    trained_config,
-)
+from models.factory import class_difference, class_names_of, create_model, set_class_names, trained_class_names
+from models.loading import trained_config
 from models.metaformer import MetaFormerBlock
 from models.registry import model_config, register_model, unregister_model
 from models.timm_registry import register_with_timm
