@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.__main__ import draw_zoo, families, find, main, stage_table, zoo_table
+from models.__main__ import find, main, stage_table, zoo_table
 from models.counting import count_parts
 from models.factory import create_model
 from models.registry import list_models, model_config
+from pictures import draw_zoo, families
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = ["caformer_s18", "poolformer_s12", "randformer_s12", "deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2",
