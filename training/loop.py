@@ -55,7 +55,7 @@ from training.data import (
 )
 from training.distributed import World
 from training.optim import build_ema, build_loss, build_optimizer, build_scheduler
-from training.report import write_report
+from training.report.page import write_report
 from training.run_folder import RunFolder, describe_environment
 from training.threads import number_of_threads
 

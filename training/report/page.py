@@ -1,8 +1,8 @@
 """A run as one self-contained HTML page, runs side by side, and the README's pictures of stochastic depth.
 
-    python -m training.report RUN                                  writes RUN/report.html again
-    python -m training.report --compare RUN1 RUN2 --output FILE    overlays runs
-    python -m training.report --pictures DIR                       rates by depth, by depth and time, and a batch
+    python -m training.report.page RUN                                  writes RUN/report.html again
+    python -m training.report.page --compare RUN1 RUN2 --output FILE    overlays runs
+    python -m training.report.page --pictures DIR                       rates by depth, by depth and time, and a batch
 
 A page is made from files alone (config.yaml, environment.json, metrics.csv, summary.json, drop_path.csv), so it can be
 made again anywhere, and from what a killed run left behind. Accuracies are percentages; `seconds` counts from the
@@ -998,7 +998,9 @@ def draw_schedules() -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, or 2 for a mistake in what was given."""
-    parser = argparse.ArgumentParser(prog="python -m training.report", description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.report.page", description=(__doc__ or "").split("\n", 1)[0]
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder whose report.html is written again")
     what.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="run folders to overlay; needs --output")
