@@ -2,10 +2,25 @@
 
 import io
 import re
-from collections.abc import Sequence
-from typing import Any
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
 
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from files.errors import ConfigError
+from layers.drop_path import DropPath
+from layers.rates import ProfileName, drop_path_rates
+from layers.schedule import DropPathSchedule
 from models.config import MetaFormerConfig
+from training.report.page import _NO_METADATA, _write, draw_heat_map
 
 _COLOURS = (
     "#2f6db5",
@@ -85,3 +100,239 @@ def draw_zoo(configs: Sequence[MetaFormerConfig]) -> str:
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(text, format="svg", metadata=nothing, facecolor="white")
     return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.MULTILINE)
+
+
+_S24_DEPTHS = (4, 4, 12, 4)  # PoolFormer-S24
+_RATES_RATE = 0.3
+_BATCH_RATE = 0.4
+_BATCH_SIZE = 16
+_SEED = 0
+_BLUE, _PALE, _ORANGE, _BLACK, _GREY, _BAND = "#2f6db5", "#9cc0e7", "#d9661f", "#1b1f24", "#6b7480", "#e9edf2"
+_STAGE_GAP = 0.8  # in blocks
+
+
+def write_pictures(folder: Path) -> list[Path]:
+    """Writes drop_path_rates.svg, drop_path_batch.svg and drop_path_schedules.svg, the same bytes each time.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        ConfigError: The folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
+    pictures = {
+        "drop_path_rates.svg": draw_rates,
+        "drop_path_batch.svg": draw_batch,
+        "drop_path_schedules.svg": draw_schedules,
+    }
+    return [_write(folder / name, _picture(name, draw)) for name, draw in pictures.items()]
+
+
+def _picture(name: str, draw: Callable[[], Figure]) -> str:
+    # Text as paths: a README is read on machines with other fonts. The salt and the missing date fix the bytes.
+    rc: dict[Any, Any] = {
+        "svg.fonttype": "path",
+        "svg.hashsalt": name,
+        "font.family": "DejaVu Sans",
+        "image.composite_image": False,
+    }
+    with matplotlib.rc_context(rc):
+        text = io.StringIO()
+        draw().savefig(text, format="svg", metadata=_NO_METADATA, facecolor="white")
+    return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.MULTILINE)
+
+
+def _block_positions(depths: Sequence[int]) -> list[list[float]]:
+    """Horizontal position of every block, by stage, with a gap between stages."""
+    positions: list[list[float]] = []
+    start = 0.0
+    for depth in depths:
+        positions.append([start + i for i in range(depth)])
+        start += depth + _STAGE_GAP
+    return positions
+
+
+def draw_rates() -> Figure:
+    """The rate per block for every named profile, one panel each, stages set apart."""
+    formulas = {
+        "linear": "0 in the first block, rising evenly (timm)",
+        "linear_from_first": "starts one step higher (Huang et al.)",
+        "constant": "every block alike",
+        "stagewise": "one rate per stage, rising evenly",
+        "cosine": "flat at both ends, steep in the middle",
+    }
+    figure = Figure(figsize=(10, 5.7), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12, wspace=0.04, hspace=0.04))
+    *panels, words = figure.subplots(2, 3).flat
+    stages = _block_positions(_S24_DEPTHS)
+    shades = [(_PALE, _BLUE)[s % 2] for s, stage in enumerate(stages) for _ in stage]
+    for axes, profile in zip(panels, get_args(ProfileName), strict=True):
+        rates = drop_path_rates(_RATES_RATE, _S24_DEPTHS, profile)
+        axes.bar([x for stage in stages for x in stage], rates, width=0.86, color=shades)
+        for number, stage in enumerate(stages, start=1):
+            # the line under the bars keeps blocks of rate 0 visible
+            axes.plot([stage[0] - 0.43, stage[-1] + 0.43], [0, 0], color=_GREY, linewidth=1.2, clip_on=False)
+            axes.text(
+                statistics.fmean(stage), -0.012, f"stage {number}", ha="center", va="top", fontsize=8, color=_GREY
+            )
+        axes.set_title(profile, loc="left", fontsize=12, fontweight="bold", color=_BLACK, pad=22)
+        axes.text(0, 1.04, formulas[profile], transform=axes.transAxes, fontsize=9, color=_GREY)
+        mean = statistics.fmean(rates)
+        axes.plot([-0.8, stages[-1][-1] + 0.8], [mean, mean], color=_ORANGE, linewidth=1.2, linestyle="--")
+        axes.text(-0.6, mean + 0.006, f"mean {mean:.3f}", fontsize=9, color=_ORANGE)
+        axes.set(ylim=(0, 1.15 * _RATES_RATE), xlim=(-0.8, stages[-1][-1] + 0.8), xticks=[])
+        axes.set_yticks([0, 0.1, 0.2, 0.3])
+        axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=_GREY)
+        axes.grid(axis="y", color="#e3e7ec", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+    words.axis("off")
+    depths = ", ".join(map(str, _S24_DEPTHS))
+    lines = (
+        "Drop-path rate per block",
+        f"One bar is one block of PoolFormer-S24,\nfirst to last; stages of {depths} blocks\nstand apart.",
+        f"The rate is {_RATES_RATE} in every panel: the\nlargest over blocks (rate_is: max).\n"
+        "The means (dashed) differ, and so\ndoes the strength; rate_is: mean\nmakes them equal.",
+    )
+    words.text(
+        0.0, 1.135, lines[0], transform=words.transAxes, fontsize=12, fontweight="bold", color=_BLACK, in_layout=False
+    )
+    words.text(0.0, 1.02, "\n\n".join(lines[1:]), fontsize=10, color=_BLACK, va="top", linespacing=1.4, in_layout=False)
+    return figure
+
+
+def draw_step(depths: Sequence[int], rate: float, *, batch: int, seed: int) -> Tensor:
+    """Which samples each block's branch really ran on in one training step of mode skip.
+
+    Args:
+        depths: Blocks per stage.
+        rate: Largest rate of the linear profile.
+        batch: Samples in the step.
+        seed: Seeds the draws; the global random state is left as it was.
+
+    Returns:
+        bool, (batch, sum(depths)): true where the branch was called with that sample.
+    """
+    rates = drop_path_rates(rate, depths)
+    computed = torch.zeros(batch, len(rates), dtype=torch.bool)
+    samples = torch.arange(batch).float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for block, drop_prob in enumerate(rates):
+
+            def branch(x: Tensor, block: int = block) -> Tensor:
+                computed[x.long(), block] = True
+                return torch.zeros_like(x)  # so that x goes on naming its sample
+
+            samples = DropPath(drop_prob, mode="skip").residual(samples, branch)
+    return computed
+
+
+def draw_batch() -> Figure:
+    """A batch of digits through the blocks of one training step: what was computed and what was skipped."""
+    from sklearn.datasets import load_digits  # only this picture needs it
+
+    images = load_digits(return_X_y=True)[0][:_BATCH_SIZE].reshape(-1, 8, 8)  # (B, 64) -> (B, 8, 8)
+    computed = draw_step(_S24_DEPTHS, _BATCH_RATE, batch=_BATCH_SIZE, seed=_SEED)
+    rates = drop_path_rates(_BATCH_RATE, _S24_DEPTHS)
+    stages = _block_positions(_S24_DEPTHS)
+    columns = [x for stage in stages for x in stage]
+    left, right, bottom = -2.1, columns[-1] + 1.0, _BATCH_SIZE - 0.45
+
+    figure = Figure(figsize=(11, 8.6))
+    grid = figure.add_axes((0.05, 0.215, 0.94, 0.595))
+    shares = figure.add_axes((0.05, 0.055, 0.94, 0.13))
+    # the width, in columns, that equals the height of a row: digits are square
+    square = (0.595 * 8.6 / (bottom + 0.55)) / (0.94 * 11 / (right - left))
+
+    for number, stage in enumerate(stages, start=1):
+        corner, width = (stage[0] - 0.5, -0.55), stage[-1] - stage[0] + 1
+        grid.add_patch(Rectangle(corner, width, _BATCH_SIZE + 0.1, facecolor=_BAND, edgecolor="none"))
+        grid.text(statistics.fmean(stage), -0.75, f"stage {number}", ha="center", va="bottom", fontsize=10, color=_GREY)
+    for row, sample in enumerate(computed.tolist()):
+        extent = (-0.95 - 0.84 * square, -0.95, row + 0.42, row - 0.42)
+        grid.imshow(images[row], cmap="gray_r", extent=extent, interpolation="none")
+        arrow = {"arrowstyle": "->", "color": _GREY, "shrinkA": 0, "shrinkB": 0}
+        grid.annotate("", (right, row), (-0.8, row), arrowprops=arrow, zorder=1)
+        boxes = [(column - 0.4, 0.8) for column, kept in zip(columns, sample, strict=True) if kept]
+        grid.broken_barh(boxes, (row - 0.36, 0.72), facecolor=_BLUE, edgecolor="none", zorder=3)
+        gaps = [column for column, kept in zip(columns, sample, strict=True) if not kept]
+        grid.hlines([row] * len(gaps), [c - 0.5 for c in gaps], [c + 0.5 for c in gaps], color=_ORANGE, linewidth=3)
+    grid.set(xlim=(left, right), ylim=(bottom, -0.55), aspect="auto")
+    grid.axis("off")
+
+    kept_shares = computed.float().mean(0).tolist()
+    shares.bar(columns, 1.0, width=0.8, color=_BAND)
+    shares.bar(columns, kept_shares, width=0.8, color=_BLUE)
+    for column, share, rate in zip(columns, kept_shares, rates, strict=True):
+        shares.text(column, 0.3, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color="white")
+        shares.plot([column - 0.4, column + 0.4], [1 - rate, 1 - rate], color=_BLACK, linewidth=1.6)
+    shares.text(-0.95, 0.5, "computed\nin %", ha="right", va="center", fontsize=9, color=_GREY)
+    shares.text(-0.95, -0.1, "block", ha="right", va="center", fontsize=9, color=_GREY)
+    shares.set(xlim=(left, right), ylim=(0, 1.03), xticks=columns, xticklabels=range(1, len(columns) + 1), yticks=[])
+    shares.tick_params(axis="x", length=0, labelsize=9, labelcolor=_GREY)
+    shares.spines[:].set_visible(False)
+
+    done, of = int(computed.sum()), computed.numel()
+    title = "One training step in mode skip: every sample takes its own path"
+    about = (
+        f"{_BATCH_SIZE} digits through PoolFormer-S24 (one branch of each block is drawn), linear profile: the rate "
+        f"rises from 0 to {_BATCH_RATE},\nso later blocks are dropped more often. "
+        f"{of - done} of {of} branch computations ({100 * (of - done) / of:.0f} %) are never done."
+    )
+    figure.text(0.05, 0.975, title, fontsize=14, fontweight="bold", color=_BLACK, va="top")
+    figure.text(0.05, 0.94, about, fontsize=10, color=_BLACK, va="top", linespacing=1.4)
+    keys = [
+        Patch(color=_BLUE, label="computed"),
+        Line2D(
+            [], [], color=_ORANGE, linewidth=3, label="skipped: only the shortcut, the branch never sees the sample"
+        ),
+        Line2D([], [], color=_BLACK, linewidth=1.6, label="expected share, 1 - rate"),
+    ]
+    figure.legend(
+        handles=keys,
+        loc="upper left",
+        bbox_to_anchor=(0.05, 0.885),
+        ncols=3,
+        frameon=False,
+        fontsize=10,
+        borderpad=0,
+        borderaxespad=0,
+        labelcolor=_BLACK,
+    )
+    return figure
+
+
+def draw_schedules() -> Figure:
+    """Rate by block and step for each kind of schedule: linear over depth, half of the run as the cutoff."""
+    steps, rates = 1000, drop_path_rates(_RATES_RATE, _S24_DEPTHS)
+    half = steps // 2
+    kinds = {
+        "constant": (DropPathSchedule(), "the whole run alike"),
+        "early": (DropPathSchedule(kind="early", cutoff=half), "falls to 0 at the cutoff"),
+        "late": (DropPathSchedule(kind="late", cutoff=half), "0 until the cutoff"),
+        "ramp": (DropPathSchedule(kind="ramp", cutoff=steps), "rises evenly"),
+        "cosine": (DropPathSchedule(kind="cosine", cutoff=steps), "rises along half a cosine"),
+        "piecewise": (
+            DropPathSchedule(kind="piecewise", points=[(0, 0.0), (300, 1.0), (700, 1.0), (999, 0.2)]),
+            "linear between points",
+        ),
+    }
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    grid = figure.subplots(2, 3)
+    image = None
+    for axes, (name, (schedule, words)) in zip(grid.flat, kinds.items(), strict=True):
+        image = draw_heat_map(axes, rates, schedule, steps)
+        axes.set_title(f"{name}: {words}", loc="left", fontsize=10)
+    for axes in grid[1]:
+        axes.set_xlabel("optimizer step", fontsize=9, color=_GREY)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("block", fontsize=9, color=_GREY)
+    assert image is not None
+    bar = figure.colorbar(image, ax=grid, shrink=0.6, label="drop-path rate")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    figure.suptitle("Drop-path rate over depth and training time", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure
