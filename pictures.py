@@ -20,7 +20,8 @@ from layers.drop_path import DropPath
 from layers.rates import ProfileName, drop_path_rates
 from layers.schedule import DropPathSchedule
 from models.config import MetaFormerConfig
-from training.report.page import _NO_METADATA, _write, draw_heat_map
+from training.report.charts import _NO_METADATA, draw_heat_map
+from training.report.page import _write
 
 _COLOURS = (
     "#2f6db5",
