@@ -40,7 +40,7 @@ from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import StochasticDepth, break_even_of, set_drop_path
 from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
 from training.config import TrainConfig, build_schedule, dump_config
-from training.data import (
+from training.data.build import (
     BatchMixer,
     DataBundle,
     EpochSampler,

@@ -30,7 +30,7 @@ from files.errors import ConfigError
 from training import config as config_module
 from training import data as data_module
 from training.config import AugmentSection, DataSection, load_config
-from training.data import (
+from training.data.build import (
     BatchMixer,
     DataBundle,
     EpochSampler,
