@@ -20,7 +20,6 @@ import io
 import logging
 import math
 import os
-import random
 import sys
 import textwrap
 import warnings
@@ -54,19 +53,33 @@ from tqdm import tqdm
 
 from files.errors import ConfigError, nearest
 from models.factory import class_difference
+from training.data.draws import (
+    _ERASE,
+    _MIX,
+    _ORDER,
+    _REPLACE,
+    _SAMPLE,
+    _global_generators_kept,
+    _hash,
+    _seed_global_generators,
+    _uniform,
+)
 
 if TYPE_CHECKING:
     from training.config import AugmentSection, DataSection
 
+
 # The split is part of the task and not of a run: results at different seeds are compared on the same 360 digits.
 DIGITS_SPLIT_SEED = 20240229
+
 DIGITS_VAL_FRACTION = 0.2
 DIGITS_MAX_VALUE = 16.0
-
 VAL_FOLDERS = ("val", "valid", "validation", "test")
+
 # What file systems and tools leave beside data, in lower case; hidden folders are never read either.
 JUNK_FOLDERS = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found",
                 "system volume information"}  # fmt: skip
+
 # Up to here every image is decoded before training (seconds); above, only header and end of file are looked at.
 FULL_CHECK_LIMIT = 2000
 
@@ -155,10 +168,6 @@ def _check_spec(spec: ImageSpec) -> None:
         raise ConfigError(f"crop_pct {spec.crop_pct} is not in (0, 1]")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a data set is known by
-# ---------------------------------------------------------------------------------------------------------------------
-
 DIGIT_NAMES = [str(digit) for digit in range(10)]
 
 
@@ -233,58 +242,6 @@ def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], *, root: 
             f"--resume: {where} is not what the run began with: {difference}\n"
             "put it back as it was, or start a new run from the run's weights (model.checkpoint)"
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Random draws that depend on nothing but their address
-# ---------------------------------------------------------------------------------------------------------------------
-
-# What a stream is for, so that two purposes with the same numbers never share one.
-_ORDER, _SAMPLE, _MIX, _ERASE, _REPLACE = range(1, 6)
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _hash(*words: int | Sequence[int] | np.ndarray) -> np.ndarray:
-    """64 well-mixed bits of a tuple of integers; sequences broadcast. Each word is absorbed by one SplitMix64 step."""
-    state = np.zeros(1, dtype=np.uint64)
-    for word in words:
-        if isinstance(word, int):
-            word = [word & 0xFFFFFFFFFFFFFFFF]
-        # Arrays, never scalars: unsigned arrays wrap silently, as the algorithm wants, NumPy's scalars warn.
-        state = state + np.asarray(word, dtype=np.uint64) + _GOLDEN
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return state
-
-
-def _uniform(streams: np.ndarray, draws: int) -> np.ndarray:
-    """`draws` numbers in [0, 1) for each of B streams, (B, draws)."""
-    bits = _hash(streams[:, None], np.arange(draws))
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _seed_global_generators(stream: int) -> None:
-    """Seeds Python's, NumPy's and torch's CPU generator; call it inside `_global_generators_kept`."""
-    random.seed(stream)
-    np.random.seed([stream & 0xFFFFFFFF, stream >> 32])
-    torch.default_generator.manual_seed(stream)  # torch.manual_seed would seed the GPUs as well
-
-
-@contextmanager
-def _global_generators_kept() -> Iterator[None]:
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.default_generator.set_state(cpu)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class ImageSource(Protocol):
@@ -421,11 +378,6 @@ def _readable(sample: Sample | Unreadable) -> Sample:
     return sample
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples that cannot be read
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PartialBatch:
     """What a loader gives in place of a batch in which something could not be read.
@@ -536,11 +488,6 @@ def lost_worker(error: BaseException) -> str | None:
         return None
     first = textwrap.shorten(text.splitlines()[0], 300).rstrip(".")
     return f"{first}\nout of memory or of open files? use fewer data.workers, and go on with --resume"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Digits
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def digits_split() -> tuple[np.ndarray, np.ndarray]:
@@ -660,11 +607,6 @@ def _affine(images: Tensor, augment: AugmentSection, streams: np.ndarray) -> Ten
     )
     grid = torch.stack([grid_x, grid_y], dim=-1)  # (B, H, W, 2)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Image folders
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, seed: int) -> DataBundle:
@@ -968,12 +910,9 @@ class _Folder:
             raise RuntimeError(f"cannot read image '{path}': {error or type(error).__name__}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures: every kind of file becomes 8 bits of grey or RGB in one way (docs/data.md has the table)
-# ---------------------------------------------------------------------------------------------------------------------
-
 # Formats that Pillow recognises and cannot decode by itself. EPS would start Ghostscript on whatever a file holds.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 
@@ -1088,11 +1027,6 @@ def _white(values: np.ndarray) -> float:
     top = values.max(initial=0, where=np.isfinite(values)) / (1.5 if floating else 1)
     usual = (1.0, 255.0, 65535.0, 2.0**31 - 1) if floating else (255.0, 65535.0, 2.0**31 - 1)
     return next((white for white in usual if top <= white), 2.0**32 - 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Transforms
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _seeded(transform: Any, image: Any, stream: int) -> Any:
@@ -1232,11 +1166,6 @@ def posterize_to_any(image: Image.Image, bits_to_keep: int, **options: Any) -> I
     return posterize(image, bits_to_keep, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding damaged images before training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
     """Looks for images that cannot be read, so that training does not stop on one hours later.
 
@@ -1297,11 +1226,6 @@ def _obvious_damage(path: str) -> str | None:
     except Exception:
         pass  # what is wrong is for the decoder to say
     return _damage(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling and loading
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -1387,11 +1311,6 @@ def _loader_options(workers: int, device: torch.device) -> dict[str, Any]:
         # loop's random stream, and once more after a resume in mid-epoch. Nothing depends on this seed.
         "generator": torch.Generator().manual_seed(0),
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Mixup and cutmix
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class BatchMixer:
