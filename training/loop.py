@@ -51,8 +51,8 @@ from training.data.build import (
     build_train_loader,
     build_val_loader,
     check_images,
-    check_same_data,
 )
+from training.data.identity import check_same_data
 from training.distributed import World
 from training.optim import build_ema, build_loss, build_optimizer, build_scheduler
 from training.report.page import write_report

@@ -45,14 +45,13 @@ from training.data.build import (
     build_train_loader,
     build_val_loader,
     check_images,
-    check_same_data,
     class_names_of_data,
-    data_difference,
     digits_split,
     lost_worker,
     read_image,
     to_rgb,
 )
+from training.data.identity import check_same_data, data_difference
 from training.distributed import World
 from training.loop import build, describe, train
 from training.run_folder import RunFolder

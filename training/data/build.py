@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import logging
 import math
@@ -24,7 +23,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -52,7 +51,6 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from files.errors import ConfigError, nearest
-from models.factory import class_difference
 from training.data.draws import (
     _ERASE,
     _MIX,
@@ -64,6 +62,7 @@ from training.data.draws import (
     _seed_global_generators,
     _uniform,
 )
+from training.data.identity import _relative, data_identity
 
 if TYPE_CHECKING:
     from training.config import AugmentSection, DataSection
@@ -180,68 +179,6 @@ def class_names_of_data(data: DataSection) -> list[str]:
     if data.dataset == "digits" or data.root is None:
         return list(DIGIT_NAMES)
     return sorted(_scan(_train_and_val_folders(Path(data.root).expanduser())[0], LeftOut()))
-
-
-def data_identity(
-    dataset: str, class_names: Sequence[str], parts: Mapping[str, tuple[Sequence[str], Sequence[int]]]
-) -> dict[str, Any]:
-    """What a data set is known by, as plain values: equal where every index means the same sample with the same label.
-
-    Files are known by their names, not by what is in them, and a name does not hold the root, which may move.
-
-    Args:
-        dataset: `data.dataset`.
-        class_names: In the order of the targets.
-        parts: Names and targets of the samples of `train` and `val`, in the order of their indices.
-    """
-    identity: dict[str, Any] = {"dataset": dataset, "class_names": list(class_names)}
-    for part, (names, targets) in parts.items():
-        digest = hashlib.sha256()
-        for name, target in zip(names, targets, strict=True):
-            digest.update(f"{target} {name}\0".encode("utf-8", "surrogateescape"))  # names may be any bytes
-        counts = np.bincount(np.asarray(targets, dtype=np.int64), minlength=len(class_names)).tolist()
-        identity[part] = {"samples": len(names), "samples_per_class": counts, "names_sha256": digest.hexdigest()}
-    return identity
-
-
-def data_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first thing in which two data sets differ, in words; None where they are the same."""
-    if before.get("dataset") != now["dataset"]:
-        return f"data.dataset was {before.get('dataset')!r}, is {now['dataset']!r}"
-    old, new = before.get("class_names") or [], now["class_names"]
-    if old != new:
-        return class_difference(old, new)
-    for part, what in (("train", "training"), ("val", "validation")):
-        was, found = before.get(part) or {}, now[part]
-        pairs = zip(new, was.get("samples_per_class") or [0] * len(new), found["samples_per_class"], strict=False)
-        changed = [(name, a, b) for name, a, b in pairs if a != b]
-        if changed:
-            name, a, b = changed[0]
-            more = f" (and {len(changed) - 1} more classes changed)" if len(changed) > 1 else ""
-            return f"class '{name}' had {a:,} {what} images, has {b:,}{more}"
-        if was != found:
-            return f"as many {what} images as before, but files have other names"
-    return None
-
-
-def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], *, root: str | None) -> None:
-    """Refuses to go on with a run on other data than it began with.
-
-    Args:
-        before: The identity in the run's checkpoint or data.json.
-        now: That of the data as it is.
-        root: Where it is.
-
-    Raises:
-        ConfigError: Naming what differs.
-    """
-    difference = data_difference(before, now)
-    if difference:
-        where = f"the data in '{root}'" if root else "the data"
-        raise ConfigError(
-            f"--resume: {where} is not what the run began with: {difference}\n"
-            "put it back as it was, or start a new run from the run's weights (model.checkpoint)"
-        )
 
 
 class ImageSource(Protocol):
@@ -650,13 +587,6 @@ def _folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
             },
         ),
     )
-
-
-def _relative(paths: Sequence[str], folder: Path) -> list[str]:
-    """Names below a folder, with / between their parts on every system."""
-    prefix = os.path.join(folder, "")
-    return [(path.removeprefix(prefix) if path.startswith(prefix) else os.path.relpath(path, folder)).replace(os.sep, "/")
-            for path in paths]  # fmt: skip
 
 
 def _train_and_val_folders(root: Path) -> tuple[Path, Path]:
