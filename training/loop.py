@@ -42,16 +42,15 @@ from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_
 from training.config import TrainConfig, build_schedule, dump_config
 from training.data.build import (
     BatchMixer,
-    DataBundle,
     EpochSampler,
     ImageSpec,
-    ReadError,
     SkipList,
     build_datasets,
     build_train_loader,
     build_val_loader,
     check_images,
 )
+from training.data.dataset import DataBundle, ReadError
 from training.data.identity import check_same_data
 from training.distributed import World
 from training.optim import build_ema, build_loss, build_optimizer, build_scheduler

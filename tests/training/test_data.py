@@ -32,15 +32,10 @@ from training import data as data_module
 from training.config import AugmentSection, DataSection, load_config
 from training.data.build import (
     BatchMixer,
-    DataBundle,
     EpochSampler,
     ImageSpec,
     PartialBatch,
-    ReadError,
     SkipList,
-    TrainDataset,
-    Unreadable,
-    ValDataset,
     build_datasets,
     build_train_loader,
     build_val_loader,
@@ -51,6 +46,7 @@ from training.data.build import (
     read_image,
     to_rgb,
 )
+from training.data.dataset import DataBundle, ReadError, TrainDataset, Unreadable, ValDataset
 from training.data.identity import check_same_data, data_difference
 from training.distributed import World
 from training.loop import build, describe, train

@@ -23,7 +23,7 @@ from stochastic_depth.compute import count_macs
 from training import loop
 from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.config import dump_config, load_config
-from training.data.build import ReadError
+from training.data.dataset import ReadError
 from training.distributed import World
 from training.loop import (
     NonFiniteError,

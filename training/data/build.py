@@ -23,14 +23,14 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,17 +46,16 @@ from timm.data.auto_augment import (
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler, default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from files.errors import ConfigError, nearest
+from training.data.dataset import MAX_REPLACEMENTS, DataBundle, ReadError, Sample, TrainDataset, Unreadable, ValDataset
 from training.data.draws import (
     _ERASE,
     _MIX,
     _ORDER,
-    _REPLACE,
-    _SAMPLE,
     _global_generators_kept,
     _hash,
     _seed_global_generators,
@@ -82,12 +81,6 @@ JUNK_FOLDERS = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin",
 # Up to here every image is decoded before training (seconds); above, only header and end of file are looked at.
 FULL_CHECK_LIMIT = 2000
 
-# How many other samples are tried in the place of one that cannot be read.
-MAX_REPLACEMENTS = 100
-
-Sample = tuple[Tensor, int, int]
-"""Image (C, H, W), target, index."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -108,23 +101,6 @@ class ImageSpec:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
-
-
-@dataclass(frozen=True)
-class DataBundle:
-    """The two halves of a data set, and its classes in the order of the targets.
-
-    Attributes:
-        identity: What the data are known by, of `data_identity`.
-        left_out: What lies in the folders and is not used, as words; empty for nothing.
-    """
-
-    train: TrainDataset
-    val: ValDataset
-    num_classes: int
-    class_names: list[str]
-    identity: dict[str, Any]
-    left_out: str = ""
 
 
 def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, *, seed: int) -> DataBundle:
@@ -179,140 +155,6 @@ def class_names_of_data(data: DataSection) -> list[str]:
     if data.dataset == "digits" or data.root is None:
         return list(DIGIT_NAMES)
     return sorted(_scan(_train_and_val_folders(Path(data.root).expanduser())[0], LeftOut()))
-
-
-class ImageSource(Protocol):
-    """Images by index, with or without augmentation; both return float32 (B, C, H, W), normalised."""
-
-    paths: list[str]
-
-    def plain(self, indices: Sequence[int]) -> Tensor: ...
-
-    def augmented(self, indices: Sequence[int], streams: np.ndarray) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A sample that could not be made. It stands in a batch in the sample's place, or behind those of the batch.
-
-    Attributes:
-        part: `train` or `val`.
-        path: The file.
-        reason: In one line.
-        replaced: Whether another sample took its place.
-    """
-
-    part: str
-    path: str
-    reason: str
-    replaced: bool = False
-
-    def __str__(self) -> str:
-        return f"cannot read image '{self.path}': {self.reason}"
-
-
-class ReadError(RuntimeError):
-    """Data that cannot be read while a run goes on; the message names the file."""
-
-
-class TrainDataset(Dataset[Sample]):
-    """Augmented samples, addressed by (epoch, index): the same address always gives the same image.
-
-    With `replace_unreadable`, a sample that cannot be read is replaced by another, drawn by (seed, epoch, index): so the
-    address still decides alone what comes, in any process and after any resume.
-    """
-
-    def __init__(self, source: ImageSource, targets: Sequence[int], *, seed: int) -> None:
-        self.source = source
-        self.targets = list(targets)
-        self.seed = seed
-        self.replace_unreadable = False
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, position: tuple[int, int]) -> Sample:
-        return _readable(self.__getitems__([position])[0])
-
-    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Sample | Unreadable]:
-        """A whole batch at once, so that the global generators are saved and put back once per batch."""
-        epochs, indices = zip(*positions, strict=True)
-        streams = _hash(self.seed, _SAMPLE, epochs, indices)
-        with _global_generators_kept():
-            try:
-                images = self.source.augmented(indices, streams)
-            except Exception:
-                if not self.source.paths:
-                    raise
-                return self._one_by_one(positions, streams)
-        return [(image, self.targets[i], i) for image, i in zip(images.unbind(), indices, strict=True)]
-
-    def _one_by_one(self, positions: Sequence[tuple[int, int]], streams: np.ndarray) -> list[Sample | Unreadable]:
-        """A batch in which a sample cannot be read: as many samples as addresses, then what had to be replaced."""
-        samples, replaced = [], []
-        for row, (epoch, index) in enumerate(positions):
-            stream = streams[row : row + 1]
-            faults: list[Unreadable] = []
-            for candidate in self._candidates(epoch, index):
-                image = _attempt(lambda c=candidate, s=stream: self.source.augmented([c], s)[0], self, candidate)
-                if isinstance(image, Tensor):
-                    samples.append((image, self.targets[candidate], candidate))
-                    replaced += [replace(fault, replaced=True) for fault in faults]
-                    break
-                faults.append(image)
-            else:
-                samples.append(faults[0])
-        return samples + replaced
-
-    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """The sample itself, then those that may stand in for it."""
-        yield index
-        if self.replace_unreadable:
-            attempts = np.arange(MAX_REPLACEMENTS)
-            yield from (_hash(self.seed, _REPLACE, epoch, index, attempts) % np.uint64(len(self))).tolist()
-
-
-class ValDataset(Dataset[Sample]):
-    """Samples without augmentation, addressed by index."""
-
-    def __init__(self, source: ImageSource, targets: Sequence[int]) -> None:
-        self.source = source
-        self.targets = list(targets)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> Sample:
-        return _readable(self.__getitems__([index])[0])
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample | Unreadable]:
-        try:
-            images = self.source.plain(indices)
-        except Exception:
-            if not self.source.paths:
-                raise
-            made = [(_attempt(lambda i=i: self.source.plain([i])[0], self, i), i) for i in indices]
-            return [image if isinstance(image, Unreadable) else (image, self.targets[i], i) for image, i in made]
-        return [(image, self.targets[i], i) for image, i in zip(images.unbind(), indices, strict=True)]
-
-
-def _attempt(make: Callable[[], Tensor], dataset: TrainDataset | ValDataset, index: int) -> Tensor | Unreadable:
-    """The image, or why it cannot be had: an image that opens may still be one that a transform cannot take."""
-    path = dataset.source.paths[index]
-    try:
-        return make()
-    except Exception as error:  # a worker's exception would reach the loop as the text of a traceback
-        kind, text = type(error).__name__, " ".join(str(error).split())
-        known = f"cannot read image '{path}': "
-        reason = text.removeprefix(known).replace(f" {path!r}", "") if text.startswith(known) else f"{kind}: {text}"
-        part = "train" if isinstance(dataset, TrainDataset) else "val"
-        return Unreadable(part, path, textwrap.shorten(reason, 300) or kind)
-
-
-def _readable(sample: Sample | Unreadable) -> Sample:
-    if isinstance(sample, Unreadable):
-        raise ReadError(str(sample))
-    return sample
 
 
 @dataclass(frozen=True)
