@@ -12,8 +12,9 @@ from pathlib import Path
 from files.errors import ConfigError
 from training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from training.config import TrainConfig, dump_config, load_config
-from training.data.build import class_names_of_data, lost_worker
+from training.data.build import class_names_of_data
 from training.data.dataset import ReadError
+from training.data.skipping import lost_worker
 from training.distributed import World, close_world, init_world
 from training.loop import NonFiniteError, build, describe, dry_run, on_main, train
 from training.run_folder import RunFolder, changed_environment, latest_run, new_run_path

@@ -34,20 +34,18 @@ from training.data.build import (
     BatchMixer,
     EpochSampler,
     ImageSpec,
-    PartialBatch,
-    SkipList,
     build_datasets,
     build_train_loader,
     build_val_loader,
     check_images,
     class_names_of_data,
     digits_split,
-    lost_worker,
     read_image,
     to_rgb,
 )
 from training.data.dataset import DataBundle, ReadError, TrainDataset, Unreadable, ValDataset
 from training.data.identity import check_same_data, data_difference
+from training.data.skipping import PartialBatch, SkipList, lost_worker
 from training.distributed import World
 from training.loop import build, describe, train
 from training.run_folder import RunFolder
