@@ -43,7 +43,6 @@ from training.config import TrainConfig, build_schedule, dump_config
 from training.data.build import (
     BatchMixer,
     EpochSampler,
-    ImageSpec,
     build_datasets,
     build_train_loader,
     build_val_loader,
@@ -52,6 +51,7 @@ from training.data.build import (
 from training.data.dataset import DataBundle, ReadError
 from training.data.identity import check_same_data
 from training.data.skipping import SkipList
+from training.data.transforms import ImageSpec
 from training.distributed import World
 from training.optim import build_ema, build_loss, build_optimizer, build_scheduler
 from training.report.page import write_report

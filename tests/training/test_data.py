@@ -33,7 +33,6 @@ from training.config import AugmentSection, DataSection, load_config
 from training.data.build import (
     BatchMixer,
     EpochSampler,
-    ImageSpec,
     build_datasets,
     build_train_loader,
     build_val_loader,
@@ -46,6 +45,7 @@ from training.data.build import (
 from training.data.dataset import DataBundle, ReadError, TrainDataset, Unreadable, ValDataset
 from training.data.identity import check_same_data, data_difference
 from training.data.skipping import PartialBatch, SkipList, lost_worker
+from training.data.transforms import ImageSpec
 from training.distributed import World
 from training.loop import build, describe, train
 from training.run_folder import RunFolder
