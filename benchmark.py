@@ -441,7 +441,7 @@ def digits_seeds(args: argparse.Namespace) -> dict[str, Any]:
     from sklearn.datasets import load_digits
     from sklearn.svm import SVC
 
-    from training.data.build import digits_split
+    from training.data.digits import digits_split
 
     train, val = digits_split()
     inputs, targets = load_digits(return_X_y=True)

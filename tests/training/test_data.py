@@ -38,11 +38,11 @@ from training.data.build import (
     build_val_loader,
     check_images,
     class_names_of_data,
-    digits_split,
     read_image,
     to_rgb,
 )
 from training.data.dataset import DataBundle, ReadError, TrainDataset, Unreadable, ValDataset
+from training.data.digits import digits_split
 from training.data.identity import check_same_data, data_difference
 from training.data.skipping import PartialBatch, SkipList, lost_worker
 from training.data.transforms import ImageSpec

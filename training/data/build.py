@@ -27,26 +27,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from files.errors import ConfigError, nearest
 from training.data.dataset import DataBundle, TrainDataset, ValDataset
-from training.data.draws import _ERASE, _MIX, _ORDER, _global_generators_kept, _hash, _seed_global_generators, _uniform
+from training.data.digits import DIGIT_NAMES, _digits_bundle
+from training.data.draws import _MIX, _ORDER, _global_generators_kept, _hash, _seed_global_generators
 from training.data.identity import _relative, data_identity
 from training.data.skipping import collate
 from training.data.transforms import (
     ImageSpec,
     _check_spec,
-    _erase,
-    _recolour,
     _seeded,
-    _to_tensor,
     _train_transform,
     _val_transform,
 )
@@ -55,11 +51,6 @@ if TYPE_CHECKING:
     from training.config import AugmentSection, DataSection
 
 
-# The split is part of the task and not of a run: results at different seeds are compared on the same 360 digits.
-DIGITS_SPLIT_SEED = 20240229
-
-DIGITS_VAL_FRACTION = 0.2
-DIGITS_MAX_VALUE = 16.0
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 # What file systems and tools leave beside data, in lower case; hidden folders are never read either.
@@ -99,9 +90,6 @@ def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
     return bundle
 
 
-DIGIT_NAMES = [str(digit) for digit in range(10)]
-
-
 def class_names_of_data(data: DataSection) -> list[str]:
     """Names of the classes in the order of their targets, without building the data sets.
 
@@ -111,125 +99,6 @@ def class_names_of_data(data: DataSection) -> list[str]:
     if data.dataset == "digits" or data.root is None:
         return list(DIGIT_NAMES)
     return sorted(_scan(_train_and_val_folders(Path(data.root).expanduser())[0], LeftOut()))
-
-
-def digits_split() -> tuple[np.ndarray, np.ndarray]:
-    """Indices into scikit-learn's `load_digits()`: 1,437 for training and 360 for validation, stratified, ascending."""
-    # Imported here, as it takes a second which only digits need.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    labels = np.asarray(load_digits(return_X_y=True)[1])
-    train, val = train_test_split(
-        np.arange(len(labels)), test_size=DIGITS_VAL_FRACTION, stratify=labels, random_state=DIGITS_SPLIT_SEED
-    )
-    return np.sort(train), np.sort(val)
-
-
-def _digits_bundle(augment: AugmentSection, spec: ImageSpec, seed: int) -> DataBundle:
-    from sklearn.datasets import load_digits
-
-    pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
-    train, val = digits_split()
-    images = torch.from_numpy(pixels / DIGITS_MAX_VALUE).float().reshape(-1, 1, 8, 8)  # (N, 1, 8, 8) in [0, 1]
-    return DataBundle(
-        train=TrainDataset(_Digits(images[train], augment, spec), labels[train].tolist(), seed=seed),
-        val=ValDataset(_Digits(images[val], augment, spec), labels[val].tolist()),
-        num_classes=10,
-        class_names=list(DIGIT_NAMES),
-        identity=data_identity(
-            "digits",
-            DIGIT_NAMES,
-            {part: ([str(i) for i in rows], labels[rows].tolist()) for part, rows in (("train", train), ("val", val))},
-        ),
-    )
-
-
-class _Digits:
-    """Digits in memory, resized and transformed a batch at a time.
-
-    Only 8 x 8 pixels are kept: resizing a batch costs far less than transforming it, and no large tensor lives in each
-    worker. Policies and colour jitter work on PIL images, one by one (a grey-scale digit stays one if the model takes 1
-    channel), before crop, rotation, shift, zoom and flip, which are one affine map with bilinear sampling and black
-    outside.
-    """
-
-    def __init__(self, images: Tensor, augment: AugmentSection, spec: ImageSpec) -> None:
-        self.paths: list[str] = []
-        self.images = images
-        self.augment = augment
-        self.size = spec.input_size
-        self.mean = torch.tensor(spec.mean).reshape(-1, 1, 1)  # (C, 1, 1)
-        self.std = torch.tensor(spec.std).reshape(-1, 1, 1)  # (C, 1, 1)
-        self.recolour = (
-            v2.Compose([v2.ToPILImage(), *steps, *_to_tensor()]) if (steps := _recolour(augment, spec)) else None
-        )
-        self.erase = _erase(augment)
-        self.moves = bool(augment.crop_scale or augment.rotate or augment.translate or augment.zoom or augment.hflip)
-
-    def plain(self, indices: Sequence[int]) -> Tensor:
-        return self._normalise(self._resized(indices))
-
-    def augmented(self, indices: Sequence[int], streams: np.ndarray) -> Tensor:
-        images = self._resized(indices)
-        if self.recolour is not None:
-            images = images.expand(-1, self.size[0], -1, -1)  # (B, C, H, W)
-            images = torch.stack([_seeded(self.recolour, *pair) for pair in zip(images, streams.tolist(), strict=True)])
-        if self.moves:
-            images = _affine(images, self.augment, streams)
-        images = self._normalise(images)
-        if self.erase is not None:
-            for image, stream in zip(images, _hash(_ERASE, streams).tolist(), strict=True):
-                _seeded(self.erase, image, stream)  # in place
-        return images
-
-    def _resized(self, indices: Sequence[int]) -> Tensor:
-        images = self.images[torch.as_tensor(indices)]  # (B, 1, 8, 8)
-        return F.interpolate(images, self.size[1:], mode="bilinear", antialias=True)  # (B, 1, H, W)
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        return images.sub(self.mean).div_(self.std)  # grey images take the channels of mean: (B, C, H, W)
-
-
-def _affine(images: Tensor, augment: AugmentSection, streams: np.ndarray) -> Tensor:
-    """Crops, rotates, shifts, zooms and flips each image of (B, C, H, W) by its own draws, in one bilinear sampling.
-
-    Elementwise arithmetic throughout: a batched matrix product may round differently at another batch size.
-    """
-    height, width = images.shape[-2:]
-    angle, shift_x, shift_y, zoom, flip, area, ratio, crop_x, crop_y = _uniform(streams, 9).T
-    angle = np.radians((2 * angle - 1) * augment.rotate)
-    zoom = 1 + (2 * zoom - 1) * augment.zoom
-    # Half sides of the crop window as shares of the image; 1 without a crop. A window that would stick out is cut at
-    # the border (torchvision draws again instead).
-    half_x = half_y = np.ones_like(area)
-    if augment.crop_scale is not None:
-        low, high = augment.crop_scale
-        area = low + (high - low) * area
-        low, high = (math.log(limit) for limit in augment.crop_ratio)
-        ratio = np.exp(low + (high - low) * ratio)
-        half_x, half_y = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
-    # The middle of what is sampled, in [-1, 1] units of the image: the crop's middle less the shift.
-    middle_x = (1 - half_x) * (2 * crop_x - 1) - 2 * augment.translate * (2 * shift_x - 1)
-    middle_y = (1 - half_y) * (2 * crop_y - 1) - 2 * augment.translate * (2 * shift_y - 1)
-    half_x = np.where(flip < augment.hflip, -half_x, half_x)
-    # From output to input: window, then rotation and zoom. Units are half sides, so a rotation needs the aspect.
-    cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
-    aspect = height / width
-
-    def column(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.float32)).reshape(-1, 1, 1)  # (B, 1, 1)
-
-    x = (torch.arange(width) * 2 + 1) / width - 1  # (W,), pixel centres
-    y = ((torch.arange(height) * 2 + 1) / height - 1).reshape(-1, 1)  # (H, 1)
-    grid_x = (
-        column(cos * half_x) * x + column(-sin * aspect * half_y) * y + column(cos * middle_x - sin * aspect * middle_y)
-    )
-    grid_y = (
-        column(sin / aspect * half_x) * x + column(cos * half_y) * y + column(sin / aspect * middle_x + cos * middle_y)
-    )
-    grid = torch.stack([grid_x, grid_y], dim=-1)  # (B, H, W, 2)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def _folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, seed: int) -> DataBundle:
