@@ -36,14 +36,12 @@ from training.data.build import (
     build_datasets,
     build_train_loader,
     build_val_loader,
-    check_images,
     class_names_of_data,
-    read_image,
-    to_rgb,
 )
 from training.data.dataset import DataBundle, ReadError, TrainDataset, Unreadable, ValDataset
 from training.data.digits import digits_split
 from training.data.identity import check_same_data, data_difference
+from training.data.images import check_images, read_image, to_rgb
 from training.data.skipping import PartialBatch, SkipList, lost_worker
 from training.data.transforms import ImageSpec
 from training.distributed import World

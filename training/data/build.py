@@ -19,33 +19,23 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from tqdm import tqdm
 
 from files.errors import ConfigError, nearest
 from training.data.dataset import DataBundle, TrainDataset, ValDataset
 from training.data.digits import DIGIT_NAMES, _digits_bundle
 from training.data.draws import _MIX, _ORDER, _global_generators_kept, _hash, _seed_global_generators
 from training.data.identity import _relative, data_identity
+from training.data.images import _Folder, image_extensions
 from training.data.skipping import collate
-from training.data.transforms import (
-    ImageSpec,
-    _check_spec,
-    _seeded,
-    _train_transform,
-    _val_transform,
-)
+from training.data.transforms import ImageSpec, _check_spec
 
 if TYPE_CHECKING:
     from training.config import AugmentSection, DataSection
@@ -56,9 +46,6 @@ VAL_FOLDERS = ("val", "valid", "validation", "test")
 # What file systems and tools leave beside data, in lower case; hidden folders are never read either.
 JUNK_FOLDERS = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found",
                 "system volume information"}  # fmt: skip
-
-# Up to here every image is decoded before training (seconds); above, only header and end of file are looked at.
-FULL_CHECK_LIMIT = 2000
 
 logger = logging.getLogger(__name__)
 
@@ -369,211 +356,6 @@ def _some(names: Sequence[str] | set[str]) -> str:
     return ", ".join(f"'{name}'" for name in ordered[:5]) + (
         f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
     )
-
-
-class _Folder:
-    """Images on disk, decoded and transformed one by one."""
-
-    def __init__(self, paths: list[str], augment: AugmentSection, spec: ImageSpec) -> None:
-        self.paths = paths
-        self.channels = spec.input_size[0]
-        self.train_transform = _train_transform(augment, spec)
-        self.val_transform = _val_transform(spec)
-
-    def plain(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self.val_transform(self._load(i)) for i in indices])
-
-    def augmented(self, indices: Sequence[int], streams: np.ndarray) -> Tensor:
-        pairs = zip(indices, streams.tolist(), strict=True)
-        return torch.stack([_seeded(self.train_transform, self._load(i), stream) for i, stream in pairs])
-
-    def _load(self, index: int) -> Image.Image:
-        path = self.paths[index]
-        try:
-            return read_image(path, self.channels)
-        except Exception as error:  # Pillow raises half a dozen types for a damaged file
-            raise RuntimeError(f"cannot read image '{path}': {error or type(error).__name__}") from error
-
-
-# Formats that Pillow recognises and cannot decode by itself. EPS would start Ghostscript on whatever a file holds.
-_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-
-
-@cache
-def image_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read."""
-    Image.preinit()  # the usual ones first, as Image.open has them
-    Image.init()
-    return tuple(name for name in Image.ID if name not in _NOT_DECODED)
-
-
-@cache
-def image_extensions() -> frozenset[str]:
-    """Ends of file names that are taken for images: ".jpg", ".avif", ... in lower case."""
-    formats = image_formats()
-    return frozenset(end for end, name in Image.registered_extensions().items() if name in formats)
-
-
-@contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Opens an image and reads its header only.
-
-    Raises:
-        ValueError: For more pixels than Pillow's limit against decompression bombs, which Pillow itself only warns of
-            up to twice that number. Nothing has been decoded then.
-        OSError: For a file that is missing or no image.
-    """
-    limit = Image.MAX_IMAGE_PIXELS or 89_478_485
-    # A file and no path: what Pillow maps into memory by path, it does not turn (TIFF, orientations 5 to 8).
-    with open(path, "rb") as file:
-        image = None
-        try:
-            with suppress(Image.DecompressionBombError):
-                image = Image.open(file, formats=image_formats())
-        except UnidentifiedImageError:
-            raise OSError("cannot identify image file: it has no format that Pillow reads") from None
-        if image is None or image.width * image.height > limit:
-            raise ValueError(f"it has more than {limit:,} pixels (a decompression bomb?), so it was not decoded")
-        with image:
-            yield image
-
-
-def read_image(path: str | Path, channels: int) -> Image.Image:
-    """The picture in a file as the data pipeline takes it: `open_image`, then `to_rgb`."""
-    with open_image(path) as image:
-        return to_rgb(image, channels)
-
-
-def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
-    """An opened image in 8 bits per channel, upright, on white where it is transparent.
-
-    Of several frames or pages the first is taken (an opened image stands there). Colour profiles are not applied, but
-    for CIELAB, which has no other meaning.
-
-    Args:
-        image: As `open_image` gives it: brightness of more than 8 bits is scaled by what the file says of its range.
-        channels: 3 for mode RGB, 1 for mode L.
-    """
-    upright = _upright(image)
-    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
-        upright = _to_8_bits(upright, image)
-    elif upright.mode == "LAB":
-        upright = ImageCms.profileToProfile(
-            upright, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
-        assert upright is not None  # only a conversion in place returns None
-    elif upright.has_transparency_data:
-        if upright.mode == "La":  # premultiplied: Pillow knows one way out
-            upright = upright.convert("LA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
-    return upright.convert("L" if channels == 1 else "RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Decodes an image and turns it as its EXIF orientation says; one whose EXIF block is damaged stays as it is."""
-    image.load()  # a damaged picture fails here, so that only EXIF is left to fail below
-    try:
-        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        return image if upright else ImageOps.exif_transpose(image)
-    except Exception:  # struct.error, SyntaxError, ... by what is wrong in the block
-        return image
-
-
-def _to_8_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """Scales 16-bit, 32-bit and float brightness (modes I;16, I and F) to mode L; `opened` knows what the file says."""
-    tags: Any = getattr(opened, "tag_v2", {})  # of TIFF
-    values = np.asarray(image)
-    signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
-    bits = 16 if image.mode.startswith("I;16") or opened.format in ("PNG", "PPM") else 32
-    bits = tags.get(_BITS, (bits,))[0]
-    # Pillow has no unsigned mode of 32 bits, and writes unsigned arrays as signed TIFFs: no black lies that far down.
-    if image.mode == "I" and ((tags and not signed) or values.min(initial=0) < -(2**24)):
-        values = values.view(np.uint32)
-    white = _white(values) if bits == 32 or image.mode == "F" else 2.0 ** (bits - signed) - 1
-    # By way of 16 bits, so that a picture has the same 8 bits, k of k * 257, whatever it is stored in.
-    scaled = np.nan_to_num(values.astype(np.float32) / np.float32(white), nan=0.0).clip(0, 1)
-    eight = ((scaled * 65535 + 0.5).astype(np.uint16) // 257).astype(np.uint8)
-    if tags.get(_PHOTOMETRIC) == 0:
-        eight = 255 - eight  # the file says that 0 is white; Pillow turns only up to 8 bits round
-    transparent = opened.info.get("transparency")
-    if transparent is not None:
-        eight[values == transparent] = 255
-    return Image.fromarray(eight)
-
-
-def _white(values: np.ndarray) -> float:
-    """What is white in a picture whose type does not say: the smallest usual maximum that no pixel exceeds.
-
-    Floats may exceed it by half, as a resized picture does at its edges.
-    """
-    floating = values.dtype.kind == "f"
-    top = values.max(initial=0, where=np.isfinite(values)) / (1.5 if floating else 1)
-    usual = (1.0, 255.0, 65535.0, 2.0**31 - 1) if floating else (255.0, 65535.0, 2.0**31 - 1)
-    return next((white for white in usual if top <= white), 2.0**32 - 1)
-
-
-def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
-    """Looks for images that cannot be read, so that training does not stop on one hours later.
-
-    Up to 2,000 images are decoded in full. Above that only the header is parsed and the end of the file looked at,
-    which finds empty files, files that are no images, and truncated ones; a JPEG or PNG without its end marker in
-    place, and any other format, is decoded, so that only the decoder calls a file damaged. Damage amid intact data may
-    then be found in training only, where the error names the file. Under several processes one of them is enough.
-
-    Args:
-        bundle: What to look at.
-        allowed: So many unreadable images are only warned of: `data.max_skipped`.
-
-    Raises:
-        ConfigError: Naming the first unreadable image (training images first) and how many there are.
-    """
-    paths = bundle.train.source.paths + bundle.val.source.paths
-    if not paths:
-        return
-    full = len(paths) <= FULL_CHECK_LIMIT
-    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what Pillow only warns of is refused here
-        checked = pool.map(_damage if full else _obvious_damage, paths)
-        bar = tqdm(checked, total=len(paths), desc="checking images", unit="", leave=False, disable=full)
-        damaged = [(path, reason) for path, reason in zip(paths, bar, strict=True) if reason]
-    if damaged:
-        path, reason = damaged[0]
-        count = f"{len(damaged):,} of {len(paths):,} images" if len(damaged) > 1 else f"1 of {len(paths):,} images"
-        if len(damaged) <= allowed:
-            logger.warning("warning: %s cannot be read and will be skipped; the first is '%s': %s", count, path, reason)
-            return
-        advice = "mend or remove the files, or leave them out: data.on_error=skip"
-        if allowed:
-            advice = f"data.max_skipped is {allowed}; raise it, or mend or remove the files"
-        raise ConfigError(f"data.root: {count} cannot be read; the first is '{path}'\n{reason}\n{advice}")
-
-
-def _damage(path: str) -> str | None:
-    """Why a file cannot be decoded, or None."""
-    try:
-        if os.path.getsize(path) == 0:
-            return "the file is empty"
-        read_image(path, 3)
-    except Exception as error:  # Pillow raises half a dozen types for a damaged file
-        return str(error) or type(error).__name__
-    return None
-
-
-def _obvious_damage(path: str) -> str | None:
-    """As `_damage`, without decoding JPEG and PNG files that have a valid header and their end marker at the end."""
-    try:
-        with open_image(path) as image:
-            marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image.format or "")
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 64))
-            if marker and file.read().rstrip(b"\0").endswith(marker):  # some writers pad with zeros
-                return None
-    except Exception:
-        pass  # what is wrong is for the decoder to say
-    return _damage(path)
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
