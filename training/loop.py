@@ -40,11 +40,12 @@ from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import StochasticDepth, break_even_of, set_drop_path
 from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
 from training.config import TrainConfig, build_schedule, dump_config
-from training.data.build import BatchMixer, build_datasets
+from training.data.build import build_datasets
 from training.data.dataset import DataBundle, ReadError
 from training.data.identity import check_same_data
 from training.data.images import check_images
 from training.data.loading import EpochSampler, build_train_loader, build_val_loader
+from training.data.mixing import BatchMixer
 from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
 from training.distributed import World

@@ -30,12 +30,13 @@ from files.errors import ConfigError
 from training import config as config_module
 from training import data as data_module
 from training.config import AugmentSection, DataSection, load_config
-from training.data.build import BatchMixer, build_datasets, class_names_of_data
+from training.data.build import build_datasets, class_names_of_data
 from training.data.dataset import DataBundle, ReadError, TrainDataset, Unreadable, ValDataset
 from training.data.digits import digits_split
 from training.data.identity import check_same_data, data_difference
 from training.data.images import check_images, read_image, to_rgb
 from training.data.loading import EpochSampler, build_train_loader, build_val_loader
+from training.data.mixing import BatchMixer
 from training.data.skipping import PartialBatch, SkipList, lost_worker
 from training.data.transforms import ImageSpec
 from training.distributed import World
