@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from files.errors import ConfigError, nearest
+from training.data.dataset import ReadError
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,9 @@ def _from_environment(name: str, *, default: int | None = None, low: int = 0, hi
         allowed = f"at least {low}" if high is None else f"{low} to {high}"
         raise ConfigError(f"environment variable {name}={text!r}: must be an integer, {allowed}; torchrun sets it")
     return int(text)
+
+
+def stop_together(world: World, problem: ReadError | None) -> None:
+    """Raises on every process what one of them could not read, so that none is left waiting for another."""
+    if world.any(problem is not None):
+        raise problem or ReadError("stopped, because another process could not read its data")

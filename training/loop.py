@@ -48,7 +48,7 @@ from training.data.loading import EpochSampler, build_train_loader, build_val_lo
 from training.data.mixing import BatchMixer
 from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
-from training.distributed import World
+from training.distributed import World, stop_together
 from training.optim import build_ema, build_loss, build_optimizer, build_scheduler
 from training.report.page import write_report
 from training.run_folder import RunFolder, describe_environment
@@ -140,9 +140,6 @@ class Setup:
         """A batch of images on the device, without waiting for it, in the layout the model runs in."""
         images = images.to(self.world.device, non_blocking=True)
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
-
-
-# ---- building -------------------------------------------------------------------------------------------------------
 
 
 def build(
@@ -250,12 +247,6 @@ def on_main(world: World, check: Callable[[], None]) -> None:
         raise problem or ConfigError("stopped, because rank 0 found a mistake")
 
 
-def stop_together(world: World, problem: ReadError | None) -> None:
-    """Raises on every process what one of them could not read, so that none is left waiting for another."""
-    if world.any(problem is not None):
-        raise problem or ReadError("stopped, because another process could not read its data")
-
-
 def seed_everything(seed: int) -> None:
     """Seeds Python's, NumPy's and torch's generators."""
     random.seed(seed)
@@ -326,9 +317,6 @@ def _set_backends(config: TrainConfig, device: torch.device) -> None:
     if config.runtime.compile:
         # lets compiled code hold the number of kept samples as a number, in one graph
         torch._dynamo.config.capture_scalar_outputs = True
-
-
-# ---- one step and one evaluation ------------------------------------------------------------------------------------
 
 
 def train_step(setup: Setup, trained: nn.Module, batches: list[Any], progress: Progress, loss_fn: nn.Module) -> float:
@@ -424,9 +412,6 @@ def evaluate(setup: Setup) -> dict[str, float]:
     return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
 
 
-# ---- saving and resuming --------------------------------------------------------------------------------------------
-
-
 def save(setup: Setup, folder: RunFolder, progress: Progress) -> Path:
     """Writes a checkpoint of the whole state; every rank calls it."""
     own = asdict(progress)
@@ -496,9 +481,6 @@ class StopSignals:
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-
-
-# ---- the run --------------------------------------------------------------------------------------------------------
 
 
 def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
@@ -679,9 +661,6 @@ def _peak_rss_mb() -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-# ---- what a person sees ---------------------------------------------------------------------------------------------
 
 
 class _ProgressBar:
