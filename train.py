@@ -16,8 +16,9 @@ from training.data.build import class_names_of_data
 from training.data.dataset import ReadError
 from training.data.skipping import lost_worker
 from training.distributed import World, close_world, init_world
-from training.loop import NonFiniteError, build, describe, dry_run, on_main, train
+from training.loop import NonFiniteError, dry_run, train
 from training.run_folder import RunFolder, changed_environment, latest_run, new_run_path
+from training.setup import build, describe, on_main
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

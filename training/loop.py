@@ -7,52 +7,33 @@ random states, running sums); so a run that was killed and resumed ends with the
 
 import contextlib
 import math
-import os
-import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from files.durable import save_text
 from files.errors import ConfigError
-from models.counting import count_parameters
-from models.factory import class_difference, create_model
-from models.metaformer import MetaFormer
-from models.registry import model_config
 from models.weights import save_weights, weights_sha256
-from stochastic_depth.compute import count_macs
 from stochastic_depth.report import drop_path_report
-from stochastic_depth.setting import StochasticDepth, break_even_of, set_drop_path
 from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
-from training.config import TrainConfig, build_schedule, dump_config
-from training.data.build import build_datasets
-from training.data.dataset import DataBundle, ReadError
-from training.data.identity import check_same_data
-from training.data.images import check_images
-from training.data.loading import EpochSampler, build_train_loader, build_val_loader
-from training.data.mixing import BatchMixer
-from training.data.skipping import SkipList
-from training.data.transforms import ImageSpec
+from training.config import dump_config
+from training.data.dataset import ReadError
 from training.distributed import World, stop_together
-from training.optim import build_ema, build_loss, build_optimizer, build_scheduler
+from training.optim import build_loss
 from training.report.page import write_report
 from training.run_folder import RunFolder, describe_environment
-from training.threads import number_of_threads
+from training.setup import Setup, seed_everything
 
 
 class NonFiniteError(RuntimeError):
@@ -92,231 +73,6 @@ class Progress:
         self.loss_sum += loss * count
         self.seconds += seconds
         self.epoch_seconds += seconds
-
-
-@dataclass
-class Setup:
-    """Everything a run is made of, built from its config."""
-
-    config: TrainConfig
-    world: World
-    model: MetaFormer
-    depth: StochasticDepth
-    data: DataBundle
-    train_loader: DataLoader
-    val_loader: DataLoader
-    skips: SkipList
-    mixer: BatchMixer
-    precision: torch.dtype
-    channels_last: bool
-    steps_per_epoch: int
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
-    scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None
-
-    @property
-    def sampler(self) -> EpochSampler:
-        """The training loader's sampler, which knows the position in the epoch."""
-        assert isinstance(self.train_loader.batch_sampler, EpochSampler)
-        return self.train_loader.batch_sampler
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.config.optim.epochs * self.steps_per_epoch
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The model whose accuracy counts: the average where there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    def autocast(self) -> torch.autocast:
-        """Mixed precision where the config asks for it; does nothing in float32."""
-        device = self.world.device.type
-        return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
-
-    def to_device(self, images: Tensor) -> Tensor:
-        """A batch of images on the device, without waiting for it, in the layout the model runs in."""
-        images = images.to(self.world.device, non_blocking=True)
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
-
-
-def build(
-    config: TrainConfig, world: World, *, load_checkpoint: bool = True, same_data: Mapping[str, Any] | None = None
-) -> Setup:
-    """Builds model, data and optimizer of a run. Nothing is written.
-
-    Args:
-        config: The run; values that depend on model or data are filled in (`num_classes`, `image_size`, rates).
-        world: The processes it runs on.
-        load_checkpoint: Load `model.checkpoint` or published weights; false where a resumed run replaces them anyway.
-        same_data: Identity of the data that a resumed run began with; others are refused.
-
-    Raises:
-        ConfigError: Whatever the user gave that cannot work.
-    """
-    threads = number_of_threads(config.runtime.threads, processes=world.local_size)
-    torch.set_num_threads(threads)  # first: all that is computed below rounds as the run does
-    section = config.model
-    elsewhere = {
-        "drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode", "class_names": "data.class_names"
-    }  # fmt: skip
-    for key, instead in elsewhere.items():
-        if key in section.overrides:  # create_model takes them, and what is done below would replace them
-            raise ConfigError(f"model.{key}: has no effect in a training config; did you mean {instead!r}?")
-    base = model_config(section.name)
-    in_chans = section.overrides.get("in_chans", base.in_chans)
-    size = config.data.image_size or section.overrides.get("image_size", base.image_size)
-
-    seed_everything(config.seed)  # the same weights on every rank
-    overrides = {**section.overrides, "image_size": size, "in_chans": in_chans}
-    described = create_model(section.name, num_classes=section.num_classes, **overrides).config
-    mean, std = described.channel_stats()
-    spec = ImageSpec((in_chans, *described.height_width), tuple(mean), tuple(std), described.interpolation,
-                     described.crop_pct)  # fmt: skip
-    data = build_datasets(config.data, config.augment, spec, seed=config.seed)
-    if same_data is not None:
-        check_same_data(same_data, data.identity, root=config.data.root)
-    if config.data.class_names not in (None, data.class_names):
-        raise ConfigError(
-            f"data.class_names: the data has others: {class_difference(config.data.class_names, data.class_names)}\n"
-            "leave the key out, or set it to null, to take the data's"
-        )
-    if section.num_classes is not None and section.num_classes < data.num_classes:
-        raise ConfigError(
-            f"model.num_classes: {section.num_classes} is fewer than the data's {data.num_classes} classes"
-        )
-    num_classes = section.num_classes or data.num_classes
-
-    seed_everything(config.seed)
-    model = create_model(
-        section.name,
-        pretrained=section.pretrained and load_checkpoint,
-        checkpoint=section.checkpoint if load_checkpoint else None,
-        num_classes=num_classes,
-        class_names=data.class_names,
-        **overrides,
-    )
-    train_loader = build_train_loader(
-        data, config.data, seed=config.seed, rank=world.rank, world_size=world.size, device=world.device
-    )
-    val_loader = build_val_loader(data, config.data, rank=world.rank, world_size=world.size, device=world.device)
-    on_main(world, lambda: check_images(data, allowed=config.data.max_skipped or 0))
-    assert isinstance(train_loader.batch_sampler, EpochSampler)
-    steps_per_epoch = math.ceil(train_loader.batch_sampler.batches_per_epoch / config.optim.accumulate)
-    depth = _set_drop_path(model, config, steps_per_epoch)
-
-    config = _resolved(config, model, depth, data)
-    precision = _precision(config, world.device)
-    channels_last = (
-        world.device.type == "cuda" if config.runtime.channels_last == "auto" else config.runtime.channels_last
-    )
-    _set_backends(config, world.device)
-    model.to(world.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, config.optim, world.device)
-    return Setup(
-        config=config,
-        world=world,
-        model=model,
-        depth=depth,
-        data=data,
-        train_loader=train_loader,
-        val_loader=val_loader,
-        skips=SkipList(config.data),
-        mixer=BatchMixer(config.augment, num_classes, seed=config.seed, rank=world.rank),
-        precision=precision,
-        channels_last=channels_last,
-        steps_per_epoch=steps_per_epoch,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.optim, steps_per_epoch),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
-        ema=build_ema(model, config.ema),
-    )
-
-
-def on_main(world: World, check: Callable[[], None]) -> None:
-    """Runs a check on the main process alone; where it fails, all processes stop with exit code 2."""
-    problem = None
-    if world.is_main:
-        try:
-            check()
-        except ConfigError as error:
-            problem = error
-    if world.any(problem is not None):
-        raise problem or ConfigError("stopped, because rank 0 found a mistake")
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds Python's, NumPy's and torch's generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _set_drop_path(model: MetaFormer, config: TrainConfig, steps_per_epoch: int) -> StochasticDepth:
-    section = config.drop_path
-    try:
-        return set_drop_path(
-            model,
-            _rate(config, model),
-            profile=section.profile,
-            rate_is=section.rate_is,
-            mode=section.mode,
-            schedule=build_schedule(section, steps_per_epoch, config.optim.epochs),
-            break_even=section.break_even,
-        )
-    except ValueError as error:
-        raise ConfigError(f"drop_path: {error}") from None
-
-
-def _rate(config: TrainConfig, model: MetaFormer) -> float | None:
-    """The rate given, else the model's published one; `None` where a list says all rates."""
-    if config.drop_path.rate is not None or isinstance(config.drop_path.profile, list):
-        return config.drop_path.rate
-    published = model.config.published
-    return (published.drop_path_rate if published else None) or 0.0
-
-
-def _resolved(config: TrainConfig, model: MetaFormer, depth: StochasticDepth, bundle: DataBundle) -> TrainConfig:
-    """The config with what was left open filled in, so that it says all about the run."""
-    keys = model.config.model_dump(exclude={"name", "published", "pretrained", "num_classes"})
-    named = {k: getattr(config.model, k) for k in ("name", "pretrained", "checkpoint")}
-    section = type(config.model)(**named, num_classes=model.num_classes, **keys)
-    drop_path = config.drop_path.model_copy(
-        update={"rate": _rate(config, model), "break_even": break_even_of(depth.blocks)}
-    )
-    size = model.config.image_size
-    data = config.data.model_copy(update={"class_names": bundle.class_names})
-    if isinstance(size, int):
-        data = data.model_copy(update={"image_size": size})
-    return config.model_copy(update={"model": section, "drop_path": drop_path, "data": data})
-
-
-def _precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The dtype of autocast."""
-    wanted = config.runtime.precision
-    if wanted == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if wanted == "float16" and device.type == "cpu":
-        raise ConfigError("runtime.precision: float16 needs a GPU; on a CPU use float32 or bfloat16")
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
-
-
-def _set_backends(config: TrainConfig, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = config.runtime.tf32
-        torch.backends.cudnn.allow_tf32 = config.runtime.tf32
-        # choosing algorithms by timing would choose others after a resume
-        torch.backends.cudnn.benchmark = False
-    if config.runtime.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if config.runtime.compile:
-        # lets compiled code hold the number of kept samples as a number, in one graph
-        torch._dynamo.config.capture_scalar_outputs = True
 
 
 def train_step(setup: Setup, trained: nn.Module, batches: list[Any], progress: Progress, loss_fn: nn.Module) -> float:
@@ -732,36 +488,6 @@ class _Board:
                 if key not in ("epoch", "step"):
                     self.writer.add_scalar(key, value, step)
             self.writer.flush()
-
-
-def describe(setup: Setup) -> str:
-    """The plan of a run in a few lines: model, data, schedule, device, and what stochastic depth will do."""
-    config, world = setup.config, setup.world
-    trainable, frozen = count_parameters(setup.model)
-    macs = count_macs(setup.model).total
-    report = drop_path_report(setup.model)
-    frozen_text = f" + {frozen / 1e6:.2f} M frozen" if frozen else ""
-    batch = config.data.batch_size * world.size * config.optim.accumulate
-    section = config.drop_path
-    height, width = setup.model.config.height_width
-    threads = torch.get_num_threads()
-    profile = section.profile if isinstance(section.profile, str) else "as listed"
-    lines = [
-        f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs / 1e9:.3g} GMACs at "
-        f"{setup.model.config.in_chans} x {height} x {width}",
-        f"data      {config.data.dataset}: {len(setup.data.train)} training and {len(setup.data.val)} validation images, "
-        f"{setup.data.num_classes} classes",
-        *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
-        f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
-        f"lr {config.optim.lr:g}, {config.optim.schedule}",
-        f"device    {world.device} x {world.size}, {str(setup.precision).removeprefix('torch.')}"
-        f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}, "
-        f"{threads} CPU thread{'s' if threads > 1 else ''}{' each' if world.size > 1 else ''}",
-        f"drop path up to {max(setup.depth.rates):.3g}, {profile}, mode {section.mode}, schedule {section.schedule.kind}: "
-        f"expected depth {report.expected_depth:.2f} of {len(report.blocks)} blocks, "
-        f"{report.compute_saved or 0.0:.1%} of training compute saved",
-    ]
-    return "\n".join(lines + [f"warning: {w}" for w in report.warnings])
 
 
 def dry_run(setup: Setup) -> str:

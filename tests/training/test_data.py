@@ -40,8 +40,9 @@ from training.data.mixing import BatchMixer
 from training.data.skipping import PartialBatch, SkipList, lost_worker
 from training.data.transforms import ImageSpec
 from training.distributed import World
-from training.loop import build, describe, train
+from training.loop import train
 from training.run_folder import RunFolder
+from training.setup import build, describe
 
 CPU = torch.device("cpu")
 GREY = ImageSpec((1, 16, 16), (0.3,), (0.35,))
