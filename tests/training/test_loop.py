@@ -25,10 +25,11 @@ from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.config import dump_config, load_config
 from training.data.dataset import ReadError
 from training.distributed import World
-from training.loop import NonFiniteError, Progress, StopSignals, dry_run, evaluate, restore, save, train, train_step
+from training.loop import NonFiniteError, StopSignals, dry_run, evaluate, train, train_step
 from training.optim import build_loss
 from training.run_folder import RunFolder, describe_environment
 from training.setup import Setup, build, describe
+from training.state import Progress, restore, save
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 # 1,437 digits in batches of 256 are 5 steps per epoch.
