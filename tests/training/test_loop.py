@@ -25,7 +25,8 @@ from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.config import dump_config, load_config
 from training.data.dataset import ReadError
 from training.distributed import World
-from training.loop import NonFiniteError, StopSignals, dry_run, evaluate, train, train_step
+from training.evaluation import evaluate
+from training.loop import NonFiniteError, StopSignals, dry_run, train, train_step
 from training.optim import build_loss
 from training.run_folder import RunFolder, describe_environment
 from training.setup import Setup, build, describe
