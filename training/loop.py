@@ -7,7 +7,6 @@ random states, running sums); so a run that was killed and resumed ends with the
 
 import contextlib
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -17,14 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard.writer import SummaryWriter
-from tqdm import tqdm
 
 from files.durable import save_text
 from models.weights import save_weights, weights_sha256
 from stochastic_depth.report import drop_path_report
 from training.checkpoint import Checkpoint, set_random_states
 from training.config import dump_config
+from training.console import StopSignals, _Board, _ProgressBar, _rates
 from training.data.dataset import ReadError
 from training.distributed import World, stop_together
 from training.evaluation import evaluate
@@ -98,28 +96,6 @@ def _stop_if_not_finite(world: World, step: int, finite: bool, suspects: list[in
 def _some(indices: list[int]) -> str:
     shown = ", ".join(map(str, indices[:16]))
     return shown + (f" and {len(indices) - 16} more" if len(indices) > 16 else "")
-
-
-class StopSignals:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C, so that the loop finishes its step; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
 
 
 def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
@@ -255,10 +231,6 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
     return row
 
 
-def _rates(setup: Setup) -> list[Any]:
-    return [module for block in setup.depth.blocks for module in block.drop_paths.values()]
-
-
 def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
     if progress.step == 0:
         folder.metrics.unlink(missing_ok=True)
@@ -300,77 +272,6 @@ def _peak_rss_mb() -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-class _ProgressBar:
-    """A bar over all steps of the run on the main process, and a line per epoch."""
-
-    def __init__(self, setup: Setup, progress: Progress) -> None:
-        self.setup = setup
-        self.epochs = setup.config.optim.epochs
-        self.top1 = ""
-        self.bar = tqdm(
-            total=setup.total_steps,
-            initial=progress.step,
-            disable=not setup.world.is_main,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 30.0,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
-        )
-
-    def __enter__(self) -> "_ProgressBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def write(self, line: str) -> None:
-        if self.setup.world.is_main:
-            self.bar.write(line)
-
-    def step(self, progress: Progress, loss: float) -> None:
-        self.bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}", refresh=False)
-        rate = progress.samples * self.setup.world.size / max(progress.epoch_seconds, 1e-9)
-        lr = max(group["lr"] for group in self.setup.optimizer.param_groups)
-        drop = max(block.rate for block in _rates(self.setup))
-        top1 = f" top-1 {self.top1}" if self.top1 else ""
-        self.bar.set_postfix_str(
-            f"loss {loss:.3f}{top1} {rate:.0f} images/s lr {lr:.2e} drop path {drop:.3f}", refresh=False
-        )
-        self.bar.update()
-
-    def epoch(self, row: dict[str, float]) -> None:
-        self.top1 = f"{row['val_top1']:.2f}"
-        self.write(
-            f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
-            f"  top-1 {row['val_top1']:6.2f}  top-5 {row['val_top5']:6.2f}  {row['images_per_second']:.0f} images/s"
-            f"  lr {row['lr']:.2e}  drop path {row['drop_path_rate']:.3f}  {row['seconds']:.1f} s"
-        )
-
-
-class _Board:
-    """TensorBoard scalars of the main process."""
-
-    def __init__(self, folder: RunFolder, world: World, progress: Progress) -> None:
-        # purge_step hides what was written from the step on that a run is resumed from: that of a checkpoint at the end of
-        # an epoch, saved before its validation, is written again
-        purge = progress.step or None
-        self.writer = SummaryWriter(str(folder.tensorboard), purge_step=purge) if world.is_main else None
-
-    def __enter__(self) -> "_Board":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-    def write(self, row: dict[str, float], step: int) -> None:
-        if self.writer is not None:
-            for key, value in row.items():
-                if key not in ("epoch", "step"):
-                    self.writer.add_scalar(key, value, step)
-            self.writer.flush()
 
 
 def dry_run(setup: Setup) -> str:

@@ -23,10 +23,11 @@ from stochastic_depth.compute import count_macs
 from training import loop
 from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.config import dump_config, load_config
+from training.console import StopSignals
 from training.data.dataset import ReadError
 from training.distributed import World
 from training.evaluation import evaluate
-from training.loop import NonFiniteError, StopSignals, dry_run, train, train_step
+from training.loop import NonFiniteError, dry_run, train, train_step
 from training.optim import build_loss
 from training.run_folder import RunFolder, describe_environment
 from training.setup import Setup, build, describe
