@@ -5,14 +5,12 @@ import contextlib
 import copy
 import csv
 import gc
-import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torchvision
 from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
 
+from benchmarks.measure import ROOT, interleaved, machine, step_time
 from layers.drop_path import BREAK_EVEN, DropPath
 from layers.rates import drop_path_rates
 from models.config import MetaFormerConfig, PatchConfig
@@ -36,7 +35,6 @@ from stochastic_depth.places import find_owners, foreign_rate, misplaced
 from stochastic_depth.proof import _skip_against_mask, randomise_scales
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import set_drop_path
-from training.run_folder import describe_processor
 from training.threads import wait_passively
 
 wait_passively()  # before torch loads
@@ -52,8 +50,6 @@ FOLDED = [
     "deit3_small_patch16_224",
     "resmlp_12_224",
 ]
-
-ROOT = Path(__file__).resolve().parent
 
 # Small architectures of many families of timm and torchvision, one a line.
 ARCHITECTURES = ROOT / "benchmarks" / "architectures.txt"
@@ -134,73 +130,6 @@ class Branches(nn.Module):
             assert isinstance(drop_path, DropPath)
             x = drop_path.residual(x, branch)
         return x
-
-
-def step_time(model: nn.Module, images: Tensor) -> float:
-    """Seconds of one forward and backward pass."""
-    model.zero_grad(set_to_none=True)
-    _wait(images)
-    start = time.perf_counter()
-    model(images).float().square().mean().backward()
-    _wait(images)
-    return time.perf_counter() - start
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-
-
-def peak_memory(model: nn.Module, images: Tensor) -> float:
-    """MiB that one forward and backward pass allocates at its highest point, beside weights and images."""
-    model.zero_grad(set_to_none=True)
-    if images.is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step_time(model, images)
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step_time(model, images)
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # type: ignore[attr-defined]
-    return round(max(itertools.accumulate(changes)) / 2**20, 1)
-
-
-def realised_rate(model: nn.Module, batch: int, draws: int = 400) -> float:
-    """Share of samples that the model's drop-path modules drop, read off their outputs, over blocks."""
-    ones, zeros = torch.ones(batch, 1), torch.zeros(batch, 1)
-    modules = [m for m in model.modules() if isinstance(m, DropPath)]
-    with torch.no_grad():
-        kept = sum(
-            int(m.residual(ones, lambda x: x, zeros).count_nonzero()) for m in modules for _ in range(draws)
-        )  # fmt: skip
-    return round(1.0 - kept / (batch * draws * len(modules)), 4)
-
-
-def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
-    """Median seconds per step of each, its ratio to mask with quartiles, peak memory and realised rate."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for model in models.values():
-        step_time(model, images)
-    for _ in range(rounds):
-        for name, model in models.items():
-            times[name].append(step_time(model, images))
-            model.zero_grad(set_to_none=True)
-    results = {}
-    for name, model in models.items():
-        # ratio of paired rounds: what slows the machine down for a while slows both
-        ratios = [a / b for a, b in zip(times["mask"], times[name], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        results[name] = {
-            "seconds": round(statistics.median(times[name]), 5),
-            "speedup_over_mask": round(middle, 4),
-            "quartiles": [round(low, 4), round(high, 4)],
-            "peak_mb": peak_memory(model, images),
-            "realised_rate": realised_rate(model, len(images)),
-        }
-        model.zero_grad(set_to_none=True)
-    return results
 
 
 def drop_path_benchmark(args: argparse.Namespace) -> dict[str, Any]:
@@ -516,12 +445,6 @@ def busy_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         f"beside a process of two computing threads: {median['ratio']:.2f} of the throughput alone (wanted: {WANTED})"
     )
     return {"machine": machine(threads), "rows": rows, "median": median, "wanted": WANTED}
-
-
-def machine(threads: int) -> str:
-    """Processor, cores, threads in use, and GPU."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return f"{describe_processor()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {device}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,89 @@
+"""Measures: interleaved timings, peak memory, realised rates."""
+
+import itertools
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layers.drop_path import DropPath
+from training.run_folder import describe_processor
+
+ROOT = Path(__file__).resolve().parent
+
+
+def step_time(model: nn.Module, images: Tensor) -> float:
+    """Seconds of one forward and backward pass."""
+    model.zero_grad(set_to_none=True)
+    _wait(images)
+    start = time.perf_counter()
+    model(images).float().square().mean().backward()
+    _wait(images)
+    return time.perf_counter() - start
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def peak_memory(model: nn.Module, images: Tensor) -> float:
+    """MiB that one forward and backward pass allocates at its highest point, beside weights and images."""
+    model.zero_grad(set_to_none=True)
+    if images.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step_time(model, images)
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step_time(model, images)
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # type: ignore[attr-defined]
+    return round(max(itertools.accumulate(changes)) / 2**20, 1)
+
+
+def realised_rate(model: nn.Module, batch: int, draws: int = 400) -> float:
+    """Share of samples that the model's drop-path modules drop, read off their outputs, over blocks."""
+    ones, zeros = torch.ones(batch, 1), torch.zeros(batch, 1)
+    modules = [m for m in model.modules() if isinstance(m, DropPath)]
+    with torch.no_grad():
+        kept = sum(
+            int(m.residual(ones, lambda x: x, zeros).count_nonzero()) for m in modules for _ in range(draws)
+        )  # fmt: skip
+    return round(1.0 - kept / (batch * draws * len(modules)), 4)
+
+
+def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
+    """Median seconds per step of each, its ratio to mask with quartiles, peak memory and realised rate."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        step_time(model, images)
+    for _ in range(rounds):
+        for name, model in models.items():
+            times[name].append(step_time(model, images))
+            model.zero_grad(set_to_none=True)
+    results = {}
+    for name, model in models.items():
+        # ratio of paired rounds: what slows the machine down for a while slows both
+        ratios = [a / b for a, b in zip(times["mask"], times[name], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        results[name] = {
+            "seconds": round(statistics.median(times[name]), 5),
+            "speedup_over_mask": round(middle, 4),
+            "quartiles": [round(low, 4), round(high, 4)],
+            "peak_mb": peak_memory(model, images),
+            "realised_rate": realised_rate(model, len(images)),
+        }
+        model.zero_grad(set_to_none=True)
+    return results
+
+
+def machine(threads: int) -> str:
+    """Processor, cores, threads in use, and GPU."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{describe_processor()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {device}"
