@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import busy_neighbour, main, train_digits
+from benchmark import busy_neighbour, main
+from benchmarks.digits import train_digits
 
 TINY = [
     "model.name=caformer_n4",
