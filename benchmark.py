@@ -1,17 +1,14 @@
 """Speed and memory side by side, in one process, in turns: `python benchmark.py --help`."""
 
 import argparse
-import contextlib
 import copy
-import csv
 import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,8 @@ from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
 
 from benchmarks.any_model import any_model_table
-from benchmarks.digits import digits_seeds, train_digits
+from benchmarks.busy import busy_benchmark
+from benchmarks.digits import digits_seeds
 from benchmarks.measure import interleaved, machine, step_time
 from layers.drop_path import BREAK_EVEN, DropPath
 from layers.rates import drop_path_rates
@@ -49,9 +47,6 @@ FOLDED = [
     "deit3_small_patch16_224",
     "resmlp_12_224",
 ]
-
-# Share of its throughput that a run should keep beside a busy process: a fair share of two cores for one thread is 1/2.
-WANTED = 0.4
 
 
 class FlooredDropPath(DropPath):
@@ -232,53 +227,6 @@ def fold_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         )
         print(rows[-1], flush=True)
     return {"rows": rows}
-
-
-NEIGHBOUR = """
-import os, torch
-torch.set_num_threads(2)
-parent, matrix = os.getppid(), torch.randn(1024, 1024)
-matrix @ matrix
-print("computing", flush=True)
-while os.getppid() == parent:  # does not outlive the benchmark
-    matrix @ matrix
-"""
-"""A process of two computing threads that wait as they do by default: spinning."""
-
-
-@contextlib.contextmanager
-def busy_neighbour() -> Iterator[None]:
-    """Another process computes with two threads."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
-    with subprocess.Popen([sys.executable, "-c", NEIGHBOUR], stdout=subprocess.PIPE, env=environment) as process:
-        try:
-            assert process.stdout is not None and process.stdout.readline() == b"computing\n"
-            yield
-        finally:
-            process.kill()
-
-
-def busy_benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Throughput of the default training run beside a process of two computing threads, over its throughput alone."""
-    sides = {"alone": contextlib.nullcontext, "beside": busy_neighbour}
-    rows, threads = [], 0
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(args.rounds):
-            row: dict[str, float] = {}
-            for side, company in sides.items():
-                output = Path(folder) / f"{side}-{number}"
-                with company():
-                    threads = train_digits(output, [f"optim.epochs={args.epochs}", *args.overrides])
-                with (output / "metrics.csv").open() as file:
-                    rates = [float(epoch["images_per_second"]) for epoch in csv.DictReader(file)]
-                row[side] = round(statistics.median(rates), 1)
-            rows.append({**row, "ratio": round(row["beside"] / row["alone"], 3)})
-            print(rows[-1], flush=True)
-    median = {key: round(statistics.median(r[key] for r in rows), 3) for key in rows[0]}
-    print(
-        f"beside a process of two computing threads: {median['ratio']:.2f} of the throughput alone (wanted: {WANTED})"
-    )
-    return {"machine": machine(threads), "rows": rows, "median": median, "wanted": WANTED}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import busy_neighbour, main
+from benchmark import main
+from benchmarks.busy import busy_neighbour
 from benchmarks.digits import train_digits
 
 TINY = [
