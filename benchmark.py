@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -15,50 +14,11 @@ from benchmarks.any_model import any_model_table
 from benchmarks.busy import busy_benchmark
 from benchmarks.digits import digits_seeds
 from benchmarks.drop_path import RATES, drop_path_benchmark, limits_benchmark
+from benchmarks.fold import FOLDED, fold_benchmark
 from benchmarks.measure import machine
-from models.export import compare_speed
-from models.factory import create_model
-from models.fold import fold_scales
-from stochastic_depth.proof import randomise_scales
 from training.threads import wait_passively
 
 wait_passively()  # before torch loads
-
-
-FOLDED = [
-    "poolformer_s12",
-    "poolformerv2_s12",
-    "convformer_s18",
-    "caformer_s18",
-    "deit3_small_patch16_224",
-    "resmlp_12_224",
-]
-
-
-def fold_benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """The inference form with folded scales against the model itself, in evaluation."""
-    torch.manual_seed(0)
-    rows = []
-    for name in args.models:
-        model = create_model(name).eval()
-        randomise_scales(model)
-        folded = fold_scales(model).eval()
-        images = torch.randn(2, *model.pretrained_cfg["input_size"])
-        with torch.inference_mode():
-            expected, got = model(images), folded(images)
-        before, after = compare_speed(model, folded, batch=args.batch, rounds=args.rounds)
-        rows.append(
-            {
-                "model": name,
-                "batch": args.batch,
-                "images_per_second": round(before, 2),
-                "folded": round(after, 2),
-                "speedup": round(after / before, 4),
-                "largest_relative_error": float(f"{float((got - expected).abs().max() / expected.abs().max()):.2g}"),
-            }
-        )
-        print(rows[-1], flush=True)
-    return {"rows": rows}
 
 
 def main(argv: list[str] | None = None) -> int:
