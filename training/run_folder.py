@@ -59,7 +59,7 @@ class RunFolder:
         return os.path.exists(self.config)  # false, no error, behind a folder that may not be entered
 
     def read_data(self) -> dict[str, Any] | None:
-        """The identity of the data that the run began with (`training.data.build.data_identity`); None where it is not told."""
+        """The identity of the data that the run began with (`training.data.identity`); None where it is not told."""
         try:
             identity = json.loads(self.data.read_bytes())
         except (OSError, ValueError, RecursionError):

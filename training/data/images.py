@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from files.errors import ConfigError
-from training.data.build import logger
 from training.data.dataset import DataBundle
 from training.data.transforms import ImageSpec, _seeded, _train_transform, _val_transform
 
 if TYPE_CHECKING:
     from training.config import AugmentSection
+
+logger = logging.getLogger(__name__)
 
 
 # Up to here every image is decoded before training (seconds); above, only header and end of file are looked at.
