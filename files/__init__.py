@@ -1,1 +1,1 @@
-"""TODO"""
+"""Errors, strict YAML and durable files; imports nothing of ours."""

@@ -1,24 +1,17 @@
-"""A run as one self-contained HTML page, runs side by side, and the README's pictures of stochastic depth.
-
-    python -m training.report.page RUN                                  writes RUN/report.html again
-    python -m training.report.page --compare RUN1 RUN2 --output FILE    overlays runs
-    python -m training.report.page --pictures DIR                       rates by depth, by depth and time, and a batch
+"""A run as one self-contained HTML page, and runs side by side.
 
 A page is made from files alone (config.yaml, environment.json, metrics.csv, summary.json, drop_path.csv), so it can be
 made again anywhere, and from what a killed run left behind. Accuracies are percentages; `seconds` counts from the
 run's start.
 """
 
-import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 
+from files.durable import CheckpointError, save_text
 from files.errors import ConfigError
-from pictures import write_pictures
 from training.report.charts import _compare_charts, _rates_chart, _run_charts, _schedule_chart
 from training.report.runs import read_run
 from training.report.words import (
@@ -205,7 +198,7 @@ def write_report(run: Path) -> Path:
         rates=_rates_chart(data.blocks) if data.blocks else (),
         planned=_schedule_chart(data),
     )
-    return _write(run / "report.html", html)
+    return save_page(run / "report.html", html)
 
 
 def write_comparison(runs: Sequence[Path], output: Path) -> Path:
@@ -224,47 +217,17 @@ def write_comparison(runs: Sequence[Path], output: Path) -> Path:
         dashes=("none", "7 3", "2 3", "8 3 2 3"),
         curves=_compare_charts(data),
     )
-    return _write(output, html)
+    return save_page(output, html)
 
 
-def _write(path: Path, text: str) -> Path:
-    """Writes beside the final place and renames, so that a reader never meets half a page."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def save_page(path: Path, text: str) -> Path:
+    """Writes a page so that a reader never meets half of it, and returns its path.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
     try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {str(path)!r}: {error.strerror}") from None
+        save_text(path, text)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
     return path
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, or 2 for a mistake in what was given."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.report.page", description=(__doc__ or "").split("\n", 1)[0]
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder whose report.html is written again")
-    what.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="run folders to overlay; needs --output")
-    what.add_argument("--pictures", type=Path, metavar="DIR", help="folder for the README's pictures")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the page that --compare writes")
-    given = parser.parse_args(arguments)
-    if (given.compare is None) != (given.output is None):
-        parser.error("--compare and --output go together")
-    try:
-        if given.compare is not None:
-            written = [write_comparison(given.compare, given.output)]
-        elif given.pictures is not None:
-            written = write_pictures(given.pictures)
-        else:
-            written = [write_report(given.run)]
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(*written, sep="\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
