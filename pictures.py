@@ -20,7 +20,7 @@ from layers.drop_path import DropPath
 from layers.rates import ProfileName, drop_path_rates
 from layers.schedule import DropPathSchedule
 from models.config import MetaFormerConfig
-from training.report.charts import _NO_METADATA, draw_heat_map
+from training.report.charts import NO_METADATA, draw_heat_map
 from training.report.page import _write
 
 _COLOURS = (
@@ -143,7 +143,7 @@ def _picture(name: str, draw: Callable[[], Figure]) -> str:
     }
     with matplotlib.rc_context(rc):
         text = io.StringIO()
-        draw().savefig(text, format="svg", metadata=_NO_METADATA, facecolor="white")
+        draw().savefig(text, format="svg", metadata=NO_METADATA, facecolor="white")
     return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.MULTILINE)
 
 

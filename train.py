@@ -13,7 +13,7 @@ from training.data.dataset import ReadError
 from training.data.skipping import lost_worker
 from training.distributed import close_world, init_world
 from training.loop import NonFiniteError
-from training.run import _warn, run
+from training.run import run, warn
 from training.run_folder import RunFolder, latest_run
 from training.threads import wait_passively
 
@@ -99,7 +99,7 @@ def with_class_names(config: TrainConfig) -> TrainConfig:
     try:
         names = class_names_of_data(config.data)
     except ConfigError as error:
-        _warn(f"data.class_names is not known: {error}")
+        warn(f"data.class_names is not known: {error}")
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"class_names": names})})
 

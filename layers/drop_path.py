@@ -476,7 +476,7 @@ def _add_masked(shortcut: Tensor, out: Tensor, scale: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Draw:
+class Draw:
     """One draw on its way from the beginning of a branch or block to its end."""
 
     batch: int
@@ -488,7 +488,7 @@ class _Draw:
         """The branch's output for those samples that are computed, each by its factor."""
         return out if self.scale is None else out * self.scale.to(out.dtype).view(-1, *(1,) * (out.ndim - 1))
 
-    def as_mask(self) -> "_Draw":
+    def as_mask(self) -> "Draw":
         """The same draw for a branch that is computed in full."""
         if self.kept is None or self.scale is None:
             return self

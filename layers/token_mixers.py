@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.kernels import _depthwise_conv
+from layers.kernels import depthwise_conv
 from layers.mlp import StarReLU, build_act
 from layers.patch_embed import check_grid, check_positions
 
@@ -121,7 +121,7 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting() and self.compiles_for_training():
-            return _depthwise_conv(x, self.weight.to(x.dtype))
+            return depthwise_conv(x, self.weight.to(x.dtype))
         y = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)  # (B, C, H, W), channels_last in memory
         return y.permute(0, 2, 3, 1)
 

@@ -10,7 +10,7 @@ from torch import nn
 from files.errors import ConfigError
 from layers.drop_path import Mode
 from models.config import MetaFormerConfig, override_config
-from models.loading import _check_trained_as, _published, _section, load_into
+from models.loading import check_trained_as, known_section, load_into, published_facts
 from models.metaformer import MetaFormer
 from models.published import load_timm_pretrained
 from models.registry import model_config
@@ -74,14 +74,14 @@ def create_model(
         set_class_names(model, class_names)
 
     if pretrained:
-        saved = _published(config)
-        checks = _check_trained_as(config, saved, f"published weights of {name}", overrides)  # before fetching them
+        saved = published_facts(config)
+        checks = check_trained_as(config, saved, f"published weights of {name}", overrides)  # before fetching them
         state, origin = load_timm_pretrained(config)
         trained = None  # published weights do not name their classes
     elif checkpoint is not None:
         origin = str(checkpoint)
         state, saved = load_weights(Path(checkpoint))
-        checks = _check_trained_as(config, saved or {}, origin, overrides)
+        checks = check_trained_as(config, saved or {}, origin, overrides)
         trained = trained_class_names(saved or {})
     else:
         return model
@@ -152,7 +152,7 @@ def trained_class_names(saved: Mapping[str, Any]) -> list[str] | None:
 
 
 def _trained_classes(saved: Mapping[str, Any]) -> Any:
-    return _section(saved, "model").get("num_classes", saved.get("num_classes"))
+    return known_section(saved, "model").get("num_classes", saved.get("num_classes"))
 
 
 def _some(names: Sequence[str]) -> str:

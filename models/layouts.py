@@ -77,7 +77,7 @@ def from_timm(state: Mapping[str, Tensor]) -> StateDict:
     """
     layout = next((layout for marker, layout in _TIMM_MARKERS.items() if marker in state), "MetaFormer")
     if layout == "MetaFormer":
-        return {k: v.flatten(1) if _is_pointwise(k) and v.ndim == 4 else v for k, v in state.items()}
+        return {k: v.flatten(1) if is_pointwise(k) and v.ndim == 4 else v for k, v in state.items()}
     return {_rename(k, _TIMM[layout]): v.flatten() if _is_affine(k) else v for k, v in state.items()}
 
 
@@ -91,7 +91,7 @@ def to_timm(state: Mapping[str, Tensor], config: MetaFormerConfig) -> StateDict:
         mixers = config.per_stage(config.token_mixer)
         for key, value in state.items():
             in_conv_stage = key.startswith("stages.") and mixers[int(key.split(".")[1])] != "attention"
-            out[key] = value[:, :, None, None] if in_conv_stage and _is_pointwise(key) else value
+            out[key] = value[:, :, None, None] if in_conv_stage and is_pointwise(key) else value
         return out
     # timm has two names for the head's norm, by whether it comes before an average or behind it
     behind = config.head.order == "pool_norm" and config.head.pool == "avg"
@@ -130,7 +130,7 @@ def _is_affine(timm_key: str) -> bool:
     return timm_key.endswith((".alpha", ".beta"))
 
 
-def _is_pointwise(key: str) -> bool:
+def is_pointwise(key: str) -> bool:
     return key.startswith("stages.") and key.endswith(
         (".fc1.weight", ".fc2.weight", ".pwconv1.weight", ".pwconv2.weight")
     )
@@ -141,7 +141,7 @@ def _is_pointwise(key: str) -> bool:
 # mmpretrain has sail-sg's PoolFormer with names of its own in the head, transformers has it with other names throughout.
 _HEAD = [(r"norm6?\.", "head.norm."), (r"head\.fc\.", "head.fc."), (r"head\.", "head.fc.")]
 
-_ORIGINALS: dict[str, tuple[str, list[tuple[str, str]]]] = {
+ORIGINALS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "sail-sg/poolformer": (
         "network.0.0.norm1.weight",
         [
@@ -181,7 +181,7 @@ _ORIGINALS: dict[str, tuple[str, list[tuple[str, str]]]] = {
 
 def original_layout(state: Mapping[str, Tensor]) -> str:
     """The one of `sail-sg/poolformer` (mmpretrain's too), `sail-sg/metaformer` and transformers' a state dict has, or ""."""
-    return next((name for name, (marker, _) in _ORIGINALS.items() if marker in state), "")
+    return next((name for name, (marker, _) in ORIGINALS.items() if marker in state), "")
 
 
 def from_original(state: Mapping[str, Tensor]) -> StateDict:
@@ -192,8 +192,8 @@ def from_original(state: Mapping[str, Tensor]) -> StateDict:
     """
     layout = original_layout(state)
     if not layout:
-        raise ValueError(f"not in the layout of {' or '.join(_ORIGINALS)}: {next(iter(state), 'empty')!r}")
-    patterns = _ORIGINALS[layout][1]
+        raise ValueError(f"not in the layout of {' or '.join(ORIGINALS)}: {next(iter(state), 'empty')!r}")
+    patterns = ORIGINALS[layout][1]
 
     def rename(key: str) -> str:
         for pattern, replacement in patterns:

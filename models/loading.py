@@ -21,7 +21,7 @@ from files.errors import ConfigError, nearest
 from files.strict_yaml import validate
 from layers.patch_embed import TokenEmbed
 from models.config import MetaFormerConfig, idle_keys, override_config
-from models.layouts import _ORIGINALS, StateDict, _is_pointwise, from_original, from_timm, original_layout, timm_head
+from models.layouts import ORIGINALS, StateDict, from_original, from_timm, is_pointwise, original_layout, timm_head
 from models.metaformer import MetaFormer
 from models.published import published_config
 from models.registry import is_model, list_models, model_config
@@ -58,7 +58,7 @@ def load_into(
     own, given = model.state_dict(), state
     state, taken_off = _unwrapped(state)
     layout = original_layout(state)
-    in_timm_shapes = not layout and any(_is_pointwise(k) and v.ndim == 4 for k, v in state.items())
+    in_timm_shapes = not layout and any(is_pointwise(k) and v.ndim == 4 for k, v in state.items())
     state = in_our_layout(state)
     lines = [f"weights from {origin}" + (f", in the layout of {layout}" if layout else "")]
     lines[0] += f", {taken_off}" if taken_off else ""
@@ -153,7 +153,7 @@ def _advise_on_names(state: Mapping[str, Tensor], origin: str) -> str:
     if prefixes == [""] or not state:
         return ""
     if not prefixes:
-        return f"\nlayouts that are read are ours, timm's, and those of {', '.join(_ORIGINALS)}"
+        return f"\nlayouts that are read are ours, timm's, and those of {', '.join(ORIGINALS)}"
     if len(prefixes) == 1:
         other = next(key for key in state if not key.startswith(prefixes[0]))
         what = f"its network's names begin with {prefixes[0]!r}, and beside it is {other}"
@@ -231,7 +231,7 @@ def trained_config(saved: Mapping[str, Any], origin: str) -> MetaFormerConfig | 
         hint = nearest(architecture, list_models())
         raise ConfigError(f"{origin}: weights of {architecture!r}, which is not in the zoo{hint}")
     config = model_config(max(names, key=len))
-    said, arguments = _section(saved, "pretrained_cfg"), _section(saved, "model_args")
+    said, arguments = known_section(saved, "pretrained_cfg"), known_section(saved, "model_args")
     facts: dict[str, Any] = {key: said[key] for key in _IMAGES if said.get(key) not in (None, "random")}
     facts["num_classes"] = saved.get("num_classes", config.num_classes)
     if isinstance(size := said.get("input_size"), list) and len(size) == 3:
@@ -249,11 +249,11 @@ def trained_config(saved: Mapping[str, Any], origin: str) -> MetaFormerConfig | 
     return override_config(config, facts, source=f"{origin}: model {architecture}")
 
 
-def _section(saved: Mapping[str, Any], key: str) -> dict[str, Any]:
+def known_section(saved: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value := saved.get(key), dict) else {}
 
 
-def _published(config: MetaFormerConfig) -> dict[str, Any]:
+def published_facts(config: MetaFormerConfig) -> dict[str, Any]:
     """What a config.json beside the published weights that `load_timm_pretrained` takes would say of them."""
     if not config.pretrained:
         return {}
@@ -268,7 +268,7 @@ _FREE |= {"pretrained", "published"}
 _IMAGES = ("crop_pct", "interpolation", "mean", "std")  # how images are prepared: said, not refused
 
 
-def _check_trained_as(
+def check_trained_as(
     config: MetaFormerConfig, saved: Mapping[str, Any], origin: str, overrides: Mapping[str, Any]
 ) -> list[str]:
     """Compares a model with the one that its weights are of, in all that is more than a choice of use.

@@ -64,6 +64,6 @@ def stage_depths(model: nn.Module, blocks: Sequence[Block]) -> list[int]:
     return depths
 
 
-def _input_size(model: nn.Module) -> Sequence[int] | None:
+def model_input_size(model: nn.Module) -> Sequence[int] | None:
     config = getattr(model, "pretrained_cfg", None)
     return config.get("input_size") if isinstance(config, Mapping) else None

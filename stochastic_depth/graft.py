@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.branches import batch_norms, samples_to_compute, takes_batch_statistics
-from layers.drop_path import DropPath, Mode, _Draw, wants_known_batch
+from layers.drop_path import Draw, DropPath, Mode, wants_known_batch
 from stochastic_depth.law import bounded, drop_law
 from stochastic_depth.places import branch_ends, find_owners, is_identity, misplaced, unknown_modules
 
@@ -38,10 +38,10 @@ class GraftedDropPath(DropPath):
         self.reason = ""  # why it does not skip, or skips with its whole block
         self.tried = False  # whether `convert_to_skip` has looked at it
         self.applied = True  # whether a forward pass calls it at all: blocks without a shortcut do not
-        self.begins: tuple[_Entry, ...] = ()
+        self.begins: tuple[Entry, ...] = ()
         self.takes_nothing = False
         self.has_batch_norm = False
-        self._draw: _Draw | None = None
+        self._draw: Draw | None = None
         self._batch = 0  # of the block around it, where its branch begins with windows of samples
 
     @property
@@ -66,7 +66,7 @@ class GraftedDropPath(DropPath):
         if torch.compiler.is_compiling():
             if parts.masked_compiled:
                 self._count(batch, count_tensor)
-                self._draw = _Draw(batch, None, (order.argsort() < count_tensor) * scale)
+                self._draw = Draw(batch, None, (order.argsort() < count_tensor) * scale)
                 return None
             least = 0 if self.takes_nothing else 1
             computed_tensor = count_tensor.clamp(min=least)
@@ -86,10 +86,10 @@ class GraftedDropPath(DropPath):
             self._count(batch, count_tensor, computed)
         if not torch.compiler.is_compiling() and computed == batch:
             mask = None if self.rate == 0.0 else (order.argsort() < count_tensor) * scale
-            self._draw = _Draw(batch, None, mask, nothing)
+            self._draw = Draw(batch, None, mask, nothing)
             return None
         kept = order.narrow(0, 0, computed)
-        self._draw = _Draw(batch, kept, (torch.arange(computed, device=x.device) < count_tensor) * scale, nothing)
+        self._draw = Draw(batch, kept, (torch.arange(computed, device=x.device) < count_tensor) * scale, nothing)
         if groups == 1:
             return x.index_select(0, kept)
         grouped = x.reshape(batch, groups, *x.shape[1:]).index_select(0, kept)  # (B', groups, ...)
@@ -296,7 +296,7 @@ def graft(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """Where a branch begins.
 
     Attributes:
@@ -312,7 +312,7 @@ class _Entry:
     parts: tuple[str, ...] = ()
 
 
-def _hook_branch(owner: nn.Module, entries: Sequence[_Entry], drop_path: GraftedDropPath) -> None:
+def hook_branch(owner: nn.Module, entries: Sequence[Entry], drop_path: GraftedDropPath) -> None:
     drop_path.role, drop_path.begins = "branch", tuple(entries)
     if any(entry.windows for entry in entries):
         owner.register_forward_pre_hook(NoteBatch(drop_path))
@@ -330,7 +330,7 @@ def _hook_branch(owner: nn.Module, entries: Sequence[_Entry], drop_path: Grafted
     _keep_statistics(owner, {part for entry in entries for part in entry.parts}, drop_path)
 
 
-def _hook_block(owner: nn.Module, drop_paths: Sequence[GraftedDropPath]) -> None:
+def hook_block(owner: nn.Module, drop_paths: Sequence[GraftedDropPath]) -> None:
     names = [name for name, _ in owner.named_modules() if name]
     skip = BlockSkip(drop_paths, parts := Parts(owner, names))
     for i, module in enumerate(drop_paths):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.drop_path import DropPath
-from stochastic_depth.graft import _Entry, grafted
+from stochastic_depth.graft import Entry, grafted
 from stochastic_depth.law import undisturbed
 from stochastic_depth.places import Owner
 
@@ -96,7 +96,7 @@ def _probe(model: nn.Module, input_size: Sequence[int], *, images: int = PROBE_B
 
 
 @dataclass
-class _Call:
+class Call:
     """One call of an owner in the probe: its arguments, and how it called its slots.
 
     Attributes:
@@ -106,7 +106,7 @@ class _Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    slots: dict[str, list["_SlotCall"]] = field(default_factory=dict)
+    slots: dict[str, list["SlotCall"]] = field(default_factory=dict)
     parts: list[tuple[str, int]] = field(default_factory=list)
     times: int = 1
 
@@ -123,35 +123,35 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class _SlotCall:
+class SlotCall:
     """One call of a slot: the rows it was given, and the parts at which its branch may begin, in the order to try."""
 
     rows: int
-    entries: list[_Entry]
+    entries: list[Entry]
 
 
-def _slot_call(rows: int, call: _Call) -> _SlotCall:
+def _slot_call(rows: int, call: Call) -> SlotCall:
     entries = []
     names = [name for name, _ in call.parts]
     for part, given in sorted(call.parts, key=lambda part: part[0].count(".")):  # outer ones first; the sort is stable
         parts = tuple(names[names.index(part) :])
         if given == rows:
-            entries.append(_Entry(part, parts=parts))
+            entries.append(Entry(part, parts=parts))
         elif rows and rows == call.rows and given % rows == 0:
-            entries.append(_Entry(part, windows=True, parts=parts))
-    return _SlotCall(rows, entries[:CANDIDATES])
+            entries.append(Entry(part, windows=True, parts=parts))
+    return SlotCall(rows, entries[:CANDIDATES])
 
 
-def _structure(module: nn.Module) -> tuple[Any, ...]:
+def structure(module: nn.Module) -> tuple[Any, ...]:
     """What two modules have in common when they compute alike: classes and shapes of all parts."""
     parts = [(name, type(m).__qualname__, m.extra_repr()) for name, m in module.named_modules()
              if not isinstance(m, DropPath)]  # fmt: skip
     return tuple(parts), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
 
-def _watch(model: nn.Module, owners: list[Owner], input_size: Sequence[int]) -> dict[str, _Call]:
+def watch_calls(model: nn.Module, owners: list[Owner], input_size: Sequence[int]) -> dict[str, Call]:
     """Runs forward passes on random images and notes how owners and their parts are called: in training, if they are."""
-    calls: dict[str, _Call] = {}
+    calls: dict[str, Call] = {}
     numbers = {owner.name: i for i, owner in enumerate(owners)}
 
     def look(training: bool) -> set[int]:
@@ -163,8 +163,8 @@ def _watch(model: nn.Module, owners: list[Owner], input_size: Sequence[int]) -> 
     return calls
 
 
-def _watch_once(model: nn.Module, owners: list[Owner], input_size: Sequence[int], training: bool) -> dict[str, _Call]:
-    calls: dict[str, _Call] = {}
+def _watch_once(model: nn.Module, owners: list[Owner], input_size: Sequence[int], training: bool) -> dict[str, Call]:
+    calls: dict[str, Call] = {}
     handles = []
 
     def note_owner(owner: Owner) -> Callable[..., None]:
@@ -172,7 +172,7 @@ def _watch_once(model: nn.Module, owners: list[Owner], input_size: Sequence[int]
             if owner.name in calls:
                 calls[owner.name].times += 1
             else:
-                calls[owner.name] = _Call(_for_trials(args), _for_trials(kwargs))
+                calls[owner.name] = Call(_for_trials(args), _for_trials(kwargs))
 
         return hook
 
@@ -207,7 +207,7 @@ def _watch_once(model: nn.Module, owners: list[Owner], input_size: Sequence[int]
 HALF = (torch.float16, torch.bfloat16)
 
 
-def _in_float32(module: nn.Module) -> nn.Module:
+def in_float32(module: nn.Module) -> nn.Module:
     """All half-precision tensors of a module as float32, in which skipping and masking differ by rounding alone."""
     module._apply(lambda tensor: tensor.float() if tensor.dtype in HALF else tensor)
     for part in module.modules():
@@ -232,13 +232,13 @@ def _for_trials(value: Any) -> Any:
     return value
 
 
-def _clone(value: Any, grad: bool = False) -> Any:
+def clone(value: Any, grad: bool = False) -> Any:
     """Tensors in tuples, lists and dicts copied; floating ones asked for gradients if `grad`."""
     if isinstance(value, Tensor):
         copied = value.detach().clone()
         return copied.requires_grad_() if grad and copied.is_floating_point() else copied
     if isinstance(value, dict):
-        return {k: _clone(v, grad) for k, v in value.items()}
+        return {k: clone(v, grad) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_clone(v, grad) for v in value)
+        return type(value)(clone(v, grad) for v in value)
     return value

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from layers.drop_path import DropPath
-from stochastic_depth.graft import GraftedDropPath, Parts, Role, _Entry, _hook_block, _hook_branch, grafted
+from stochastic_depth.graft import Entry, GraftedDropPath, Parts, Role, grafted, hook_block, hook_branch
 from stochastic_depth.law import full_precision, undisturbed
 from stochastic_depth.places import Owner, find_owners
-from stochastic_depth.probe import _Call, _clone, _in_float32, _SlotCall, _structure, _watch
+from stochastic_depth.probe import Call, SlotCall, clone, in_float32, structure, watch_calls
 
 TOLERANCE = 1e-4  # of float32, in which conversions are tried
 
@@ -51,7 +51,7 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Convers
     """
     owners = [o for o in find_owners(model) if all(isinstance(s, GraftedDropPath) for s in o.slots.values())]
     with undisturbed(model), full_precision(next(model.parameters()).device):
-        calls = _watch(model, [owner for owner in owners if not owner.beside], input_size)
+        calls = watch_calls(model, [owner for owner in owners if not owner.beside], input_size)
         found: dict[Any, dict[str, Any]] = {}
         conversions = []
         for owner in owners:
@@ -64,7 +64,7 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Convers
                 _install(owner, {"reason": f"samples lie in dimension {dims.pop()} there, behind tokens"}, conversion)
             else:
                 call = calls[owner.name]
-                key = (*_structure(owner.module), *call.shapes)
+                key = (*structure(owner.module), *call.shapes)
                 if key not in found:
                     found[key] = _try(owner, call)
                     found[key]["takes_nothing"] = _taking_nothing(owner, call, found[key])
@@ -95,18 +95,18 @@ class _NothingKept(_FixedDraw):
         return torch.full((len(x),), self.drop_prob == 0.0, device=x.device)
 
 
-def _try(owner: Owner, call: _Call) -> dict[str, Any]:
+def _try(owner: Owner, call: Call) -> dict[str, Any]:
     """How an owner of this structure can skip: the first module of each branch, or the block, or a reason."""
     if call.times > 1:
         return {"reason": "called more than once in a forward pass"}
     unused = [slot for slot in owner.slots if slot not in call.slots]
     if unused:
         return {"reason": f"{', '.join(unused)} is not applied: the block has no shortcut"}
-    entries: dict[str, list[_Entry]] = {}
+    entries: dict[str, list[Entry]] = {}
     kinds: dict[str, str] = {}
     whole = True
     for slot in owner.slots:
-        found: list[_Entry] = []
+        found: list[Entry] = []
         for slot_call in call.slots[slot]:
             for i, entry in enumerate(slot_call.entries):
                 if not _disagreement(owner, call, {slot: [entry]}):
@@ -131,7 +131,7 @@ def _try(owner: Owner, call: _Call) -> dict[str, Any]:
     failure = _disagreement(owner, call, None)
     if not failure:
         return {"block": True, "reason": "its branches cannot be skipped one by one"}
-    agreed: dict[str, list[_Entry]] = {}  # as many branches as agree together
+    agreed: dict[str, list[Entry]] = {}  # as many branches as agree together
     for slot, found in entries.items():
         if not _disagreement(owner, call, {**agreed, slot: found}):
             agreed[slot] = found
@@ -140,15 +140,15 @@ def _try(owner: Owner, call: _Call) -> dict[str, Any]:
     return {"entries": agreed, "kinds": kinds, "reason": why if len(agreed) < len(owner.slots) else ""}
 
 
-def _taking_nothing(owner: Owner, call: _Call, found: dict[str, Any]) -> set[str]:
+def _taking_nothing(owner: Owner, call: Call, found: dict[str, Any]) -> set[str]:
     """The slots whose branch, or block, takes an empty batch and gives every parameter its zero gradient then."""
     if found.get("block"):
         return set() if _disagreement(owner, call, None, draw=_NothingKept) else set(owner.slots)
-    entries: dict[str, list[_Entry]] = found.get("entries", {})
+    entries: dict[str, list[Entry]] = found.get("entries", {})
     return {slot for slot in entries if not _disagreement(owner, call, {slot: entries[slot]}, draw=_NothingKept)}
 
 
-def _has_matrices(owner: Owner, first: _Entry, slot_call: _SlotCall) -> bool:
+def _has_matrices(owner: Owner, first: Entry, slot_call: SlotCall) -> bool:
     """Whether a branch that begins at `first` holds a matrix; one that holds none is as cheap as pooling."""
     parts = [entry.part for entry in slot_call.entries]
     return any(_has_matrix(owner.module, part) for part in parts[parts.index(first.part) :])
@@ -159,14 +159,14 @@ def _has_matrix(module: nn.Module, part: str) -> bool:
 
 
 def _disagreement(
-    owner: Owner, call: _Call, entries: dict[str, list[_Entry]] | None, draw: type[_FixedDraw] = _FixedDraw
+    owner: Owner, call: Call, entries: dict[str, list[Entry]] | None, draw: type[_FixedDraw] = _FixedDraw
 ) -> str:
     """Runs a copy in float32, skipping and masking with the same kept set; returns what differs, or an empty string.
 
     `entries` gives the first module of the branches to skip, while the others are masked; `None` skips the block. `draw`
     says which samples those to be skipped keep.
     """
-    trial = _in_float32(copy.deepcopy(owner.module)).train()
+    trial = in_float32(copy.deepcopy(owner.module)).train()
     own = [trial.get_submodule(slot) for slot in owner.slots]
     for module in trial.modules():
         still = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, DropPath)
@@ -191,12 +191,12 @@ def _disagreement(
     except Exception as error:  # somebody's code may raise anything
         return f"masking failed with {type(error).__name__}"
     if entries is None:
-        _hook_block(trial, list(grafted(trial)))
+        hook_block(trial, list(grafted(trial)))
     else:
         for slot, found in entries.items():
             module = trial.get_submodule(slot)
             assert isinstance(module, GraftedDropPath)
-            _hook_branch(trial, found, module)
+            hook_branch(trial, found, module)
     try:
         result = _run(trial, call)
     except Exception as error:
@@ -214,9 +214,9 @@ def _disagreement(
     return ""
 
 
-def _run(module: nn.Module, call: _Call) -> list[Tensor | None]:
+def _run(module: nn.Module, call: Call) -> list[Tensor | None]:
     """Output, and the gradients of a fixed random projection of it, of inputs and parameters."""
-    args, kwargs = _clone(call.args, grad=True), _clone(call.kwargs, grad=True)
+    args, kwargs = clone(call.args, grad=True), clone(call.kwargs, grad=True)
     with torch.enable_grad():
         returned = module(*args, **kwargs)
         outs = [out for out in (returned if isinstance(returned, (tuple, list)) else [returned]) if _has_gradient(out)]
@@ -241,12 +241,12 @@ def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> Non
         slot.tried, slot.reason = True, conversion.reason
         slot.takes_nothing = key in found.get("takes_nothing", ())
     if found.get("block"):
-        _hook_block(owner.module, list(slots.values()))
+        hook_block(owner.module, list(slots.values()))
     else:
         entries = found.get("entries", {})
         for key, slot in slots.items():
             if key in entries:
-                _hook_branch(owner.module, entries[key], slot)
+                hook_branch(owner.module, entries[key], slot)
                 slot.kind, slot.reason = found["kinds"][key], ""
     conversion.roles = {key: slot.role for key, slot in slots.items()}
 
@@ -276,7 +276,7 @@ def randomise_scales(model: nn.Module) -> None:
                 parameter.uniform_(0.5, 1.5)
 
 
-def _skip_against_mask(model: nn.Module, images: Tensor) -> float:
+def skip_deviation(model: nn.Module, images: Tensor) -> float:
     """Largest relative deviation of outputs and gradients between skipping and masking the same samples."""
     results = []
     for other in (model, masking_twin(model)):

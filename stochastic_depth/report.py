@@ -28,7 +28,7 @@ NO_SHORTCUT = "no shortcut"
 """Mode of a foreign block that has a place for stochastic depth but no shortcut, so that nothing is dropped."""
 
 
-def _foreign_notes(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
+def foreign_notes(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
     """What became of the drop-path modules of a foreign model, a line per kind."""
     notes: dict[str, int] = {}
     for block in blocks:
@@ -156,7 +156,7 @@ def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = Non
         nominal = max((m.drop_prob for m in modules), default=0.0)
         rows.append(BlockReport(block.name, nominal, _describe_mode(modules), realised, share, saved))
     problems += _suspicions(inner, blocks, rows)
-    notes += _sharing(blocks, rows, problems) + _foreign_notes(inner, blocks)
+    notes += _sharing(blocks, rows, problems) + foreign_notes(inner, blocks)
     expected_depth = math.fsum(1.0 - r.nominal_rate for r in rows)
     saved_total = None if macs is None else math.fsum(r.saved_share or 0.0 for r in rows)
     return DropPathReport(rows, expected_depth, saved_total, problems, notes)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from layers.drop_path import BREAK_EVEN, MODES, DropPath, Mode, check_drop_prob
 from layers.rates import Profile, RateIs, check_request, drop_path_rates
 from layers.schedule import DropPathSchedule
-from stochastic_depth.blocks import Block, _input_size, find_blocks, stage_depths, unwrap
+from stochastic_depth.blocks import Block, find_blocks, model_input_size, stage_depths, unwrap
 from stochastic_depth.compute import count_macs
 from stochastic_depth.graft import GraftedDropPath, graft, grafted
 from stochastic_depth.places import is_foreign
 from stochastic_depth.probe import mark_applied
 from stochastic_depth.proof import convert_to_skip
-from stochastic_depth.report import _foreign_notes
+from stochastic_depth.report import foreign_notes
 
 
 @dataclass
@@ -101,7 +101,7 @@ def set_drop_path(
                 module.drop_prob = block_rate
                 module.multiplier = 1.0
                 module.reset_counts()
-        result = StochasticDepth(blocks, rates, schedule or DropPathSchedule(), _foreign_notes(unwrap(model), blocks))
+        result = StochasticDepth(blocks, rates, schedule or DropPathSchedule(), foreign_notes(unwrap(model), blocks))
         result.set_step(0)
     return result
 
@@ -155,7 +155,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _try_out(probe: Callable[[nn.Module, Sequence[int]], object], model: nn.Module, size: Sequence[int] | None) -> None:
-    size = size or _input_size(model) or (3, 224, 224)
+    size = size or model_input_size(model) or (3, 224, 224)
     try:
         probe(model, size)
     except Exception as error:  # somebody's model may raise anything

@@ -35,11 +35,11 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
 
-def _rates(setup: Setup) -> list[Any]:
+def drop_path_modules(setup: Setup) -> list[Any]:
     return [module for block in setup.depth.blocks for module in block.drop_paths.values()]
 
 
-class _ProgressBar:
+class ProgressBar:
     """A bar over all steps of the run on the main process, and a line per epoch."""
 
     def __init__(self, setup: Setup, progress: Progress) -> None:
@@ -56,7 +56,7 @@ class _ProgressBar:
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
         )
 
-    def __enter__(self) -> "_ProgressBar":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,7 +70,7 @@ class _ProgressBar:
         self.bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}", refresh=False)
         rate = progress.samples * self.setup.world.size / max(progress.epoch_seconds, 1e-9)
         lr = max(group["lr"] for group in self.setup.optimizer.param_groups)
-        drop = max(block.rate for block in _rates(self.setup))
+        drop = max(block.rate for block in drop_path_modules(self.setup))
         top1 = f" top-1 {self.top1}" if self.top1 else ""
         self.bar.set_postfix_str(
             f"loss {loss:.3f}{top1} {rate:.0f} images/s lr {lr:.2e} drop path {drop:.3f}", refresh=False
@@ -86,7 +86,7 @@ class _ProgressBar:
         )
 
 
-class _Board:
+class Board:
     """TensorBoard scalars of the main process."""
 
     def __init__(self, folder: RunFolder, world: World, progress: Progress) -> None:
@@ -95,7 +95,7 @@ class _Board:
         purge = progress.step or None
         self.writer = SummaryWriter(str(folder.tensorboard), purge_step=purge) if world.is_main else None
 
-    def __enter__(self) -> "_Board":
+    def __enter__(self) -> "Board":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -22,7 +22,7 @@ from models.weights import save_weights, weights_sha256
 from stochastic_depth.report import drop_path_report
 from training.checkpoint import Checkpoint, set_random_states
 from training.config import dump_config
-from training.console import StopSignals, _Board, _ProgressBar, _rates
+from training.console import Board, ProgressBar, StopSignals, drop_path_modules
 from training.data.dataset import ReadError
 from training.distributed import World, stop_together
 from training.evaluation import evaluate
@@ -131,7 +131,7 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
 
     start = saved_step = progress.step  # what is known to be on disk; nothing has to be at step 0
 
-    with StopSignals() as signals, _Board(folder, world, progress) as board, _ProgressBar(setup, progress) as bar:
+    with StopSignals() as signals, Board(folder, world, progress) as board, ProgressBar(setup, progress) as bar:
         try:
             while progress.epoch < config.optim.epochs:
                 model.train()
@@ -213,7 +213,7 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
         "train_loss": loss_sum / samples,
         **metrics,
         "lr": max(group["lr"] for group in setup.optimizer.param_groups),
-        "drop_path_rate": max(block.rate for block in _rates(setup)),
+        "drop_path_rate": max(block.rate for block in drop_path_modules(setup)),
         "images_per_second": samples / progress.epoch_seconds,
         "seconds": progress.seconds,
     }

@@ -21,13 +21,13 @@ def run(args: argparse.Namespace, config: TrainConfig, path: Path | None, world:
             checkpoint = load_checkpoint(Path(args.resume), rank=world.rank, world_size=world.size)
         else:
             checkpoint = latest_checkpoint(
-                RunFolder(path).checkpoints, rank=world.rank, world_size=world.size, warn=_warn
+                RunFolder(path).checkpoints, rank=world.rank, world_size=world.size, warn=warn
             )
         same_data = checkpoint.shared.get("data") if checkpoint is not None else RunFolder(path).read_data()
     setup = build(config, world, load_checkpoint=checkpoint is None, same_data=same_data)
     if checkpoint is not None and path is not None and world.is_main:
         for change in changed_environment(RunFolder(path), world):
-            _warn(f"{change}; the result will not be bit-equal to an uninterrupted run's")
+            warn(f"{change}; the result will not be bit-equal to an uninterrupted run's")
     name = args.config.stem if args.config else "digits"
     folder = RunFolder(path or new_run_path(name, world))
     check_same_run(folder, setup.config, resuming=bool(args.resume))
@@ -91,5 +91,5 @@ def check_same_run(folder: RunFolder, config: TrainConfig, *, resuming: bool) ->
             )
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)

@@ -22,9 +22,9 @@ import numpy as np
 
 from files.errors import ConfigError
 from training.data.dataset import DataBundle
-from training.data.digits import DIGIT_NAMES, _digits_bundle
-from training.data.folder import LeftOut, _folder_bundle, _scan, _train_and_val_folders
-from training.data.transforms import ImageSpec, _check_spec
+from training.data.digits import DIGIT_NAMES, digits_bundle
+from training.data.folder import LeftOut, folder_bundle, scan, train_and_val_folders
+from training.data.transforms import ImageSpec, check_spec
 
 if TYPE_CHECKING:
     from training.config import AugmentSection, DataSection
@@ -47,13 +47,13 @@ def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
     Raises:
         ConfigError: For a missing, empty or inconsistent folder, an unknown policy, or a spec that cannot be met.
     """
-    _check_spec(spec)
+    check_spec(spec)
     if augment.crop_scale is None and not np.allclose(augment.crop_ratio, (3 / 4, 4 / 3)):
         warnings.warn("augment.crop_ratio has no effect without augment.crop_scale", stacklevel=2)
     if data.dataset == "digits":
-        bundle = _digits_bundle(augment, spec, seed)
+        bundle = digits_bundle(augment, spec, seed)
     elif data.dataset == "folder":
-        bundle = _folder_bundle(data, augment, spec, seed)
+        bundle = folder_bundle(data, augment, spec, seed)
     else:
         raise ConfigError(f"data.dataset: {data.dataset!r} is not one of 'digits', 'folder'")
     bundle.train.replace_unreadable = data.on_error == "skip"
@@ -68,4 +68,4 @@ def class_names_of_data(data: DataSection) -> list[str]:
     """
     if data.dataset == "digits" or data.root is None:
         return list(DIGIT_NAMES)
-    return sorted(_scan(_train_and_val_folders(Path(data.root).expanduser())[0], LeftOut()))
+    return sorted(scan(train_and_val_folders(Path(data.root).expanduser())[0], LeftOut()))

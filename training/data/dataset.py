@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from training.data.draws import _REPLACE, _SAMPLE, _global_generators_kept, _hash
+from training.data.draws import REPLACE, SAMPLE, global_generators_kept, hash_words
 
 # How many other samples are tried in the place of one that cannot be read.
 MAX_REPLACEMENTS = 100
@@ -93,8 +93,8 @@ class TrainDataset(Dataset[Sample]):
     def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Sample | Unreadable]:
         """A whole batch at once, so that the global generators are saved and put back once per batch."""
         epochs, indices = zip(*positions, strict=True)
-        streams = _hash(self.seed, _SAMPLE, epochs, indices)
-        with _global_generators_kept():
+        streams = hash_words(self.seed, SAMPLE, epochs, indices)
+        with global_generators_kept():
             try:
                 images = self.source.augmented(indices, streams)
             except Exception:
@@ -125,7 +125,7 @@ class TrainDataset(Dataset[Sample]):
         yield index
         if self.replace_unreadable:
             attempts = np.arange(MAX_REPLACEMENTS)
-            yield from (_hash(self.seed, _REPLACE, epoch, index, attempts) % np.uint64(len(self))).tolist()
+            yield from (hash_words(self.seed, REPLACE, epoch, index, attempts) % np.uint64(len(self))).tolist()
 
 
 class ValDataset(Dataset[Sample]):

@@ -13,9 +13,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from training.data.dataset import DataBundle, TrainDataset, ValDataset
-from training.data.draws import _ERASE, _hash, _uniform
+from training.data.draws import ERASE, hash_words, uniform
 from training.data.identity import data_identity
-from training.data.transforms import ImageSpec, _erase, _recolour, _seeded, _to_tensor
+from training.data.transforms import ImageSpec, apply_seeded, build_erase, recolour_steps, to_tensor_steps
 
 if TYPE_CHECKING:
     from training.config import AugmentSection
@@ -42,7 +42,7 @@ def digits_split() -> tuple[np.ndarray, np.ndarray]:
     return np.sort(train), np.sort(val)
 
 
-def _digits_bundle(augment: AugmentSection, spec: ImageSpec, seed: int) -> DataBundle:
+def digits_bundle(augment: AugmentSection, spec: ImageSpec, seed: int) -> DataBundle:
     from sklearn.datasets import load_digits
 
     pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
@@ -78,9 +78,11 @@ class _Digits:
         self.mean = torch.tensor(spec.mean).reshape(-1, 1, 1)  # (C, 1, 1)
         self.std = torch.tensor(spec.std).reshape(-1, 1, 1)  # (C, 1, 1)
         self.recolour = (
-            v2.Compose([v2.ToPILImage(), *steps, *_to_tensor()]) if (steps := _recolour(augment, spec)) else None
+            v2.Compose([v2.ToPILImage(), *steps, *to_tensor_steps()])
+            if (steps := recolour_steps(augment, spec))
+            else None
         )
-        self.erase = _erase(augment)
+        self.erase = build_erase(augment)
         self.moves = bool(augment.crop_scale or augment.rotate or augment.translate or augment.zoom or augment.hflip)
 
     def plain(self, indices: Sequence[int]) -> Tensor:
@@ -90,13 +92,15 @@ class _Digits:
         images = self._resized(indices)
         if self.recolour is not None:
             images = images.expand(-1, self.size[0], -1, -1)  # (B, C, H, W)
-            images = torch.stack([_seeded(self.recolour, *pair) for pair in zip(images, streams.tolist(), strict=True)])
+            images = torch.stack(
+                [apply_seeded(self.recolour, *pair) for pair in zip(images, streams.tolist(), strict=True)]
+            )
         if self.moves:
             images = _affine(images, self.augment, streams)
         images = self._normalise(images)
         if self.erase is not None:
-            for image, stream in zip(images, _hash(_ERASE, streams).tolist(), strict=True):
-                _seeded(self.erase, image, stream)  # in place
+            for image, stream in zip(images, hash_words(ERASE, streams).tolist(), strict=True):
+                apply_seeded(self.erase, image, stream)  # in place
         return images
 
     def _resized(self, indices: Sequence[int]) -> Tensor:
@@ -113,7 +117,7 @@ def _affine(images: Tensor, augment: AugmentSection, streams: np.ndarray) -> Ten
     Elementwise arithmetic throughout: a batched matrix product may round differently at another batch size.
     """
     height, width = images.shape[-2:]
-    angle, shift_x, shift_y, zoom, flip, area, ratio, crop_x, crop_y = _uniform(streams, 9).T
+    angle, shift_x, shift_y, zoom, flip, area, ratio, crop_x, crop_y = uniform(streams, 9).T
     angle = np.radians((2 * angle - 1) * augment.rotate)
     zoom = 1 + (2 * zoom - 1) * augment.zoom
     # Half sides of the crop window as shares of the image; 1 without a crop. A window that would stick out is cut at

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 # What a stream is for, so that two purposes with the same numbers never share one.
-_ORDER, _SAMPLE, _MIX, _ERASE, _REPLACE = range(1, 6)
+ORDER, SAMPLE, MIX, ERASE, REPLACE = range(1, 6)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _hash(*words: int | Sequence[int] | np.ndarray) -> np.ndarray:
+def hash_words(*words: int | Sequence[int] | np.ndarray) -> np.ndarray:
     """64 well-mixed bits of a tuple of integers; sequences broadcast. Each word is absorbed by one SplitMix64 step."""
     state = np.zeros(1, dtype=np.uint64)
     for word in words:
@@ -29,21 +29,21 @@ def _hash(*words: int | Sequence[int] | np.ndarray) -> np.ndarray:
     return state
 
 
-def _uniform(streams: np.ndarray, draws: int) -> np.ndarray:
+def uniform(streams: np.ndarray, draws: int) -> np.ndarray:
     """`draws` numbers in [0, 1) for each of B streams, (B, draws)."""
-    bits = _hash(streams[:, None], np.arange(draws))
+    bits = hash_words(streams[:, None], np.arange(draws))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _seed_global_generators(stream: int) -> None:
-    """Seeds Python's, NumPy's and torch's CPU generator; call it inside `_global_generators_kept`."""
+def seed_global_generators(stream: int) -> None:
+    """Seeds Python's, NumPy's and torch's CPU generator; call it inside `global_generators_kept`."""
     random.seed(stream)
     np.random.seed([stream & 0xFFFFFFFF, stream >> 32])
     torch.default_generator.manual_seed(stream)  # torch.manual_seed would seed the GPUs as well
 
 
 @contextmanager
-def _global_generators_kept() -> Iterator[None]:
+def global_generators_kept() -> Iterator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield

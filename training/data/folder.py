@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from files.errors import ConfigError, nearest
 from training.data.dataset import DataBundle, TrainDataset, ValDataset
-from training.data.identity import _relative, data_identity
-from training.data.images import _Folder, image_extensions
+from training.data.identity import data_identity, relative_names
+from training.data.images import ImageFiles, image_extensions
 from training.data.transforms import ImageSpec
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ JUNK_FOLDERS = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin",
                 "system volume information"}  # fmt: skip
 
 
-def _folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, seed: int) -> DataBundle:
+def folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, seed: int) -> DataBundle:
     if data.root is None:
         raise ConfigError("data.root: is needed by data.dataset 'folder'")
     root = Path(data.root).expanduser()
-    train_root, val_root = _train_and_val_folders(root)
+    train_root, val_root = train_and_val_folders(root)
     left_out = LeftOut()
-    train, val = _scan(train_root, left_out), _scan(val_root, left_out)
+    train, val = scan(train_root, left_out), scan(val_root, left_out)
     if train.keys() != val.keys():
         parts = [
             f"only in {folder.name}: {_some(names)}"
@@ -52,8 +52,8 @@ def _folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
     train_paths, train_targets = flat(train)
     val_paths, val_targets = flat(val)
     return DataBundle(
-        train=TrainDataset(_Folder(train_paths, augment, spec), train_targets, seed=seed),
-        val=ValDataset(_Folder(val_paths, augment, spec), val_targets),
+        train=TrainDataset(ImageFiles(train_paths, augment, spec), train_targets, seed=seed),
+        val=ValDataset(ImageFiles(val_paths, augment, spec), val_targets),
         num_classes=len(names),
         class_names=names,
         left_out=str(left_out),
@@ -61,14 +61,14 @@ def _folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
             "folder",
             names,
             {
-                "train": (_relative(train_paths, train_root), train_targets),
-                "val": (_relative(val_paths, val_root), val_targets),
+                "train": (relative_names(train_paths, train_root), train_targets),
+                "val": (relative_names(val_paths, val_root), val_targets),
             },
         ),
     )
 
 
-def _train_and_val_folders(root: Path) -> tuple[Path, Path]:
+def train_and_val_folders(root: Path) -> tuple[Path, Path]:
     layout = "expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg"
     if not root.exists():
         parent = root.parent
@@ -202,7 +202,7 @@ def _ids_above(folder: Path) -> set[FolderId]:
     return {_folder_id(parent) for parent in Path(os.path.realpath(folder)).parents}
 
 
-def _scan(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
+def scan(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
     """Paths of each class's images, sorted, from all levels below the class folder (as torchvision's ImageFolder).
 
     Links are followed, and no folder is read twice: it belongs to the class in which it really lies, and a link to a

@@ -76,7 +76,7 @@ def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], *, root: 
         )
 
 
-def _relative(paths: Sequence[str], folder: Path) -> list[str]:
+def relative_names(paths: Sequence[str], folder: Path) -> list[str]:
     """Names below a folder, with / between their parts on every system."""
     prefix = os.path.join(folder, "")
     return [(path.removeprefix(prefix) if path.startswith(prefix) else os.path.relpath(path, folder)).replace(os.sep, "/")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from files.errors import ConfigError
 from training.data.dataset import DataBundle
-from training.data.transforms import ImageSpec, _seeded, _train_transform, _val_transform
+from training.data.transforms import ImageSpec, apply_seeded, train_transform, val_transform
 
 if TYPE_CHECKING:
     from training.config import AugmentSection
@@ -32,21 +32,21 @@ logger = logging.getLogger(__name__)
 FULL_CHECK_LIMIT = 2000
 
 
-class _Folder:
+class ImageFiles:
     """Images on disk, decoded and transformed one by one."""
 
     def __init__(self, paths: list[str], augment: AugmentSection, spec: ImageSpec) -> None:
         self.paths = paths
         self.channels = spec.input_size[0]
-        self.train_transform = _train_transform(augment, spec)
-        self.val_transform = _val_transform(spec)
+        self.train_transform = train_transform(augment, spec)
+        self.val_transform = val_transform(spec)
 
     def plain(self, indices: Sequence[int]) -> Tensor:
         return torch.stack([self.val_transform(self._load(i)) for i in indices])
 
     def augmented(self, indices: Sequence[int], streams: np.ndarray) -> Tensor:
         pairs = zip(indices, streams.tolist(), strict=True)
-        return torch.stack([_seeded(self.train_transform, self._load(i), stream) for i, stream in pairs])
+        return torch.stack([apply_seeded(self.train_transform, self._load(i), stream) for i, stream in pairs])
 
     def _load(self, index: int) -> Image.Image:
         path = self.paths[index]

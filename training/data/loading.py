@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from files.errors import ConfigError
 from training.data.dataset import DataBundle
-from training.data.draws import _ORDER, _hash
+from training.data.draws import ORDER, hash_words
 from training.data.skipping import collate
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         # No generator function: the position is read now and not when the first batch is asked for.
-        generator = torch.Generator().manual_seed(int(_hash(self.seed, _ORDER, self.epoch)[0]))
+        generator = torch.Generator().manual_seed(int(hash_words(self.seed, ORDER, self.epoch)[0]))
         order = torch.randperm(self.length, generator=generator)
         whole = order[: self.batches_per_epoch * self.world_size * self.batch_size]
         mine = whole.reshape(self.batches_per_epoch, self.world_size, self.batch_size)[self.start_batch :, self.rank]

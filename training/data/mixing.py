@@ -9,7 +9,7 @@ import torch
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
-from training.data.draws import _MIX, _global_generators_kept, _hash, _seed_global_generators
+from training.data.draws import MIX, global_generators_kept, hash_words, seed_global_generators
 
 if TYPE_CHECKING:
     from training.config import AugmentSection
@@ -59,9 +59,9 @@ class BatchMixer:
         even = len(images) // 2 * 2
         if even == 0 or (self.off_epoch and epoch >= self.off_epoch):
             return images, self._unmixed(targets)
-        stream = int(_hash(self.seed, _MIX, self.rank, step)[0])
-        with _global_generators_kept():
-            _seed_global_generators(stream)
+        stream = int(hash_words(self.seed, MIX, self.rank, step)[0])
+        with global_generators_kept():
+            seed_global_generators(stream)
             mixed, soft = self._mixup(images[:even], targets[:even])
         if even < len(images):
             mixed, soft = torch.cat([mixed, images[even:]]), torch.cat([soft, self._unmixed(targets[even:])])

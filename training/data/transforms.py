@@ -20,7 +20,7 @@ from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import v2
 
 from files.errors import ConfigError
-from training.data.draws import _seed_global_generators
+from training.data.draws import seed_global_generators
 
 if TYPE_CHECKING:
     from training.config import AugmentSection
@@ -45,7 +45,7 @@ class ImageSpec:
     crop_pct: float = 0.875
 
 
-def _check_spec(spec: ImageSpec) -> None:
+def check_spec(spec: ImageSpec) -> None:
     channels = spec.input_size[0]
     if channels not in (1, 3):
         raise ConfigError(f"the model takes {channels} input channels; images here have 1 (grey) or 3 (RGB)")
@@ -58,12 +58,12 @@ def _check_spec(spec: ImageSpec) -> None:
         raise ConfigError(f"crop_pct {spec.crop_pct} is not in (0, 1]")
 
 
-def _seeded(transform: Any, image: Any, stream: int) -> Any:
-    _seed_global_generators(stream)
+def apply_seeded(transform: Any, image: Any, stream: int) -> Any:
+    seed_global_generators(stream)
     return transform(image)
 
 
-def _train_transform(augment: AugmentSection, spec: ImageSpec) -> v2.Compose:
+def train_transform(augment: AugmentSection, spec: ImageSpec) -> v2.Compose:
     """Crop or resize, flip, policy, colour jitter, affine, to tensor, normalise, erase.
 
     A policy and colour jitter given together are both applied (timm drops the jitter then).
@@ -79,7 +79,7 @@ def _train_transform(augment: AugmentSection, spec: ImageSpec) -> v2.Compose:
         steps.append(v2.Resize(size, interpolation=interpolation))
     if augment.hflip:
         steps.append(v2.RandomHorizontalFlip(augment.hflip))
-    steps += _recolour(augment, spec)
+    steps += recolour_steps(augment, spec)
     if augment.rotate or augment.translate or augment.zoom:
         steps.append(
             v2.RandomAffine(
@@ -90,19 +90,19 @@ def _train_transform(augment: AugmentSection, spec: ImageSpec) -> v2.Compose:
                 fill=list(_mean_colour(spec)[:channels]),
             )
         )
-    steps += [*_to_tensor(), v2.Normalize(list(spec.mean), list(spec.std))]
-    if (erase := _erase(augment)) is not None:
+    steps += [*to_tensor_steps(), v2.Normalize(list(spec.mean), list(spec.std))]
+    if (erase := build_erase(augment)) is not None:
         steps.append(erase)
     return v2.Compose(steps)
 
 
-def _val_transform(spec: ImageSpec) -> v2.Compose:
+def val_transform(spec: ImageSpec) -> v2.Compose:
     size = spec.input_size[1:]
     return v2.Compose(
         [
             _ResizeToCover(size, spec),
             v2.CenterCrop(list(size)),
-            *_to_tensor(),
+            *to_tensor_steps(),
             v2.Normalize(list(spec.mean), list(spec.std)),
         ]
     )
@@ -127,11 +127,11 @@ class _ResizeToCover:
         return v2.Resize(size, interpolation=self.interpolation)(image)
 
 
-def _to_tensor() -> list[Any]:
+def to_tensor_steps() -> list[Any]:
     return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
 
 
-def _recolour(augment: AugmentSection, spec: ImageSpec) -> list[Any]:
+def recolour_steps(augment: AugmentSection, spec: ImageSpec) -> list[Any]:
     """The steps between PIL images: a policy, then brightness, contrast and saturation (no hue, as in timm)."""
     steps: list[Any] = []
     if augment.auto_augment:
@@ -142,7 +142,7 @@ def _recolour(augment: AugmentSection, spec: ImageSpec) -> list[Any]:
     return steps
 
 
-def _erase(augment: AugmentSection) -> RandomErasing | None:
+def build_erase(augment: AugmentSection) -> RandomErasing | None:
     """Random erasing of a normalised image, filled with noise per pixel as timm's training script does."""
     if not augment.random_erasing:
         return None

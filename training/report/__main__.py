@@ -1,7 +1,7 @@
 """The report's command line.
 
-    python -m training.report RUN                                  writes RUN/report.html again
-    python -m training.report --compare RUN1 RUN2 --output FILE    overlays runs
+python -m training.report RUN                                  writes RUN/report.html again
+python -m training.report --compare RUN1 RUN2 --output FILE    overlays runs
 """
 
 import argparse

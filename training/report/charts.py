@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from layers.schedule import DropPathSchedule
 from training.config import DropPathSection, build_schedule
-from training.report.runs import Block, Run, _known
+from training.report.runs import Block, Run, is_known
 
 # Stand-ins that become CSS variables in the page, so that one drawing follows light and dark.
 INK, SOFT, LINE, PALE = "#010101", "#020202", "#030303", "#050505"
@@ -29,7 +29,7 @@ _VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", PALE: "--pale"} | {
 
 DASHES = ("-", "--", ":", "-.")
 HEAT_MAP_TICKS = "#6b7480"
-_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
 def _style(run: int) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _chart(caption: str, draw: Callable[[Axes], None], *, xlabel: str = "epoch")
         axes.set_xlabel(xlabel, color=SOFT)
         draw(axes)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata=_NO_METADATA)
+        figure.savefig(text, format="svg", metadata=NO_METADATA)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to groups, and several charts share a page
@@ -72,7 +72,7 @@ def _chart(caption: str, draw: Callable[[Axes], None], *, xlabel: str = "epoch")
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
     # Few points need markers: a single epoch would otherwise draw nothing.
-    axes.plot(x, y, marker="o" if len(_known(y)) <= 12 else None, markersize=3.5, linewidth=1.6, **style)
+    axes.plot(x, y, marker="o" if len(is_known(y)) <= 12 else None, markersize=3.5, linewidth=1.6, **style)
 
 
 def _legend(axes: Axes, **options: Any) -> None:
@@ -88,13 +88,13 @@ def _focus(axes: Axes, epochs: Sequence[Sequence[float]], series: Sequence[Seque
     """
     quarter = max((e for run in epochs for e in run), default=0.0) / 4
     shown = [v for x, y in zip(epochs, series, strict=True) for e, v in zip(x, y, strict=True) if e > quarter]
-    shown = _known([*shown, *(v for y in series for v in _known(y)[-1:])])
+    shown = is_known([*shown, *(v for y in series for v in is_known(y)[-1:])])
     if shown:
         margin = 0.06 * max(max(shown) - min(shown), 0.5)
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
 
 
-def _run_charts(run: Run) -> list[tuple[str, Markup]]:
+def run_charts(run: Run) -> list[tuple[str, Markup]]:
     metrics = run.metrics
     epochs = metrics["epoch"]
 
@@ -117,7 +117,7 @@ def _run_charts(run: Run) -> list[tuple[str, Markup]]:
 
     def drop_path_rate(axes: Axes) -> None:
         _line(axes, epochs, metrics["drop_path_rate"], color=SERIES[0])
-        axes.set_ylim(0, max([0.1, *(1.1 * r for r in _known(metrics["drop_path_rate"]))]))
+        axes.set_ylim(0, max([0.1, *(1.1 * r for r in is_known(metrics["drop_path_rate"]))]))
 
     return [
         _chart("Loss", loss),
@@ -127,20 +127,20 @@ def _run_charts(run: Run) -> list[tuple[str, Markup]]:
     ]
 
 
-def _rates_chart(blocks: Sequence[Block]) -> tuple[str, Markup]:
+def rates_chart(blocks: Sequence[Block]) -> tuple[str, Markup]:
     def draw(axes: Axes) -> None:
         x = range(len(blocks))
         axes.bar(x, [b.nominal for b in blocks], width=0.86, color=PALE, label="nominal")
         axes.bar(x, [b.realised for b in blocks], width=0.44, color=SERIES[0], label="realised")
         axes.set_xlim(-0.7, len(blocks) - 0.3)
         axes.xaxis.set_major_formatter(lambda i, _: blocks[int(i)].block if 0 <= i < len(blocks) else "")
-        axes.set_ylim(0, max([0.1, *(1.1 * r for b in blocks for r in _known((b.nominal, b.realised)))]))
+        axes.set_ylim(0, max([0.1, *(1.1 * r for b in blocks for r in is_known((b.nominal, b.realised)))]))
         _legend(axes)
 
     return _chart("Drop-path rate of each block", draw, xlabel="block, first to last")
 
 
-def _schedule_chart(run: Run) -> tuple[str, Markup] | None:
+def schedule_chart(run: Run) -> tuple[str, Markup] | None:
     """Rate of each block over the whole run as config.yaml plans it; `None` where no schedule changes it."""
     rates = [b.nominal for b in run.blocks]
     try:
@@ -148,7 +148,7 @@ def _schedule_chart(run: Run) -> tuple[str, Markup] | None:
         epochs = int(run.setting("optim", "epochs"))
     except (ValidationError, TypeError, ValueError):
         return None
-    if not run.epochs or not run.metrics["epoch"][-1] > 0 or len(_known(rates)) < max(len(rates), 1):
+    if not run.epochs or not run.metrics["epoch"][-1] > 0 or len(is_known(rates)) < max(len(rates), 1):
         return None
     per_epoch = round(run.metrics["step"][-1] / run.metrics["epoch"][-1])
     if section.schedule.kind == "constant" or per_epoch < 1:
@@ -166,7 +166,7 @@ def _schedule_chart(run: Run) -> tuple[str, Markup] | None:
     return _chart(caption, draw, xlabel="optimizer step")
 
 
-def _compare_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+def compare_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     def overlay(column: str) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
             for i, run in enumerate(runs):

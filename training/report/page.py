@@ -12,20 +12,20 @@ import jinja2
 
 from files.durable import CheckpointError, save_text
 from files.errors import ConfigError
-from training.report.charts import _compare_charts, _rates_chart, _run_charts, _schedule_chart
+from training.report.charts import compare_charts, rates_chart, run_charts, schedule_chart
 from training.report.runs import read_run
 from training.report.words import (
-    _count,
-    _drop_path_settings,
-    _drop_path_verdict,
-    _duration,
-    _facts,
-    _origin,
-    _percent,
-    _rate,
-    _share,
-    _verdict,
-    _words,
+    drop_path_settings,
+    drop_path_verdict,
+    format_count,
+    format_duration,
+    format_percent,
+    format_rate,
+    format_share,
+    in_words,
+    run_facts,
+    run_origin,
+    run_verdict,
 )
 
 _PAGE = """<!doctype html>
@@ -166,12 +166,12 @@ _TEMPLATES = jinja2.Environment(
     trim_blocks=True,
 )
 _TEMPLATES.filters |= {
-    "rate": _rate,
-    "share": _share,
-    "percent": _percent,
-    "duration": _duration,
-    "count": _count,
-    "settings": _drop_path_settings,
+    "rate": format_rate,
+    "share": format_share,
+    "percent": format_percent,
+    "duration": format_duration,
+    "count": format_count,
+    "settings": drop_path_settings,
 }
 
 
@@ -186,17 +186,17 @@ def write_report(run: Path) -> Path:
     data = read_run(run)
     model, dataset = data.setting("model", "name"), data.setting("data", "dataset")
     html = _TEMPLATES.get_template("run").render(
-        title=f"{data.name}: {_percent(data.final_top1)} top-1",
+        title=f"{data.name}: {format_percent(data.final_top1)} top-1",
         run=data,
-        subtitle=f"{_words(model)} on {_words(dataset)}",
-        verdict=_verdict(data),
-        facts=_facts(data),
-        origin=_origin(data),
-        curves=_run_charts(data) if data.epochs else [],
-        settings=_drop_path_settings(data),
-        depth_verdict=_drop_path_verdict(data.blocks),
-        rates=_rates_chart(data.blocks) if data.blocks else (),
-        planned=_schedule_chart(data),
+        subtitle=f"{in_words(model)} on {in_words(dataset)}",
+        verdict=run_verdict(data),
+        facts=run_facts(data),
+        origin=run_origin(data),
+        curves=run_charts(data) if data.epochs else [],
+        settings=drop_path_settings(data),
+        depth_verdict=drop_path_verdict(data.blocks),
+        rates=rates_chart(data.blocks) if data.blocks else (),
+        planned=schedule_chart(data),
     )
     return save_page(run / "report.html", html)
 
@@ -215,7 +215,7 @@ def write_comparison(runs: Sequence[Path], output: Path) -> Path:
         # folders of one name are told apart by their paths
         labels=[str(run.path) if names.count(run.name) > 1 else run.name for run in data],
         dashes=("none", "7 3", "2 3", "8 3 2 3"),
-        curves=_compare_charts(data),
+        curves=compare_charts(data),
     )
     return save_page(output, html)
 

@@ -53,7 +53,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether summary.json tells of the whole run: a stopped or resumed one has an earlier summary."""
-        return _number(self.summary.get("epochs")) >= _number(self.setting("optim", "epochs"))
+        return read_number(self.summary.get("epochs")) >= read_number(self.setting("optim", "epochs"))
 
     @property
     def epochs(self) -> int:
@@ -77,13 +77,13 @@ class Run:
 
     @property
     def best_top1(self) -> float:
-        return max(_known([*self.metrics["val_top1"], _number(self.summary.get("best_top1"))]), default=NAN)
+        return max(is_known([*self.metrics["val_top1"], read_number(self.summary.get("best_top1"))]), default=NAN)
 
     @property
     def best_epoch(self) -> float:
         """The first epoch with the best top-1 of metrics.csv, NaN before the first evaluation."""
         top1 = self.metrics["val_top1"]
-        known = _known(top1)
+        known = is_known(top1)
         return self.metrics["epoch"][top1.index(max(known))] if known else NAN
 
     def setting(self, *keys: str) -> Any:
@@ -95,7 +95,7 @@ class Run:
 
     def _last(self, key: str, column: str) -> float:
         """The summary's value of a finished run, or metrics.csv's last."""
-        value = _number(self.summary.get(key)) if self.finished else NAN
+        value = read_number(self.summary.get(key)) if self.finished else NAN
         return self.metrics[column][-1] if math.isnan(value) and self.epochs else value
 
 
@@ -159,20 +159,20 @@ def _read_csv(path: Path, notes: list[str]) -> list[dict[str, str]]:
 
 
 def _metrics_row(row: dict[str, str]) -> dict[str, float]:
-    return {column: _number(row.get(column)) for column in METRICS}
+    return {column: read_number(row.get(column)) for column in METRICS}
 
 
 def _block(row: dict[str, str]) -> Block:
     return Block(
         block=row.get("block", ""),
         name=row.get("name", ""),
-        nominal=_number(row.get("nominal_rate")),
+        nominal=read_number(row.get("nominal_rate")),
         mode=row.get("mode", ""),
-        realised=_number(row.get("realised_rate")),
+        realised=read_number(row.get("realised_rate")),
     )
 
 
-def _number(value: Any) -> float:
+def read_number(value: Any) -> float:
     """A finite number, or NaN for anything else: infinities would stretch an axis without end."""
     try:
         number = float(value)
@@ -181,5 +181,5 @@ def _number(value: Any) -> float:
     return number if math.isfinite(number) else NAN
 
 
-def _known(values: Iterable[float]) -> list[float]:
+def is_known(values: Iterable[float]) -> list[float]:
     return [v for v in values if not math.isnan(v)]

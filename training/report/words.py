@@ -5,30 +5,30 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from training.report.runs import NAN, Block, Run, _number
+from training.report.runs import NAN, Block, Run, read_number
 
 UNKNOWN = "\u2013"  # an en dash where a value is not there
 
 
-def _percent(value: float, digits: int = 2) -> str:
+def format_percent(value: float, digits: int = 2) -> str:
     """A percentage, 0 to 100; a dash where it is unknown."""
     return UNKNOWN if math.isnan(value) else f"{value:.{digits}f}\u00a0%"
 
 
-def _share(value: float) -> str:
+def format_share(value: float) -> str:
     """A share, 0 to 1, as a percentage."""
-    return _percent(100 * value, 1)
+    return format_percent(100 * value, 1)
 
 
-def _rate(value: float) -> str:
+def format_rate(value: float) -> str:
     return UNKNOWN if math.isnan(value) else f"{value:.3f}"
 
 
-def _count(value: float) -> str:
+def format_count(value: float) -> str:
     return UNKNOWN if math.isnan(value) else f"{value:,.0f}"
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     if math.isnan(seconds):
         return UNKNOWN
     if seconds < 120:
@@ -43,42 +43,44 @@ def _memory(megabytes: float) -> str:
     return f"{megabytes:,.0f} MB" if megabytes < 10_000 else f"{megabytes / 1024:,.1f} GB"
 
 
-def _words(value: Any) -> str:
+def in_words(value: Any) -> str:
     """A value of a JSON or YAML file on one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(item)}" for key, item in value.items() if item is not None)
+        return ", ".join(f"{key} {in_words(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, list):
-        return ", ".join(_words(item) for item in value)
+        return ", ".join(in_words(item) for item in value)
     return UNKNOWN if value is None else str(value)
 
 
 def _epochs(run: Run) -> str:
     """Epochs done, and out of how many where the run has not finished."""
     planned = run.setting("optim", "epochs")
-    return str(run.epochs) if run.finished or planned is None else f"{run.epochs} of {_words(planned)}"
+    return str(run.epochs) if run.finished or planned is None else f"{run.epochs} of {in_words(planned)}"
 
 
-def _verdict(run: Run) -> str:
+def run_verdict(run: Run) -> str:
     if not run.epochs:
         return "No epoch has been finished yet."
     state, which = ("Finished", "final") if run.finished else ("Not finished,", "latest")
     epochs = _epochs(run) + (" epoch" if _epochs(run) == "1" else " epochs")
-    best = f"best {_percent(run.best_top1)}"
+    best = f"best {format_percent(run.best_top1)}"
     best += "" if math.isnan(run.best_epoch) else f" at epoch {run.best_epoch:.0f}"
-    return f"{state} {epochs} in {_duration(run.seconds)}: {which} top-1 {_percent(run.final_top1)}, {best}."
+    return (
+        f"{state} {epochs} in {format_duration(run.seconds)}: {which} top-1 {format_percent(run.final_top1)}, {best}."
+    )
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def run_facts(run: Run) -> list[tuple[str, str]]:
     top5 = run.metrics["val_top5"]
     return [
-        ("Final top-1" if run.finished else "Latest top-1", _percent(run.final_top1)),
-        ("Best top-1", _percent(run.best_top1)),
-        ("Final top-5" if run.finished else "Latest top-5", _percent(top5[-1] if top5 else NAN)),
+        ("Final top-1" if run.finished else "Latest top-1", format_percent(run.final_top1)),
+        ("Best top-1", format_percent(run.best_top1)),
+        ("Final top-5" if run.finished else "Latest top-5", format_percent(top5[-1] if top5 else NAN)),
         ("Epochs", _epochs(run)),
-        ("Training time", _duration(run.seconds)),
-        ("Images/s", _count(run.images_per_second)),
-        ("Peak memory", _memory(_number(run.summary.get("peak_memory_mb")))),
-        ("Steps", _count(run.steps)),
+        ("Training time", format_duration(run.seconds)),
+        ("Images/s", format_count(run.images_per_second)),
+        ("Peak memory", _memory(read_number(run.summary.get("peak_memory_mb")))),
+        ("Steps", format_count(run.steps)),
     ]
 
 
@@ -88,20 +90,20 @@ _ORIGIN = {
 }
 
 
-def _origin(run: Run) -> list[tuple[str, str]]:
+def run_origin(run: Run) -> list[tuple[str, str]]:
     """How the run was made: command, machine and versions, then whatever else environment.json says."""
     rest = {key: value for key, value in run.environment.items() if value is not None}
-    rows = [("Command", _words(rest.pop("command", None)))]
+    rows = [("Command", in_words(rest.pop("command", None)))]
     for title, keys in _ORIGIN.items():
         group = {key.replace("_", " "): rest.pop(key) for key in keys if key in rest}
-        rows += [(title, _words(group))] if group else []
-    rows += [(key.replace("_", " ").capitalize(), _words(value)) for key, value in rest.items()]
+        rows += [(title, in_words(group))] if group else []
+    rows += [(key.replace("_", " ").capitalize(), in_words(value)) for key, value in rest.items()]
     if "weights_sha256" in run.summary:
-        rows.append(("Weights sha256", _words(run.summary["weights_sha256"])))
+        rows.append(("Weights sha256", in_words(run.summary["weights_sha256"])))
     return rows
 
 
-def _drop_path_settings(run: Run) -> str:
+def drop_path_settings(run: Run) -> str:
     section = run.setting("drop_path")
     if not isinstance(section, dict):
         return UNKNOWN
@@ -110,18 +112,18 @@ def _drop_path_settings(run: Run) -> str:
         if key == "rate" and value is None:
             words.append("rate of the model")
         elif key == "schedule" and isinstance(value, dict):
-            rest = _words({k: v for k, v in value.items() if k != "kind"})
+            rest = in_words({k: v for k, v in value.items() if k != "kind"})
             words.append(f"schedule {value.get('kind')}" + (f" ({rest})" if rest else ""))
         elif isinstance(value, list):
             words.append(f"{key} of {len(value)} rates")
         elif isinstance(value, dict):
-            words.append(f"{key} ({_words(value)})")
+            words.append(f"{key} ({in_words(value)})")
         elif value is not None:
             words.append(f"{key} {value}")
     return ", ".join(words)
 
 
-def _drop_path_verdict(blocks: Sequence[Block]) -> str:
+def drop_path_verdict(blocks: Sequence[Block]) -> str:
     """What the chart of rates shows, and what was saved, in one line."""
     drawn = [b for b in blocks if not math.isnan(b.realised)]
     if not drawn:
@@ -133,9 +135,9 @@ def _drop_path_verdict(blocks: Sequence[Block]) -> str:
         "for, coloured bars the shares really dropped, lower where a schedule scales the rates down."
     )
     if skipped == 0.0 < dropped:
-        saved = f" {_share(dropped)} of all branch computations were dropped by a mask, none of them skipped."
+        saved = f" {format_share(dropped)} of all branch computations were dropped by a mask, none of them skipped."
     elif not math.isclose(skipped, dropped):
-        saved = f" {_share(skipped)} of all branch computations were skipped; {_share(dropped)} were dropped in all."
+        saved = f" {format_share(skipped)} of all branch computations were skipped; {format_share(dropped)} were dropped in all."
     else:
-        saved = f" {_share(skipped)} of all branch computations were skipped, never computed."
+        saved = f" {format_share(skipped)} of all branch computations were skipped, never computed."
     return shows + saved
