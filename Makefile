@@ -32,9 +32,8 @@ check: install  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-pictures: install  ## draw the README's pictures again
-	$(BIN)/python -m training.report --pictures docs/pictures
-	$(BIN)/python -m models --picture docs/pictures/zoo.svg
+pictures: install  ## draw the pictures of README and docs again
+	$(BIN)/python pictures.py
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

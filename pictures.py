@@ -1,8 +1,10 @@
 """Draws every picture of README and docs, in one palette: `python pictures.py`."""
 
+import argparse
 import io
 import re
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,17 +15,19 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from files.errors import ConfigError
+from files.durable import CheckpointError, make_folder, save_text
 from layers.drop_path import DropPath
 from layers.rates import ProfileName, drop_path_rates
 from layers.schedule import DropPathSchedule
 from models.config import MetaFormerConfig
+from models.registry import list_models, model_config
 from training.report.charts import NO_METADATA, draw_heat_map
-from training.report.page import _write
 
-_COLOURS = (
+# One palette for every picture.
+COLOURS = (
     "#2f6db5",
     "#d9661f",
     "#3a8f5d",
@@ -35,9 +39,9 @@ _COLOURS = (
     "#a0527a",
     "#556b2f",
 )
-
-_MARKERS = "osD^vPX*<>"
-_ZOO_INK, _ZOO_GREY, _ZOO_LINE = "#1b1f24", "#6b7480", "#e3e7ec"
+BLUE, ORANGE = COLOURS[:2]
+INK, GREY, LINE, BAND, PALE = "#1b1f24", "#6b7480", "#e3e7ec", "#e9edf2", "#9cc0e7"
+MARKERS = "osD^vPX*<>"
 
 
 def families(configs: Sequence[MetaFormerConfig]) -> dict[str, list[tuple[float, float]]]:
@@ -53,11 +57,6 @@ def families(configs: Sequence[MetaFormerConfig]) -> dict[str, list[tuple[float,
 
 def draw_zoo(configs: Sequence[MetaFormerConfig]) -> str:
     """SVG of published top-1 over multiply-accumulates, a line per family; the same bytes each time."""
-    # here, because it takes as long to import as all the counting
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator
-
     # Text as paths: a README is read on machines with other fonts. The salt and the missing date fix the bytes.
     rc: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "zoo", "font.family": "DejaVu Sans"}
     with matplotlib.rc_context(rc):
@@ -66,26 +65,24 @@ def draw_zoo(configs: Sequence[MetaFormerConfig]) -> str:
         ends = []
         for number, (family, points) in enumerate(families(configs).items()):
             xs, ys = zip(*points, strict=True)
-            colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             axes.plot(xs, ys, color=colour, marker=marker, markersize=5.5, linewidth=1.6, clip_on=False)
             ends.append((ys[-1], xs[-1], family, colour))
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator([1, 2, 4, 8, 16, 32, 64, 128, 256]))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.grid(color=_ZOO_LINE, linewidth=0.8)
+        axes.grid(color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, labelsize=9, labelcolor=_ZOO_GREY)
+        axes.tick_params(length=0, labelsize=9, labelcolor=GREY)
         axes.set_xlabel(
-            "multiply-accumulates per image in billions, as published (logarithmic)", fontsize=9, color=_ZOO_GREY
+            "multiply-accumulates per image in billions, as published (logarithmic)", fontsize=9, color=GREY
         )
-        figure.text(
-            0.02, 0.945, "The zoo: published ImageNet-1k top-1 in %", fontsize=13, fontweight="bold", color=_ZOO_INK
-        )
+        figure.text(0.02, 0.945, "The zoo: published ImageNet-1k top-1 in %", fontsize=13, fontweight="bold", color=INK)
         figure.text(
             0.02, 0.905, "trained on ImageNet-1k alone, at each model's own size; a line is a family, its marks are sizes",
-            fontsize=9, color=_ZOO_GREY,
+            fontsize=9, color=GREY,
         )  # fmt: skip
         low, high = axes.get_ylim()
         gap, last = (high - low) / 26, high + 1.0
@@ -108,29 +105,29 @@ _RATES_RATE = 0.3
 _BATCH_RATE = 0.4
 _BATCH_SIZE = 16
 _SEED = 0
-_BLUE, _PALE, _ORANGE, _BLACK, _GREY, _BAND = "#2f6db5", "#9cc0e7", "#d9661f", "#1b1f24", "#6b7480", "#e9edf2"
 _STAGE_GAP = 0.8  # in blocks
 
 
 def write_pictures(folder: Path) -> list[Path]:
-    """Writes drop_path_rates.svg, drop_path_batch.svg and drop_path_schedules.svg, the same bytes each time.
+    """Writes zoo.svg, drop_path_rates.svg, drop_path_batch.svg and drop_path_schedules.svg, the same bytes each time.
 
     Returns:
         Their paths.
 
     Raises:
-        ConfigError: The folder cannot be made or written to.
+        CheckpointError: The folder cannot be made or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
+    make_folder(folder)
     pictures = {
         "drop_path_rates.svg": draw_rates,
         "drop_path_batch.svg": draw_batch,
         "drop_path_schedules.svg": draw_schedules,
     }
-    return [_write(folder / name, _picture(name, draw)) for name, draw in pictures.items()]
+    texts = {name: _picture(name, draw) for name, draw in pictures.items()}
+    texts["zoo.svg"] = draw_zoo([model_config(name) for name in list_models()])
+    for name, text in texts.items():
+        save_text(folder / name, text)
+    return [folder / name for name in texts]
 
 
 def _picture(name: str, draw: Callable[[], Figure]) -> str:
@@ -169,24 +166,22 @@ def draw_rates() -> Figure:
     figure = Figure(figsize=(10, 5.7), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12, wspace=0.04, hspace=0.04))
     *panels, words = figure.subplots(2, 3).flat
     stages = _block_positions(_S24_DEPTHS)
-    shades = [(_PALE, _BLUE)[s % 2] for s, stage in enumerate(stages) for _ in stage]
+    shades = [(PALE, BLUE)[s % 2] for s, stage in enumerate(stages) for _ in stage]
     for axes, profile in zip(panels, get_args(ProfileName), strict=True):
         rates = drop_path_rates(_RATES_RATE, _S24_DEPTHS, profile)
         axes.bar([x for stage in stages for x in stage], rates, width=0.86, color=shades)
         for number, stage in enumerate(stages, start=1):
             # the line under the bars keeps blocks of rate 0 visible
-            axes.plot([stage[0] - 0.43, stage[-1] + 0.43], [0, 0], color=_GREY, linewidth=1.2, clip_on=False)
-            axes.text(
-                statistics.fmean(stage), -0.012, f"stage {number}", ha="center", va="top", fontsize=8, color=_GREY
-            )
-        axes.set_title(profile, loc="left", fontsize=12, fontweight="bold", color=_BLACK, pad=22)
-        axes.text(0, 1.04, formulas[profile], transform=axes.transAxes, fontsize=9, color=_GREY)
+            axes.plot([stage[0] - 0.43, stage[-1] + 0.43], [0, 0], color=GREY, linewidth=1.2, clip_on=False)
+            axes.text(statistics.fmean(stage), -0.012, f"stage {number}", ha="center", va="top", fontsize=8, color=GREY)
+        axes.set_title(profile, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
+        axes.text(0, 1.04, formulas[profile], transform=axes.transAxes, fontsize=9, color=GREY)
         mean = statistics.fmean(rates)
-        axes.plot([-0.8, stages[-1][-1] + 0.8], [mean, mean], color=_ORANGE, linewidth=1.2, linestyle="--")
-        axes.text(-0.6, mean + 0.006, f"mean {mean:.3f}", fontsize=9, color=_ORANGE)
+        axes.plot([-0.8, stages[-1][-1] + 0.8], [mean, mean], color=ORANGE, linewidth=1.2, linestyle="--")
+        axes.text(-0.6, mean + 0.006, f"mean {mean:.3f}", fontsize=9, color=ORANGE)
         axes.set(ylim=(0, 1.15 * _RATES_RATE), xlim=(-0.8, stages[-1][-1] + 0.8), xticks=[])
         axes.set_yticks([0, 0.1, 0.2, 0.3])
-        axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=_GREY)
+        axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=GREY)
         axes.grid(axis="y", color="#e3e7ec", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[:].set_visible(False)
@@ -199,9 +194,9 @@ def draw_rates() -> Figure:
         "The means (dashed) differ, and so\ndoes the strength; rate_is: mean\nmakes them equal.",
     )
     words.text(
-        0.0, 1.135, lines[0], transform=words.transAxes, fontsize=12, fontweight="bold", color=_BLACK, in_layout=False
+        0.0, 1.135, lines[0], transform=words.transAxes, fontsize=12, fontweight="bold", color=INK, in_layout=False
     )
-    words.text(0.0, 1.02, "\n\n".join(lines[1:]), fontsize=10, color=_BLACK, va="top", linespacing=1.4, in_layout=False)
+    words.text(0.0, 1.02, "\n\n".join(lines[1:]), fontsize=10, color=INK, va="top", linespacing=1.4, in_layout=False)
     return figure
 
 
@@ -251,30 +246,30 @@ def draw_batch() -> Figure:
 
     for number, stage in enumerate(stages, start=1):
         corner, width = (stage[0] - 0.5, -0.55), stage[-1] - stage[0] + 1
-        grid.add_patch(Rectangle(corner, width, _BATCH_SIZE + 0.1, facecolor=_BAND, edgecolor="none"))
-        grid.text(statistics.fmean(stage), -0.75, f"stage {number}", ha="center", va="bottom", fontsize=10, color=_GREY)
+        grid.add_patch(Rectangle(corner, width, _BATCH_SIZE + 0.1, facecolor=BAND, edgecolor="none"))
+        grid.text(statistics.fmean(stage), -0.75, f"stage {number}", ha="center", va="bottom", fontsize=10, color=GREY)
     for row, sample in enumerate(computed.tolist()):
         extent = (-0.95 - 0.84 * square, -0.95, row + 0.42, row - 0.42)
         grid.imshow(images[row], cmap="gray_r", extent=extent, interpolation="none")
-        arrow = {"arrowstyle": "->", "color": _GREY, "shrinkA": 0, "shrinkB": 0}
+        arrow = {"arrowstyle": "->", "color": GREY, "shrinkA": 0, "shrinkB": 0}
         grid.annotate("", (right, row), (-0.8, row), arrowprops=arrow, zorder=1)
         boxes = [(column - 0.4, 0.8) for column, kept in zip(columns, sample, strict=True) if kept]
-        grid.broken_barh(boxes, (row - 0.36, 0.72), facecolor=_BLUE, edgecolor="none", zorder=3)
+        grid.broken_barh(boxes, (row - 0.36, 0.72), facecolor=BLUE, edgecolor="none", zorder=3)
         gaps = [column for column, kept in zip(columns, sample, strict=True) if not kept]
-        grid.hlines([row] * len(gaps), [c - 0.5 for c in gaps], [c + 0.5 for c in gaps], color=_ORANGE, linewidth=3)
+        grid.hlines([row] * len(gaps), [c - 0.5 for c in gaps], [c + 0.5 for c in gaps], color=ORANGE, linewidth=3)
     grid.set(xlim=(left, right), ylim=(bottom, -0.55), aspect="auto")
     grid.axis("off")
 
     kept_shares = computed.float().mean(0).tolist()
-    shares.bar(columns, 1.0, width=0.8, color=_BAND)
-    shares.bar(columns, kept_shares, width=0.8, color=_BLUE)
+    shares.bar(columns, 1.0, width=0.8, color=BAND)
+    shares.bar(columns, kept_shares, width=0.8, color=BLUE)
     for column, share, rate in zip(columns, kept_shares, rates, strict=True):
         shares.text(column, 0.3, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color="white")
-        shares.plot([column - 0.4, column + 0.4], [1 - rate, 1 - rate], color=_BLACK, linewidth=1.6)
-    shares.text(-0.95, 0.5, "computed\nin %", ha="right", va="center", fontsize=9, color=_GREY)
-    shares.text(-0.95, -0.1, "block", ha="right", va="center", fontsize=9, color=_GREY)
+        shares.plot([column - 0.4, column + 0.4], [1 - rate, 1 - rate], color=INK, linewidth=1.6)
+    shares.text(-0.95, 0.5, "computed\nin %", ha="right", va="center", fontsize=9, color=GREY)
+    shares.text(-0.95, -0.1, "block", ha="right", va="center", fontsize=9, color=GREY)
     shares.set(xlim=(left, right), ylim=(0, 1.03), xticks=columns, xticklabels=range(1, len(columns) + 1), yticks=[])
-    shares.tick_params(axis="x", length=0, labelsize=9, labelcolor=_GREY)
+    shares.tick_params(axis="x", length=0, labelsize=9, labelcolor=GREY)
     shares.spines[:].set_visible(False)
 
     done, of = int(computed.sum()), computed.numel()
@@ -284,14 +279,12 @@ def draw_batch() -> Figure:
         f"rises from 0 to {_BATCH_RATE},\nso later blocks are dropped more often. "
         f"{of - done} of {of} branch computations ({100 * (of - done) / of:.0f} %) are never done."
     )
-    figure.text(0.05, 0.975, title, fontsize=14, fontweight="bold", color=_BLACK, va="top")
-    figure.text(0.05, 0.94, about, fontsize=10, color=_BLACK, va="top", linespacing=1.4)
+    figure.text(0.05, 0.975, title, fontsize=14, fontweight="bold", color=INK, va="top")
+    figure.text(0.05, 0.94, about, fontsize=10, color=INK, va="top", linespacing=1.4)
     keys = [
-        Patch(color=_BLUE, label="computed"),
-        Line2D(
-            [], [], color=_ORANGE, linewidth=3, label="skipped: only the shortcut, the branch never sees the sample"
-        ),
-        Line2D([], [], color=_BLACK, linewidth=1.6, label="expected share, 1 - rate"),
+        Patch(color=BLUE, label="computed"),
+        Line2D([], [], color=ORANGE, linewidth=3, label="skipped: only the shortcut, the branch never sees the sample"),
+        Line2D([], [], color=INK, linewidth=1.6, label="expected share, 1 - rate"),
     ]
     figure.legend(
         handles=keys,
@@ -302,7 +295,7 @@ def draw_batch() -> Figure:
         fontsize=10,
         borderpad=0,
         borderaxespad=0,
-        labelcolor=_BLACK,
+        labelcolor=INK,
     )
     return figure
 
@@ -329,11 +322,28 @@ def draw_schedules() -> Figure:
         image = draw_heat_map(axes, rates, schedule, steps)
         axes.set_title(f"{name}: {words}", loc="left", fontsize=10)
     for axes in grid[1]:
-        axes.set_xlabel("optimizer step", fontsize=9, color=_GREY)
+        axes.set_xlabel("optimizer step", fontsize=9, color=GREY)
     for axes in grid[:, 0]:
-        axes.set_ylabel("block", fontsize=9, color=_GREY)
+        axes.set_ylabel("block", fontsize=9, color=GREY)
     assert image is not None
     bar = figure.colorbar(image, ax=grid, shrink=0.6, label="drop-path rate")
     bar.outline.set_visible(False)  # type: ignore[operator]
     figure.suptitle("Drop-path rate over depth and training time", x=0.01, ha="left", fontsize=13, fontweight="bold")
     return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 1 where a picture could not be written."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/pictures"), help="default: docs/pictures")
+    given = parser.parse_args(arguments)
+    try:
+        print(*write_pictures(given.folder), sep="\n")
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

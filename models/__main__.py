@@ -1,9 +1,8 @@
-"""The zoo at a glance: a table of models, one model stage by stage, or a picture of the published results.
+"""The zoo at a glance: a table of models, or one model stage by stage.
 
     python -m models [PATTERN ...]            models whose names match, all by default; a YAML of one's own works too
     python -m models 'NAME.*'                 its published weights by their tags
     python -m models NAME --stages            what each stage holds and costs
-    python -m models --picture FILE.svg       published top-1 over multiply-accumulates
 
 Parameters and multiply-accumulates are counted on the meta device, from a model with one block per stage: the blocks of
 a stage are alike. Frozen parameters stand apart, behind a +. Published figures are those of the YAMLs.
@@ -15,14 +14,11 @@ import re
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 
-from files.durable import CheckpointError, make_folder, save_text
 from files.errors import ConfigError, nearest
 from models.config import MetaFormerConfig
 from models.counting import Part, count_parts
 from models.registry import is_path, list_models, model_config
-from pictures import draw_zoo, families
 
 
 def zoo_table(configs: Sequence[MetaFormerConfig]) -> str:
@@ -120,35 +116,20 @@ def _list_tagged(pattern: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 1 if a picture was not written, 2 for a mistake."""
+    """Runs the command line and returns its exit code: 0, or 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m models", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="names, such as 'caformer_*', or YAML files")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--stages", action="store_true", help="show the models stage by stage")
-    what.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw published top-1 over multiply-accumulates")
+    parser.add_argument("--stages", action="store_true", help="show the models stage by stage")
     args = parser.parse_args(argv)
     try:
         configs = find(args.patterns)
-        if args.picture is None:
-            print("\n\n".join(map(stage_table, configs)) if args.stages else zoo_table(configs), flush=True)
-            return 0
-        if args.picture.suffix != ".svg":
-            raise ConfigError(f"--picture {args.picture}: the picture is an SVG; give a name ending in .svg")
-        if not families(configs):
-            raise ConfigError("--picture: no published top-1 among these models")
-        make_folder(args.picture.parent)
-        save_text(args.picture, draw_zoo(configs))
+        print("\n\n".join(map(stage_table, configs)) if args.stages else zoo_table(configs), flush=True)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # the reader, such as head, has seen enough; what is still to be flushed at exit goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(args.picture)
     return 0
 
 
