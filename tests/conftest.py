@@ -71,7 +71,7 @@ class FullDisk(io.FileIO):
 @pytest.fixture
 def fill_disk(monkeypatch) -> Callable[[Callable[[], object], Path], int]:
     """Repeats a save with ever more room until it succeeds, checking each failure; returns how often it failed."""
-    from models import weights
+    from files import durable
 
     def content(folder: Path) -> dict[Path, bytes | None]:
         return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
@@ -81,12 +81,12 @@ def fill_disk(monkeypatch) -> Callable[[Callable[[], object], Path], int]:
 
     def fill(save: Callable[[], object], folder: Path) -> int:
         before = content(folder)
-        monkeypatch.setattr(weights, "open", fake_open, raising=False)
+        monkeypatch.setattr(durable, "open", fake_open, raising=False)
         for failures in range(1000):
             FullDisk.room = failures * 97
             try:
                 save()
-            except weights.CheckpointError as error:
+            except durable.CheckpointError as error:
                 assert "No space left on device" in str(error) and "untouched" in str(error)
                 assert content(folder) == before
             else:

@@ -21,8 +21,8 @@ from PIL import Image
 
 from models import create_model
 from train import main
-from training import data
 from training.checkpoint import load_checkpoint
+from training.data import images
 
 ROOT = Path(__file__).resolve().parents[1]
 # Small and fast: 1,437 digits in batches of 256 are 5 steps per epoch.
@@ -417,7 +417,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "workers"), [("train/cat/3.png", 2), ("val/dog/1.png", 0), ("val/dog/1.png", 2)])
 def test_an_unreadable_image_costs_three_lines(tmp_path: Path, monkeypatch, name: str, workers: int) -> None:
-    monkeypatch.setattr(data, "FULL_CHECK_LIMIT", 0)  # as in a folder of many images
+    monkeypatch.setattr(images, "FULL_CHECK_LIMIT", 0)  # as in a folder of many images
     write_images(tmp_path / "images")
     flip(tmp_path / "images" / name)
     settings = on_folder(tmp_path / "images", f"data.workers={workers}")
@@ -438,7 +438,9 @@ def test_an_unreadable_image_costs_three_lines(tmp_path: Path, monkeypatch, name
 
 def test_all_processes_stop_where_one_cannot_read(tmp_path: Path) -> None:
     write_images(tmp_path / "images", train=8)
-    script = "from training import data; data.FULL_CHECK_LIMIT = 0; import train; raise SystemExit(train.main())"
+    script = (
+        "from training.data import images; images.FULL_CHECK_LIMIT = 0; import train; raise SystemExit(train.main())"
+    )
     (tmp_path / "unchecked.py").write_text(script)
     flip(tmp_path / "images" / "val" / "cat" / "0.png")  # of rank 0
     settings = [*on_folder(tmp_path / "images"), "--output", tmp_path / "run"]

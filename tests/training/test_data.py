@@ -28,8 +28,12 @@ from torch.utils.data import DataLoader
 from configs import CONFIGS
 from files.errors import ConfigError
 from training import config as config_module
-from training import data as data_module
 from training.config import AugmentSection, DataSection, load_config
+from training.data import digits as digits_module
+from training.data import draws as draws_module
+from training.data import images as images_module
+from training.data import skipping as skipping_module
+from training.data import transforms
 from training.data.build import build_datasets, class_names_of_data
 from training.data.dataset import DataBundle, ReadError, TrainDataset, Unreadable, ValDataset
 from training.data.digits import digits_split
@@ -240,8 +244,8 @@ def test_without_augmentation_training_digits_are_plain() -> None:
 
 def affine_of(image: torch.Tensor, draws: list[float], monkeypatch: pytest.MonkeyPatch, **augment: Any) -> torch.Tensor:
     """The affine map of one image, with its nine draws (in [0, 1), 0.5 is the middle) given."""
-    monkeypatch.setattr(data_module, "_uniform", lambda streams, count: np.array([draws]))
-    return data_module._affine(image[None], augment_section(**augment), np.zeros(1, dtype=np.uint64))[0]
+    monkeypatch.setattr(digits_module, "uniform", lambda streams, count: np.array([draws]))
+    return digits_module._affine(image[None], augment_section(**augment), np.zeros(1, dtype=np.uint64))[0]
 
 
 def test_the_affine_map_does_what_its_draws_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,9 +292,9 @@ def test_rotation_keeps_shapes_on_oblong_images(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_draws_are_spread_evenly_and_differ_between_samples() -> None:
-    streams = data_module._hash(0, 2, [0] * 20000, np.arange(20000))
+    streams = draws_module.hash_words(0, 2, [0] * 20000, np.arange(20000))
     assert len(set(streams.tolist())) == 20000
-    draws = data_module._uniform(streams, 9)
+    draws = draws_module.uniform(streams, 9)
     assert draws.min() >= 0 and draws.max() < 1
     np.testing.assert_allclose(draws.mean(0), 0.5, atol=4 * 12**-0.5 / 20000**0.5)
     assert np.abs(np.corrcoef(draws.T) - np.eye(9)).max() < 4.5 / 20000**0.5
@@ -528,11 +532,11 @@ def run_policy(text: str, count: int = 600) -> None:
     assert AugmentSection(auto_augment=text).auto_augment == text
     rng = np.random.default_rng(0)
     colour = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-    policy = data_module._Policy(text, COLOUR)
-    with data_module._global_generators_kept():
+    policy = transforms._Policy(text, COLOUR)
+    with draws_module.global_generators_kept():
         for image in (colour, colour.convert("L")):
             for i in range(count // 2):
-                data_module._seed_global_generators(i)
+                draws_module.seed_global_generators(i)
                 changed = policy(image)
                 assert (changed.mode, changed.size) == (image.mode, image.size)
 
@@ -572,7 +576,7 @@ def test_a_policy_runs_at_the_ends_of_every_setting() -> None:
 def test_posterizing_gives_what_older_pillow_gave(name: str) -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    operations = [op for op in policy_operations(data_module._Policy(name, COLOUR)) if op.name.startswith("Posterize")]
+    operations = [op for op in policy_operations(transforms._Policy(name, COLOUR)) if op.name.startswith("Posterize")]
     assert operations
     for operation in operations:
         for bits in range(-16, 12):
@@ -807,7 +811,7 @@ def test_decompression_bombs_are_refused_before_decoding(
         idat = struct.pack(">I", 4) + b"IDAT" + b"bomb" + struct.pack(">I", zlib.crc32(b"IDATbomb"))
         bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + idat + end)
         for limit in (0, 2000):
-            monkeypatch.setattr(data_module, "FULL_CHECK_LIMIT", limit)
+            monkeypatch.setattr(images_module, "FULL_CHECK_LIMIT", limit)
             with fails("1 of 22 images cannot be read", "bomb.png", "more than 89,478,485 pixels", "not decoded"):
                 check_images(folder(image_root))
         assert not recwarn.list
@@ -967,7 +971,7 @@ def test_settings_without_effect_are_warned_of() -> None:
 def test_a_damaged_image_is_found_before_training(
     kind: str, limit: int, image_root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(data_module, "FULL_CHECK_LIMIT", limit)
+    monkeypatch.setattr(images_module, "FULL_CHECK_LIMIT", limit)
     suffix = kind.split()[-1] if "truncated" in kind else "jpg"
     path = write_image(image_root / "train" / "daisy" / f"zz.{suffix}", size=(200, 200))
     content = path.read_bytes()
@@ -985,7 +989,7 @@ def test_a_damaged_image_is_found_before_training(
 
 
 def test_an_image_with_an_unusual_end_is_not_called_damaged(image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "FULL_CHECK_LIMIT", 0)
+    monkeypatch.setattr(images_module, "FULL_CHECK_LIMIT", 0)
     path = image_root / "train" / "aster" / "0-plain.JPEG"
     path.write_bytes(path.read_bytes() + b"appended by a camera")
     check_images(folder(image_root))
@@ -993,8 +997,8 @@ def test_an_image_with_an_unusual_end_is_not_called_damaged(image_root: Path, mo
 
 def test_only_doubtful_files_are_decoded_in_a_big_folder(image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    monkeypatch.setattr(data_module, "_damage", decoded.append)
-    monkeypatch.setattr(data_module, "FULL_CHECK_LIMIT", 0)
+    monkeypatch.setattr(images_module, "_damage", decoded.append)
+    monkeypatch.setattr(images_module, "FULL_CHECK_LIMIT", 0)
     odd = write_image(image_root / "val" / "tulip" / "odd.bmp")
     check_images(folder(image_root))
     assert decoded == [str(odd)]
@@ -1160,7 +1164,7 @@ def test_nothing_left_to_replace_with(image_root: Path) -> None:
 
 def test_a_batch_of_nothing() -> None:
     lost = [Unreadable("val", "a.png", "empty"), Unreadable("val", "b.png", "empty")]
-    assert data_module.collate(lost) == PartialBatch(None, lost)
+    assert skipping_module.collate(lost) == PartialBatch(None, lost)
 
 
 # --- What a data set is known by ---

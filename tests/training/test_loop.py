@@ -23,7 +23,7 @@ from stochastic_depth.compute import count_macs
 from training import loop
 from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.config import dump_config, load_config
-from training.console import StopSignals
+from training.console import StopSignals, drop_path_modules
 from training.data.dataset import ReadError
 from training.distributed import World
 from training.evaluation import evaluate
@@ -114,7 +114,7 @@ def test_the_resolved_config_builds_the_same_run(name: str, tmp_path: Path) -> N
     assert again.depth.rates == setup.depth.rates and again.depth.schedule == setup.depth.schedule
     assert weights(again) == weights(setup)
     assert again.model.config.model_dump() == setup.model.config.model_dump()
-    settings = [[(m.drop_prob, m.mode, m.break_even) for m in loop._rates(s)] for s in (setup, again)]
+    settings = [[(m.drop_prob, m.mode, m.break_even) for m in drop_path_modules(s)] for s in (setup, again)]
     assert settings[0] == settings[1]
     groups = [[{k: v for k, v in g.items() if k != "params"} for g in s.optimizer.param_groups] for s in (setup, again)]
     assert groups[0] == groups[1]
@@ -412,7 +412,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 def test_the_drop_path_schedule_is_applied_at_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers, rates = [], []
-    real = loop.build
+    real = setup_module.build
 
     def spying(*arguments: Any, **options: Any) -> Setup:
         setup = real(*arguments, **options)

@@ -13,10 +13,13 @@ import torch
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 
+import pictures
+import training.report.__main__ as report_main
 from files.errors import ConfigError
 from layers.rates import drop_path_rates
 from layers.schedule import DropPathSchedule
-from training import report
+from training.report import charts, runs
+from training.report.page import write_comparison, write_report
 from training.run_folder import METRICS
 
 CONFIG = """seed: 0
@@ -97,11 +100,11 @@ def run(tmp_path: Path) -> Path:
 def html(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of an untouched run, drawn once."""
     run = make_run(tmp_path_factory.mktemp("runs") / "digits-1")
-    return report.write_report(run).read_text(encoding="utf-8")
+    return write_report(run).read_text(encoding="utf-8")
 
 
 def page_of(run: Path) -> Page:
-    return Page(report.write_report(run).read_text(encoding="utf-8"))
+    return Page(write_report(run).read_text(encoding="utf-8"))
 
 
 # ---- the page of a run -----------------------------------------------------------------------------------------------
@@ -243,7 +246,7 @@ def test_first_epoch_draws_points(tmp_path: Path) -> None:
 def test_cut_off_row_is_left_out_and_said(run: Path, rest: str) -> None:
     with (run / "metrics.csv").open("a") as file:
         file.write(rest)  # no newline: the last number may have lost digits
-    data = report.read_run(run)
+    data = runs.read_run(run)
     assert data.epochs == 4
     assert "metrics.csv holds an incomplete row, which was left out." in page_of(run).text
 
@@ -251,7 +254,7 @@ def test_cut_off_row_is_left_out_and_said(run: Path, rest: str) -> None:
 def test_epoch_written_twice_counts_once(run: Path) -> None:
     with (run / "metrics.csv").open("a") as file:
         file.write("4,44,0.5,0.4,98.5,100,0.001,0.4,500,10\n")
-    data = report.read_run(run)
+    data = runs.read_run(run)
     assert data.metrics["epoch"] == [1, 2, 3, 4]
     assert data.metrics["val_top1"][-1] == 98.5
 
@@ -271,7 +274,7 @@ def test_numbers_that_are_none(run: Path) -> None:
         run / "drop_path.csv", ("block", "name", "nominal_rate", "mode", "realised_rate"), [[0, "b", 0.1, "skip", ""]]
     )
     (run / "summary.json").write_text('{"epochs": 4, "final_top1": null, "peak_memory_mb": null}')
-    data = report.read_run(run)
+    data = runs.read_run(run)
     assert [math.isnan(v) for v in data.metrics["val_top1"]] == [False, True, True, False]
     assert math.isnan(data.metrics["val_loss"][-1])
     text = page_of(run).text
@@ -282,7 +285,7 @@ def test_numbers_that_are_none(run: Path) -> None:
 
 
 def test_report_replaces_the_old_one_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = report.write_report(run).read_bytes()
+    before = write_report(run).read_bytes()
 
     def fail(self: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -291,10 +294,10 @@ def test_report_replaces_the_old_one_whole(run: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", fail)
         with pytest.raises(ConfigError, match=r"cannot write .*report\.html': No space left"):
-            report.write_report(run)
+            write_report(run)
     assert (run / "report.html").read_bytes() == before
     assert not list(run.glob(".*"))
-    assert report.write_report(run).read_bytes() != before
+    assert write_report(run).read_bytes() != before
 
 
 # ---- comparing runs --------------------------------------------------------------------------------------------------
@@ -304,7 +307,7 @@ def test_compare(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     other = make_run(tmp_path / "other", top1=(50.0, 99.5), config=CONFIG.replace("0.3", "0.1"))
     (other / "summary.json").unlink()
     output = tmp_path / "compared.html"
-    assert report.main(["--compare", str(run), str(other), "--output", str(output)]) == 0
+    assert report_main.main(["--compare", str(run), str(other), "--output", str(output)]) == 0
     assert capsys.readouterr().out == f"{output}\n"
     html = output.read_text(encoding="utf-8")
     page = Page(html)
@@ -321,12 +324,12 @@ def test_compare(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_compare_tells_runs_of_one_name_apart(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / folder / "run", top1=(50.0,)) for folder in "ab"]
-    page = Page(report.write_comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8"))
+    page = Page(write_comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8"))
     assert all(str(run) in page.text for run in runs)
 
 
 def test_many_runs_differ_in_colour_or_dash() -> None:
-    styles = {tuple(report._style(i).values()) for i in range(32)}
+    styles = {tuple(charts._style(i).values()) for i in range(32)}
     assert len(styles) == 32
 
 
@@ -335,9 +338,9 @@ def test_many_runs_differ_in_colour_or_dash() -> None:
 
 def test_pictures_are_the_same_bytes_each_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "first", tmp_path / "deep" / "second"
-    assert report.main(["--pictures", str(first)]) == 0
+    assert report_main.main(["--pictures", str(first)]) == 0
     torch.rand(3)  # the draws must not depend on the state around them
-    assert report.main(["--pictures", str(second)]) == 0
+    assert report_main.main(["--pictures", str(second)]) == 0
     names = ["drop_path_rates.svg", "drop_path_batch.svg", "drop_path_schedules.svg"]
     assert capsys.readouterr().out.split() == [str(folder / name) for folder in (first, second) for name in names]
     for name in names:
@@ -351,17 +354,17 @@ def test_pictures_are_the_same_bytes_each_time(tmp_path: Path, capsys: pytest.Ca
 
 def test_heat_map_shows_the_rate_of_each_block_at_each_step() -> None:
     schedule = DropPathSchedule(kind="early", cutoff=100)
-    image = report.draw_heat_map(Figure().subplots(), [0.0, 0.2, 0.4], schedule, 200)
+    image = charts.draw_heat_map(Figure().subplots(), [0.0, 0.2, 0.4], schedule, 200)
     values = image.get_array()
     assert values is not None and values.shape == (3, 200)
     assert values[2, 0] == pytest.approx(0.4) and values[1, 0] == pytest.approx(0.2)
     assert values[2, 50] == pytest.approx(0.4 * (1 - 50 / 99)) and not values[:, 100:].any()
-    panels = [axes.get_title(loc="left").partition(":")[0] for axes in report.draw_schedules().axes if axes.images]
+    panels = [axes.get_title(loc="left").partition(":")[0] for axes in pictures.draw_schedules().axes if axes.images]
     assert panels == ["constant", "early", "late", "ramp", "cosine", "piecewise"]
 
 
 def test_picture_of_rates_has_every_bar() -> None:
-    figure = report.draw_rates()
+    figure = pictures.draw_rates()
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.containers}
     assert list(panels) == ["linear", "linear_from_first", "constant", "stagewise", "cosine"]
     for profile, axes in panels.items():
@@ -372,19 +375,19 @@ def test_picture_of_rates_has_every_bar() -> None:
 def test_step_holds_what_the_branches_really_saw() -> None:
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    computed = report.draw_step((4, 4, 12, 4), 0.4, batch=16, seed=0)
+    computed = pictures.draw_step((4, 4, 12, 4), 0.4, batch=16, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert computed.shape == (16, 24)
     for kept, rate in zip(computed.sum(0).tolist(), drop_path_rates(0.4, (4, 4, 12, 4)), strict=True):
         assert abs(kept - 16 * (1 - rate)) < 1  # rounded up or down, never further: mode skip's fixed count
     assert computed[:, 0].all()
     assert len({tuple(row) for row in computed.tolist()}) == 16  # each sample takes its own path
-    assert not torch.equal(computed, report.draw_step((4, 4, 12, 4), 0.4, batch=16, seed=1))
+    assert not torch.equal(computed, pictures.draw_step((4, 4, 12, 4), 0.4, batch=16, seed=1))
 
 
 def test_picture_of_a_batch_draws_the_step() -> None:
-    computed = report.draw_step((4, 4, 12, 4), 0.4, batch=16, seed=0)
-    grid, shares = report.draw_batch().axes
+    computed = pictures.draw_step((4, 4, 12, 4), 0.4, batch=16, seed=0)
+    grid, shares = pictures.draw_batch().axes
     boxes = [c for c in grid.collections if isinstance(c, PolyCollection)]
     lines = [c for c in grid.collections if isinstance(c, LineCollection)]
     assert [len(c.get_paths()) for c in boxes] == computed.sum(1).tolist()
@@ -397,7 +400,7 @@ def test_picture_of_a_batch_draws_the_step() -> None:
 
 
 def test_command_writes_the_report_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main([str(run)]) == 0
+    assert report_main.main([str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     assert (run / "report.html").is_file()
 
@@ -421,7 +424,7 @@ def test_bad_paths(
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
-    assert report.main([a.format(tmp=tmp_path, run=run) for a in arguments]) == 2
+    assert report_main.main([a.format(tmp=tmp_path, run=run) for a in arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(message.format(tmp=tmp_path))
     assert printed.err.count("\n") == 1
@@ -431,7 +434,7 @@ def test_bad_paths(
 
 def test_broken_config_is_one_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "config.yaml").write_text("seed: [1")
-    assert report.main([str(run)]) == 2
+    assert report_main.main([str(run)]) == 2
     error = capsys.readouterr().err
     assert "config.yaml" in error
     assert error.count("\n") <= 3
@@ -440,5 +443,5 @@ def test_broken_config_is_one_error(run: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("arguments", [[], ["--compare", "a"], ["a", "--output", "b"], ["a", "--pictures", "b"]])
 def test_options_that_do_not_go_together(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        report.main(arguments)
+        report_main.main(arguments)
     assert error.value.code == 2

@@ -137,7 +137,10 @@ def drop_path_verdict(blocks: Sequence[Block]) -> str:
     if skipped == 0.0 < dropped:
         saved = f" {format_share(dropped)} of all branch computations were dropped by a mask, none of them skipped."
     elif not math.isclose(skipped, dropped):
-        saved = f" {format_share(skipped)} of all branch computations were skipped; {format_share(dropped)} were dropped in all."
+        saved = (
+            f" {format_share(skipped)} of all branch computations were skipped; {format_share(dropped)} were "
+            "dropped in all."
+        )
     else:
         saved = f" {format_share(skipped)} of all branch computations were skipped, never computed."
     return shows + saved
