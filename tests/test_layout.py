@@ -26,12 +26,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "models": (_MODELS, {"torch", "timm", "torchvision", "safetensors", "huggingface_hub", "pydantic"}),
     "models/export.py": (_MODELS, {"torch", "timm", "onnx", "onnxruntime"}),
     "training": (_TRAINING, {*_ARRAYS, "pydantic", "tqdm"}),
-    "training/data": ({"files", "training"}, {*_ARRAYS, "PIL", "tqdm", "sklearn"}),
+    "training/threads.py": ({"training"}, {"torch", "joblib"}),
+    "training/data": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "tqdm", "sklearn"}),
     "training/report": ({"files", "layers", "training"}, {"numpy", "pydantic", "jinja2", "markupsafe", "matplotlib"}),
     "benchmarks": ({*_TRAINING, "benchmarks"}, {*_ARRAYS, "PIL", "sklearn"}),
     "train.py": ({"files", "training"}, set()),
-    "export.py": ({"files", "models"}, {"torch"}),
-    "benchmark.py": ({"files", "benchmarks"}, set()),
+    "export.py": ({"files", "models", "training"}, {"torch"}),
+    "benchmark.py": ({"files", "benchmarks", "training"}, {"torch", "timm"}),
     "pictures.py": (_TRAINING, {"torch", "matplotlib", "sklearn"}),
 }
 MAX_LINES = 500

@@ -21,6 +21,7 @@ from models.factory import class_names_of, create_model
 from models.weights import weights_sha256
 from stochastic_depth.compute import count_macs
 from training import loop
+from training import setup as setup_module
 from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.config import dump_config, load_config
 from training.console import StopSignals, drop_path_modules
