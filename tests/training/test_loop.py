@@ -21,7 +21,7 @@ from models.factory import class_names_of, create_model
 from models.weights import weights_sha256
 from stochastic_depth.compute import count_macs
 from training import loop
-from training import setup as setup_module
+from training import setup as building
 from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.config import dump_config, load_config
 from training.console import StopSignals, drop_path_modules
@@ -413,7 +413,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 def test_the_drop_path_schedule_is_applied_at_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers, rates = [], []
-    real = setup_module.build
+    real = building.build
 
     def spying(*arguments: Any, **options: Any) -> Setup:
         setup = real(*arguments, **options)
@@ -596,7 +596,7 @@ def test_a_training_image_that_breaks_saves_the_steps_before_it(images: list[str
 def train_unchecked(folder: Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
     """As `run`, on data whose damage is not looked for first, as in a folder of more images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "check_images", lambda *_, **__: None)
+        patch.setattr(building, "check_images", lambda *_, **__: None)
         return run(folder, *overrides, resume=resume)[1]
 
 
