@@ -18,8 +18,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from files.durable import CheckpointError, make_folder, save_text
-from files.errors import ConfigError
+from files.durable import make_folder, save_text
+from files.errors import ConfigError, run_command
 from layers.drop_path import DropPath
 from layers.rates import ProfileName, drop_path_rates
 from layers.schedule import DropPathSchedule
@@ -343,15 +343,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/pictures"), help="default: docs/pictures")
     given = parser.parse_args(arguments)
-    try:
+
+    def draw() -> int:
         print(*write_pictures(given.folder), sep="\n")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return run_command(draw)
 
 
 if __name__ == "__main__":

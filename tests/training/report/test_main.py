@@ -63,7 +63,7 @@ def test_bad_paths(
     before = sorted(tmp_path.rglob("*"))
     assert report_main.main([a.format(tmp=tmp_path, run=run) for a in arguments]) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith(message.format(tmp=tmp_path, unsaved=UNSAVED))
+    assert printed.err.startswith("error: " + message.format(tmp=tmp_path, unsaved=UNSAVED))
     assert printed.err.count("\n") == 1
     assert printed.out == ""
     assert sorted(tmp_path.rglob("*")) == before
