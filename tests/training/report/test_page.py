@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from files import durable
 from files.errors import ConfigError
 from training.report.page import write_comparison, write_report
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_page_says_what_the_run_did(html: str, read_page) -> None:
@@ -106,3 +109,11 @@ def test_compare_tells_runs_of_one_name_apart(tmp_path: Path, make_run, read_pag
     runs = [make_run(tmp_path / folder / "run", top1=(50.0,)) for folder in "ab"]
     page = read_page(write_comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8"))
     assert all(str(run) in page.text for run in runs)
+
+
+def test_templates_travel_with_the_package() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "training" / "report" / "templates"
+    (pattern,) = data["training.report"]
+    assert {p.suffix for p in folder.iterdir()} == {".j2", ".css"}
+    assert set((ROOT / "training" / "report").glob(pattern)) == set(folder.iterdir())
