@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 
-from files.durable import CheckpointError
-from files.errors import ConfigError
+from files.errors import ConfigError, run_command
 from files.strict_yaml import Document, annotation_at, set_overrides
 from models.config import MetaFormerConfig
 from models.export import (
     FORMATS,
     Exported,
-    ExportError,
     check_output,
     compare_speed,
     count_classes,
@@ -53,18 +51,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("models").setLevel(logging.INFO)  # ours, not what every pass of an exporter has to say
-    try:
-        check_output(args.format, args.output, force=args.force)  # before the weights are read
-        model = build(args)
-        if args.checkpoint is None and not any(word.startswith("pretrained=") for word in args.overrides):
-            print("warning: no --checkpoint, no pretrained=true: the weights are freshly initialised", file=sys.stderr)
-        exported = export_model(model, args.format, args.output, force=args.force)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (ExportError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_command(lambda: export(args))
+
+
+def export(args: argparse.Namespace) -> int:
+    """Builds the model, writes it, and says what was written."""
+    check_output(args.format, args.output, force=args.force)  # before the weights are read
+    model = build(args)
+    if args.checkpoint is None and not any(word.startswith("pretrained=") for word in args.overrides):
+        print("warning: no --checkpoint, no pretrained=true: the weights are freshly initialised", file=sys.stderr)
+    exported = export_model(model, args.format, args.output, force=args.force)
     print(describe(args.output, exported))
     if args.benchmark:
         before, after = compare_speed(model, exported.run)

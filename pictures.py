@@ -18,7 +18,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from files.durable import CheckpointError, make_folder, save_text
+from files.durable import make_folder, save_text
+from files.errors import ConfigError, run_command
 from layers.drop_path import DropPath
 from layers.rates import ProfileName, drop_path_rates
 from layers.schedule import DropPathSchedule
@@ -95,8 +96,7 @@ def draw_zoo(configs: Sequence[MetaFormerConfig]) -> str:
             last = place
         axes.set_ylim(low, high)
         text = io.StringIO()
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(text, format="svg", metadata=nothing, facecolor="white")
+        figure.savefig(text, format="svg", metadata=NO_METADATA, facecolor="white")
     return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.MULTILINE)
 
 
@@ -115,9 +115,15 @@ def write_pictures(folder: Path) -> list[Path]:
         Their paths.
 
     Raises:
-        CheckpointError: The folder cannot be made or written to.
+        ConfigError: The folder is none, or cannot be made.
+        CheckpointError: A picture cannot be written.
     """
-    make_folder(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: not a folder")
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made: {error.strerror}") from None
     pictures = {
         "drop_path_rates.svg": draw_rates,
         "drop_path_batch.svg": draw_batch,
@@ -333,16 +339,16 @@ def draw_schedules() -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 1 where a picture could not be written."""
+    """Runs the command line and returns its exit code: 0, 1 where a picture could not be written, 2 for a mistake."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/pictures"), help="default: docs/pictures")
     given = parser.parse_args(arguments)
-    try:
+
+    def draw() -> int:
         print(*write_pictures(given.folder), sep="\n")
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return run_command(draw)
 
 
 if __name__ == "__main__":

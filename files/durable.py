@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from files.errors import nearest
+from files.errors import Failure, nearest
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Failure):
     """A checkpoint that is damaged or could not be written; the message names the file and what is wrong."""
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from files.errors import ConfigError, nearest
+from files.errors import ConfigError, nearest, run_command
 from models.config import MetaFormerConfig
 from models.counting import Part, count_parts
 from models.registry import is_path, list_models, model_config
@@ -121,16 +121,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="names, such as 'caformer_*', or YAML files")
     parser.add_argument("--stages", action="store_true", help="show the models stage by stage")
     args = parser.parse_args(argv)
-    try:
+
+    def show() -> int:
         configs = find(args.patterns)
         print("\n\n".join(map(stage_table, configs)) if args.stages else zoo_table(configs), flush=True)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 0
+
+    try:
+        return run_command(show)
     except BrokenPipeError:
         # the reader, such as head, has seen enough; what is still to be flushed at exit goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from files.durable import make_folder, publish, sync_folder, tidy
-from files.errors import ConfigError
+from files.errors import ConfigError, Failure
 from models.config import MetaFormerConfig, make_pretrained_cfg
 from models.factory import class_names_of
 from models.fold import fold_scales, load_folded
@@ -44,7 +44,7 @@ _SUFFIX: dict[Format, str] = {"timm": "", "onnx": ".onnx", "torch": ".pt2", "fol
 _BATCHES = (1, 3)  # that an export is checked with
 
 
-class ExportError(RuntimeError):
+class ExportError(Failure):
     """A model that could not be exported, or an export that does not compute what the model does."""
 
 

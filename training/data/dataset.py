@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from files.errors import Failure
 from training.data.draws import REPLACE, SAMPLE, global_generators_kept, hash_words
 
 # How many other samples are tried in the place of one that cannot be read.
@@ -67,7 +68,7 @@ class Unreadable:
         return f"cannot read image '{self.path}': {self.reason}"
 
 
-class ReadError(RuntimeError):
+class ReadError(Failure):
     """Data that cannot be read while a run goes on; the message names the file."""
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from files.errors import ConfigError
+from files.errors import run_command
 from training.report.page import write_comparison, write_report
 
 
@@ -23,13 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if (given.compare is None) != (given.output is None):
         parser.error("--compare and --output go together")
-    try:
-        written = write_report(given.run) if given.compare is None else write_comparison(given.compare, given.output)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(written)
-    return 0
+
+    def write() -> int:
+        print(write_report(given.run) if given.compare is None else write_comparison(given.compare, given.output))
+        return 0
+
+    return run_command(write)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""models/strict_yaml.py: what is read, what is refused, and that each refusal says where."""
+"""files/strict_yaml.py: what is read, what is refused, and that each refusal says where."""
 
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from files.errors import ConfigError, FieldError, nearest
+from files.errors import ConfigError, FieldError
 from files.strict_yaml import (
     Document,
     annotation_at,
@@ -313,8 +313,3 @@ def test_dump_reads_back() -> None:
     assert [type(n) for n in back["numbers"]] == [type(n) for n in data["numbers"]]
     shared = [1, 2]
     assert parse_yaml(dump_yaml({"a": shared, "b": shared})).data == {"a": shared, "b": shared}
-
-
-def test_nearest() -> None:
-    assert nearest("cosin", ["linear", "cosine"]) == "; did you mean 'cosine'?"
-    assert nearest("zzz", ["linear", "cosine"]) == ""

@@ -1,0 +1,51 @@
+"""Charts: their colours, points and rates."""
+
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from layers.schedule import DropPathSchedule
+from training.report import charts
+
+
+def test_charts_take_every_colour_from_the_page(html: str) -> None:
+    svgs = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
+    assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{6}", svgs)
+    assert set(re.findall(r"var\((--\w+)\)", svgs)) <= set(re.findall(r"(--\w+):", html))
+
+
+def test_page_shows_the_planned_rates_where_a_schedule_changes_them(
+    html: str, tmp_path: Path, make_run, page_of, read_page, config_text
+) -> None:
+    assert "Drop-path rate of each block as planned: from 0 (pale) to 0.3 (dark)" in read_page(html).text
+    assert ("data:image/png;base64" in html) and html.count("<figure") == 6
+    constant = make_run(
+        tmp_path / "constant", config=config_text.replace("{kind: ramp, start: 0.0}", "{kind: constant}")
+    )
+    assert "as planned" not in page_of(constant).text
+    unknown = make_run(tmp_path / "unknown", config=config_text.replace("kind: ramp", "kind: rump"))
+    assert "as planned" not in page_of(unknown).text
+
+
+def test_first_epoch_draws_points(tmp_path: Path, make_run, page_of) -> None:
+    run = make_run(tmp_path / "first", top1=(12.5,))
+    (run / "summary.json").unlink()
+    page = page_of(run)
+    assert "Not finished, 1 of 4 epochs in 2.5 s" in page.text
+    assert page.tags.count("use") >= 6  # one marker for each of six curves, beside the ticks
+
+
+def test_many_runs_differ_in_colour_or_dash() -> None:
+    styles = {tuple(charts._style(i).values()) for i in range(32)}
+    assert len(styles) == 32
+
+
+def test_heat_map_shows_the_rate_of_each_block_at_each_step() -> None:
+    schedule = DropPathSchedule(kind="early", cutoff=100)
+    image = charts.draw_heat_map(Figure().subplots(), [0.0, 0.2, 0.4], schedule, 200)
+    values = image.get_array()
+    assert values is not None and values.shape == (3, 200)
+    assert values[2, 0] == pytest.approx(0.4) and values[1, 0] == pytest.approx(0.2)
+    assert values[2, 50] == pytest.approx(0.4 * (1 - 50 / 99)) and not values[:, 100:].any()

@@ -1,0 +1,84 @@
+"""`python -m training.report`: what it writes and says, and what mistakes cost."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import training.report.__main__ as report_main
+
+UNSAVED = "was not saved, what was there before is untouched:"
+
+
+def test_compare(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], make_run, read_page, config_text
+) -> None:
+    other = make_run(tmp_path / "other", top1=(50.0, 99.5), config=config_text.replace("0.3", "0.1"))
+    (other / "summary.json").unlink()
+    output = tmp_path / "compared.html"
+    assert report_main.main(["--compare", str(run), str(other), "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    html = output.read_text(encoding="utf-8")
+    page = read_page(html)
+    assert "2 runs compared" in page.text
+    assert "digits-1 98.75 % 97.25 % 4 10 s 1,234 rate 0.3, profile linear" in page.text
+    assert "other (not finished) 99.50 % 99.50 % 2 5.0 s 500 rate 0.1, profile linear" in page.text
+    figures = re.findall(r"<figure.*?</figure>", html, flags=re.DOTALL)
+    assert len(figures) == 2
+    for figure in figures:  # a line per run, in the colour of its key
+        assert "stroke: var(--s0)" in figure
+        assert "stroke: var(--s1)" in figure
+    assert 'stroke="var(--s1)"' in html
+
+
+def test_command_writes_the_report_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_main.main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert (run / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/digits-2"], "run '{tmp}/digits-2': no such folder; did you mean 'digits-1'?"),
+        (["{tmp}/no/where"], "run '{tmp}/no/where': no such folder"),
+        (["{tmp}/file"], "run '{tmp}/file': no such folder"),
+        (["{tmp}/empty"], "run '{tmp}/empty': not a run folder, it holds no config.yaml"),
+        (["--compare", "{run}", "{tmp}/empty", "--output", "{tmp}/c.html"], "run '{tmp}/empty': not a run folder"),
+        (
+            ["--compare", "{run}", "--output", "{tmp}/no/c.html"],
+            "{tmp}/no/c.html {unsaved} No such file",
+        ),
+        (
+            ["--compare", "{run}", "--output", "{tmp}/empty"],
+            "{tmp}/empty {unsaved} Is a directory",
+        ),
+    ],
+)
+def test_bad_paths(
+    run: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert report_main.main([a.format(tmp=tmp_path, run=run) for a in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: " + message.format(tmp=tmp_path, unsaved=UNSAVED))
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_broken_config_is_one_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.yaml").write_text("seed: [1")
+    assert report_main.main([str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "config.yaml" in error
+    assert error.count("\n") <= 3
+
+
+@pytest.mark.parametrize("arguments", [[], ["--compare", "a"], ["a", "--output", "b"]])
+def test_options_that_do_not_go_together(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        report_main.main(arguments)
+    assert error.value.code == 2
