@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layers.drop_path import DropPath
 from training.run_folder import describe_processor
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def step_time(model: nn.Module, images: Tensor) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.weights import weights_sha256
 from training.config import load_config
+from training.console import StopSignals
 from training.distributed import World
 from training.loop import train_step
 from training.optim import build_loss
@@ -38,7 +39,9 @@ def first_batches(setup: Setup, count: int = 1) -> list[Batch]:
 
 def step(setup: Setup, batches: list[Batch], number: int = 0) -> float:
     loss_fn = build_loss(setup.config.augment, setup.mixer.enabled)
-    return train_step(setup, setup.model.train(), batches, Progress(step=number), loss_fn)
+    return train_step(
+        setup, setup.model.train(), batches, Progress(step=number), loss_fn=loss_fn, signals=StopSignals()
+    ).loss
 
 
 def classifier(setup: Setup) -> nn.Linear:

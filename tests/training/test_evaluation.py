@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tests.training.parts import build_tiny, first_batches, image_path, step
-from training.evaluation import evaluate
+from training.loop import validate
 from training.setup import Setup
 
 
@@ -28,7 +28,7 @@ def test_evaluation_equals_a_direct_computation() -> None:
     assert [len(targets) for _, targets, _ in setup.val_loader] == [100, 100, 100, 60], "the last batch is short"
     setup.model.train()
     random = torch.get_rng_state()
-    found = evaluate(setup)
+    found = validate(setup)
     assert setup.model.training, "left as it was"
     assert torch.equal(torch.get_rng_state(), random), "nothing is drawn: validation does not move the run"
     assert found == pytest.approx(direct(setup, setup.model), rel=1e-5)
@@ -40,7 +40,7 @@ def test_fewer_than_five_classes() -> None:
     setup = build_tiny()
     setup.model.reset_classifier(3)
     setup.val_loader = [(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 2]), torch.arange(4))]  # type: ignore[assignment]
-    assert evaluate(setup)["val_top5"] == 100.0
+    assert validate(setup)["val_top5"] == 100.0
 
 
 def test_the_average_is_evaluated_where_there_is_one() -> None:
@@ -48,7 +48,7 @@ def test_the_average_is_evaluated_where_there_is_one() -> None:
     for number, batch in enumerate(first_batches(setup, 8)):
         step(setup, [batch], number)
     assert setup.ema is not None and setup.evaluated is setup.ema.module
-    found = evaluate(setup)
+    found = validate(setup)
     assert found == pytest.approx(direct(setup, setup.ema.module), rel=1e-5)
     assert found["val_loss"] != pytest.approx(direct(setup, setup.model)["val_loss"], rel=1e-3)
 
@@ -58,6 +58,6 @@ def test_validation_without_some_images_equals_that_of_the_others(images: list[s
     others = build_tiny(*images)
     for name in ("cat/1", "dog/0", "dog/2"):  # one of each batch
         image_path(images, f"val/{name}.png").write_bytes(b"")
-    found = evaluate(setup)
+    found = validate(setup)
     others.val_loader = [tuple(torch.utils.data.default_collate([others.data.val[i] for i in (0, 2, 4)]))]  # type: ignore[assignment]
-    assert found == pytest.approx(evaluate(others), rel=1e-6)
+    assert found == pytest.approx(validate(others), rel=1e-6)

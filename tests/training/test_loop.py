@@ -20,10 +20,11 @@ from training import loop
 from training import setup as building
 from training.checkpoint import latest_checkpoint
 from training.config import load_config
+from training.console import StopSignals
 from training.data.dataset import ReadError
 from training.distributed import World
-from training.evaluation import evaluate
-from training.loop import NonFiniteError, dry_run, train, train_step
+from training.loop import NonFiniteError, Stepped, dry_run, train, train_step, validate
+from training.report import page
 from training.run_folder import RunFolder
 from training.setup import Setup
 from training.state import Progress
@@ -88,7 +89,8 @@ def test_mixed_targets_reach_the_loss() -> None:
 
     batch = first_batches(setup)[0]
     images, targets, indices = (part.clone() for part in batch)
-    train_step(setup, setup.model, [(images, targets, indices)], Progress(epoch=1, batch=2, step=7), Spy())
+    progress = Progress(epoch=1, batch=2, step=7)
+    train_step(setup, setup.model, [(images, targets, indices)], progress, loss_fn=Spy(), signals=StopSignals())
     _, expected = setup.mixer(batch[0].clone(), batch[1], 7, epoch=1)
     assert torch.equal(seen[0], expected), "batch 2 of epoch 1 is the run's batch 7"
     assert not torch.equal(seen[0], setup.mixer(batch[0].clone(), batch[1], 2)[1])
@@ -154,7 +156,7 @@ def run(folder: Path, *overrides: str, resume: bool = False) -> tuple[Setup, dic
     run_folder.make(fresh=not resume)
     checkpoint = latest_checkpoint(run_folder.checkpoints) if resume else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "write_report", lambda _: None)  # its pictures take longer than all the rest
+        patch.setattr(page, "write_report", lambda _: None)  # its pictures take longer than all the rest
         return setup, train(setup, run_folder, checkpoint)
 
 
@@ -178,10 +180,10 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Sends SIGUSR1 during that step, counted from 1."""
     real = loop.train_step
 
-    def sending(setup: Setup, trained: nn.Module, batches: list[Any], progress: Progress, loss_fn: nn.Module) -> float:
+    def sending(setup: Setup, trained: nn.Module, batches: list[Any], progress: Progress, **options: Any) -> Stepped:
         if progress.step == steps - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return real(setup, trained, batches, progress, loss_fn)
+        return real(setup, trained, batches, progress, **options)
 
     monkeypatch.setattr(loop, "train_step", sending)
 
@@ -226,7 +228,7 @@ def test_an_epoch_is_noted_once_though_its_checkpoint_came_before(whole: tuple, 
         signal_at(patch, 5)
         run(folder, *RAMP)
 
-    def kill(*_: object) -> None:
+    def kill(*_: object, **__: object) -> None:
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
@@ -285,7 +287,7 @@ def test_a_validation_image_that_breaks_loses_nothing(
 def test_the_checkpoint_of_an_epoch_comes_before_its_validation(tmp_path: Path, monkeypatch) -> None:
     _, expected = run(tmp_path / "whole")
 
-    def kill(_: Setup) -> None:
+    def kill(*_: object, **__: object) -> None:
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
@@ -417,8 +419,8 @@ def test_a_step_on_cuda() -> None:
     mine = torch.cat([g.flatten().cpu() for g in gradients(setup).values()])
     theirs = torch.cat([g.flatten() for g in gradients(host).values()])
     assert torch.cosine_similarity(mine, theirs, dim=0) > 0.99
-    found = evaluate(setup)
-    assert found["val_loss"] == pytest.approx(evaluate(host)["val_loss"], rel=0.02)
+    found = validate(setup)
+    assert found["val_loss"] == pytest.approx(validate(host)["val_loss"], rel=0.02)
     with pytest.raises(NonFiniteError) as caught:
         step(setup, [poisoned(batch, 5)], 1)
     assert samples_named(caught.value) == [int(batch[2][5])]

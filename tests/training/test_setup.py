@@ -10,8 +10,7 @@ from files.errors import ConfigError
 from stochastic_depth.compute import count_macs
 from tests.training.parts import TINY, WORLD, build_tiny, first_batches, step, weights
 from training.config import dump_config, load_config
-from training.console import drop_path_modules
-from training.evaluation import evaluate
+from training.loop import validate
 from training.run_folder import describe_environment
 from training.setup import build, describe
 
@@ -49,7 +48,10 @@ def test_the_resolved_config_builds_the_same_run(name: str, tmp_path: Path) -> N
     assert again.depth.rates == setup.depth.rates and again.depth.schedule == setup.depth.schedule
     assert weights(again) == weights(setup)
     assert again.model.config.model_dump() == setup.model.config.model_dump()
-    settings = [[(m.drop_prob, m.mode, m.break_even) for m in drop_path_modules(s)] for s in (setup, again)]
+    settings = [
+        [(m.drop_prob, m.mode, m.break_even) for block in s.depth.blocks for m in block.drop_paths.values()]
+        for s in (setup, again)
+    ]
     assert settings[0] == settings[1]
     groups = [[{k: v for k, v in g.items() if k != "params"} for g in s.optimizer.param_groups] for s in (setup, again)]
     assert groups[0] == groups[1]
@@ -137,7 +139,7 @@ def test_precision() -> None:
     seen: list[torch.dtype] = []
     setup.model.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.dtype))
     assert math.isfinite(step(setup, first_batches(setup)))
-    evaluate(setup)
+    validate(setup)
     assert set(seen) == {torch.bfloat16}, "in training and in evaluation"
     assert {p.dtype for p in setup.model.parameters()} == {torch.float32}
 

@@ -12,24 +12,26 @@ from training.checkpoint import load_checkpoint
 from training.distributed import World
 from training.run_folder import RunFolder
 from training.setup import Setup
-from training.state import Progress, restore, save
+from training.state import RunState
 
 
 def test_a_checkpoint_of_another_model_does_not_fit(tmp_path: Path) -> None:
     setup = build_tiny()
-    saved = load_checkpoint(save(setup, RunFolder(tmp_path), Progress()))
+    saved = load_checkpoint(RunState(setup).save(RunFolder(tmp_path)))
     with pytest.raises(ConfigError, match=r"step-00000000: does not fit this run's config"):
-        restore(build_tiny("model.dims=[16,48]"), saved)
+        RunState(build_tiny("model.dims=[16,48]")).restore(saved)
     with pytest.raises(ConfigError, match="does not fit"):
-        restore(build_tiny("optim.layer_decay=0.5"), saved)
+        RunState(build_tiny("optim.layer_decay=0.5")).restore(saved)
 
 
 def test_a_checkpoint_behind_the_end_of_an_epoch_is_refused(images: list[str], tmp_path: Path) -> None:
     """Of a run that noted no data."""
     setup = build_tiny(*images)
-    saved = load_checkpoint(save(setup, RunFolder(tmp_path / "run"), Progress(batch=4, step=4)))
+    state = RunState(setup)
+    state.progress.batch, state.progress.step = 4, 4
+    saved = load_checkpoint(state.save(RunFolder(tmp_path / "run")))
     with pytest.raises(ConfigError, match="behind batch 4 of its epoch, which has only 3"):
-        restore(setup, saved)
+        RunState(setup).restore(saved)
 
 
 def scaled(device: str) -> Setup:
@@ -62,10 +64,14 @@ def test_the_scaler_skips_an_overflow_and_is_restored(device: str, tmp_path: Pat
     assert weights(setup) == before and setup.scaler.get_scale() == 512.0
     step(setup, [batches[2]], 2)
 
-    saved = load_checkpoint(save(setup, RunFolder(tmp_path), Progress(step=3)))
+    state = RunState(setup)
+    state.progress.step = 3
+    saved = load_checkpoint(state.save(RunFolder(tmp_path)))
     again = scaled(device)
     assert again.scaler.get_scale() != 512.0
-    assert restore(again, saved).step == 3
+    state = RunState(again)
+    state.restore(saved)
+    assert state.progress.step == 3
     assert again.scaler.state_dict() == setup.scaler.state_dict()
     assert weights(again) == weights(setup)
     for resumed in (setup, again):
