@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -10,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.measure import ROOT
+from benchmarks.measure import ROOT, Commands
 from layers.drop_path import DropPath
 from stochastic_depth.graft import grafted
 from stochastic_depth.places import find_owners, foreign_rate, misplaced
@@ -27,6 +28,16 @@ RULES = {
     "VOLO": "as ours but for its outlook blocks, which ignore the rate there",
 }
 """Families whose own rule is neither linear over blocks nor constant."""
+
+
+def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
+    """Adds `any-model` to the command line."""
+    parser = commands.add_parser(
+        "any-model", help="set_drop_path on architectures of timm and torchvision", parents=[common]
+    )
+    parser.add_argument("--architectures", nargs="+")
+    parser.add_argument("--markdown", type=Path)
+    parser.set_defaults(run=any_model_table)
 
 
 def any_model_table(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.digits import train_digits
-from benchmarks.measure import machine
+from benchmarks.measure import Commands, machine
 
 # Share of its throughput that a run should keep beside a busy process: a fair share of two cores for one thread is 1/2.
 WANTED = 0.4
@@ -28,6 +28,15 @@ while os.getppid() == parent:  # does not outlive the benchmark
     matrix @ matrix
 """
 """A process of two computing threads that wait as they do by default: spinning."""
+
+
+def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
+    """Adds `busy` to the command line."""
+    parser = commands.add_parser("busy", help="the default run beside a busy process, over alone", parents=[common])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=5, help="of each run")
+    parser.add_argument("overrides", nargs="*")
+    parser.set_defaults(run=busy_benchmark)
 
 
 @contextlib.contextmanager

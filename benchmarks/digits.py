@@ -8,7 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, machine
+from benchmarks.measure import ROOT, Commands, machine
+from files.errors import Failure
+
+
+def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
+    """Adds `digits` to the command line."""
+    parser = commands.add_parser("digits", help="the default run over seeds", parents=[common])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("overrides", nargs="*")
+    parser.set_defaults(run=digits_seeds)
 
 
 def digits_seeds(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,9 +48,13 @@ def digits_seeds(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_digits(output: Path, overrides: list[str]) -> int:
-    """Runs train.py as a user would; returns the number of threads that it computed with."""
+    """Runs train.py as a user would; returns the number of threads that it computed with.
+
+    Raises:
+        Failure: The run fails; with its own words.
+    """
     command = [sys.executable, str(ROOT / "train.py"), *overrides, "--output", str(output)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit("\n".join(done.stderr.strip().splitlines()[-3:]))
+        raise Failure("\n".join(done.stderr.strip().splitlines()[-3:]).removeprefix("error: "))
     return json.loads((output / "environment.json").read_text())["threads"]

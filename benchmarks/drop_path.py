@@ -11,7 +11,7 @@ import torch
 from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
 
-from benchmarks.measure import interleaved, step_time
+from benchmarks.measure import Commands, add_threads, interleaved, step_time
 from layers.drop_path import BREAK_EVEN, DropPath
 from layers.rates import drop_path_rates
 from models.config import MetaFormerConfig, PatchConfig
@@ -96,6 +96,36 @@ class Branches(nn.Module):
             assert isinstance(drop_path, DropPath)
             x = drop_path.residual(x, branch)
         return x
+
+
+def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
+    """Adds `drop-path` and `limits` to the command line."""
+    savings = commands.add_parser(
+        "drop-path",
+        help="blocks, branches or models: mask, skip, timm's and DINOv2's scheme over rates",
+        parents=[common],
+    )
+    savings.add_argument(
+        "--subjects",
+        nargs="+",
+        help="blocks, branches, or models of the zoo",
+        default=["blocks", "poolformer_s12", "caformer_s18", "vit_small_patch16_224"],
+    )
+    savings.add_argument("--variants", nargs="+", default=["mask", "skip", "timm", "floored"])
+    savings.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    savings.add_argument("--profiles", nargs="+", default=["linear", "constant"])
+    savings.add_argument("--batch", type=int, default=16, help="of whole models")
+    savings.add_argument("--block-batch", type=int, default=32)
+    savings.add_argument("--rounds", type=int, default=7)
+    add_threads(savings)
+    savings.set_defaults(run=drop_path_benchmark)
+    limits = commands.add_parser("limits", help="what skipping could gain at most, by blocks' times", parents=[common])
+    limits.add_argument("--models", nargs="+", default=["poolformer_s12", "caformer_s18", "vit_small_patch16_224"])
+    limits.add_argument("--rate", type=float, default=0.4)
+    limits.add_argument("--batch", type=int, default=16)
+    limits.add_argument("--rounds", type=int, default=3)
+    add_threads(limits)
+    limits.set_defaults(run=limits_benchmark)
 
 
 def drop_path_benchmark(args: argparse.Namespace) -> dict[str, Any]:

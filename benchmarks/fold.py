@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import Commands, add_threads
 from models.export import compare_speed
 from models.factory import create_model
 from models.fold import fold_scales
@@ -18,6 +19,16 @@ FOLDED = [
     "deit3_small_patch16_224",
     "resmlp_12_224",
 ]
+
+
+def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
+    """Adds `fold` to the command line."""
+    parser = commands.add_parser("fold", help="the inference form with folded scales", parents=[common])
+    parser.add_argument("--models", nargs="+", default=FOLDED)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=25)
+    add_threads(parser)
+    parser.set_defaults(run=fold_benchmark)
 
 
 def fold_benchmark(args: argparse.Namespace) -> dict[str, Any]:

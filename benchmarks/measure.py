@@ -1,17 +1,23 @@
-"""Measures: interleaved timings, peak memory, realised rates."""
+"""Measures: interleaved timings, peak memory, realised rates; and what machine and versions they were taken on."""
 
+import argparse
 import itertools
 import os
 import statistics
+import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from layers.drop_path import DropPath
 from training.run_folder import describe_processor
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""The subcommands of benchmark.py."""
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,3 +93,20 @@ def machine(threads: int) -> str:
     """Processor, cores, threads in use, and GPU."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return f"{describe_processor()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {device}"
+
+
+def facts() -> dict[str, str]:
+    """What a benchmark's JSON says of where its figures come from: commit, machine and versions."""
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit,
+        "machine": machine(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """The option of benchmarks that compute in this process; benchmark.py sets what it says."""
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default all")

@@ -1,49 +1,14 @@
-"""benchmark.py as a user runs it: what it measures and writes, and what mistakes cost."""
+"""benchmark.py as a user runs it: its command line, what it writes, and what mistakes cost."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from benchmark import main
-from benchmarks.busy import busy_neighbour
-from benchmarks.digits import train_digits
-
-TINY = [
-    "model.name=caformer_n4",
-    "model.image_size=8",
-    "model.depths=[1,1]",
-    "model.dims=[16,32]",
-    "data.batch_size=256",
-]
-
-
-def children() -> set[str]:
-    return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
-
-
-def seconds(pid: str) -> float:
-    """Processor time of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
-def test_the_neighbour_computes_until_it_is_told_to_stop() -> None:
-    before = children()
-    with busy_neighbour():
-        (pid,) = children() - before
-        start = seconds(pid)
-        while seconds(pid) == start:  # does not end where it does not compute
-            pass
-        assert len(os.listdir(f"/proc/{pid}/task")) >= 2, "two threads"
-    assert children() == before
-
-
-def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"error: on the command line: optim\.lrr=1: unknown key"):
-        train_digits(tmp_path / "run", ["optim.lrr=1"])
+from benchmark import main, parse_args
+from benchmarks import any_model, busy, digits, drop_path, fold
+from benchmarks.measure import ROOT, facts
+from files.errors import Failure
 
 
 def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path: Path, capsys) -> None:
@@ -54,25 +19,48 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path
         assert caught.value.code == 2 and f"--output {output}: " in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_digits_over_seeds(tmp_path: Path) -> None:
-    output, runs = tmp_path / "digits.json", ["--runs", str(tmp_path / "runs")]
-    overrides = [*TINY, "optim.epochs=2"]
-    assert main(["digits", "--seeds", "2", *runs, "--output", str(output), *overrides]) == 0
-    told = json.loads(output.read_text())
-    assert [row["seed"] for row in told["rows"]] == [0, 1] and ", 1 thread, " in told["machine"]
-    tops = [row["final_top1"] for row in told["rows"]]
-    assert told["mean"]["final_top1"] == pytest.approx(sum(tops) / 2, abs=1e-3)
-    assert len({row["weights_sha256"] for row in told["rows"]}) == 2
-    assert told["rbf_svm_c1"] > 95
+@pytest.mark.parametrize(
+    ("arguments", "runs"),
+    [
+        (["drop-path"], drop_path.drop_path_benchmark),
+        (["limits"], drop_path.limits_benchmark),
+        (["any-model"], any_model.any_model_table),
+        (["fold"], fold.fold_benchmark),
+        (["digits", "optim.epochs=1"], digits.digits_seeds),
+        (["busy", "optim.epochs=1"], busy.busy_benchmark),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_each_benchmark_has_a_command(arguments: list[str], runs: object, tmp_path: Path) -> None:
+    args = parse_args([arguments[0], "--output", str(tmp_path / "new" / "a.json"), *arguments[1:]])
+    assert args.run is runs and args.output.exists()
+    assert ("threads" in args) == (arguments[0] in ("drop-path", "limits", "fold"))
 
 
-@pytest.mark.slow
-def test_throughput_beside_a_busy_process(tmp_path: Path, capsys) -> None:
-    output = tmp_path / "busy.json"
-    assert main(["busy", "--rounds", "1", "--epochs", "2", "--output", str(output), *TINY]) == 0
+def test_what_is_written_names_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(fold, "fold_benchmark", lambda args: {"rows": args.models})
+    output = tmp_path / "fold.json"
+    command = ["fold", "--models", "a", "b", "--threads", "1", "--output", str(output)]
+    assert main(command) == 0
     told = json.loads(output.read_text())
-    (row,) = told["rows"]
-    assert row["ratio"] == pytest.approx(row["beside"] / row["alone"], abs=1e-3) and told["median"] == row
-    assert ", 1 thread, " in told["machine"] and told["wanted"] == 0.4
-    assert f"{row['ratio']:.2f} of the throughput alone" in capsys.readouterr().out
+    assert told == {"command": f"python benchmark.py {' '.join(command)}", **facts(), "rows": ["a", "b"]}
+    assert ", 1 thread, " in told["machine"] and capsys.readouterr().out == f"written {output}\n"
+
+
+def test_a_failure_is_a_line_and_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def fail(args: object) -> None:
+        raise Failure("the run stopped")
+
+    monkeypatch.setattr(fold, "fold_benchmark", fail)
+    assert main(["fold", "--output", str(tmp_path / "a.json")]) == 1
+    assert capsys.readouterr().err == "error: the run stopped\n"
+
+
+def test_waiting_threads_sleep_before_torch_loads() -> None:
+    source = (ROOT / "benchmark.py").read_text()
+    assert source.index("\nwait_passively()") < source.index("import torch")
+
+
+def test_architectures_are_where_the_table_reads_them() -> None:
+    names = any_model.ARCHITECTURES.read_text().split()
+    assert len(names) == len(set(names)) > 90
