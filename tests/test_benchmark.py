@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import main
-from benchmarks.busy import busy_neighbour
-from benchmarks.digits import train_digits
+from benchmarks.busy import busy_neighbour, train_apart
 
 TINY = [
     "model.name=caformer_n4",
@@ -43,7 +42,7 @@ def test_the_neighbour_computes_until_it_is_told_to_stop() -> None:
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"error: on the command line: optim\.lrr=1: unknown key"):
-        train_digits(tmp_path / "run", ["optim.lrr=1"])
+        train_apart(tmp_path / "run", ["optim.lrr=1"])
 
 
 def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path: Path, capsys) -> None:
