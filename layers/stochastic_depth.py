@@ -4,16 +4,16 @@ import importlib
 import warnings
 from typing import Any
 
+PLACES = ("", ".blocks", ".compute", ".report", ".setting")
+
 
 def __getattr__(name: str) -> Any:
     if not name.startswith("__"):
-        for place in ("setting", "report", "blocks", "compute"):
-            module = importlib.import_module(f"stochastic_depth.{place}")
+        for place in (f"stochastic_depth{part}" for part in PLACES):
+            module = importlib.import_module(place)
             if hasattr(module, name):
                 warnings.warn(
-                    f"layers.stochastic_depth has moved: from stochastic_depth import {name}",
-                    DeprecationWarning,
-                    stacklevel=2,
+                    f"layers.stochastic_depth has moved: from {place} import {name}", DeprecationWarning, stacklevel=2
                 )
                 return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

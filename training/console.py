@@ -4,10 +4,10 @@ import signal
 import sys
 from typing import Any
 
-from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from training.distributed import World
+from training.metrics import METRICS
 from training.run_folder import RunFolder
 from training.setup import Setup
 from training.state import Progress
@@ -35,17 +35,13 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
 
-def drop_path_modules(setup: Setup) -> list[Any]:
-    return [module for block in setup.depth.blocks for module in block.drop_paths.values()]
-
-
 class ProgressBar:
     """A bar over all steps of the run on the main process, and a line per epoch."""
 
     def __init__(self, setup: Setup, progress: Progress) -> None:
         self.setup = setup
         self.epochs = setup.config.optim.epochs
-        self.top1 = ""
+        self.measured = ""
         self.bar = tqdm(
             total=setup.total_steps,
             initial=progress.step,
@@ -69,19 +65,19 @@ class ProgressBar:
     def step(self, progress: Progress, loss: float) -> None:
         self.bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}", refresh=False)
         rate = progress.samples * self.setup.world.size / max(progress.epoch_seconds, 1e-9)
-        lr = max(group["lr"] for group in self.setup.optimizer.param_groups)
-        drop = max(block.rate for block in drop_path_modules(self.setup))
-        top1 = f" top-1 {self.top1}" if self.top1 else ""
         self.bar.set_postfix_str(
-            f"loss {loss:.3f}{top1} {rate:.0f} images/s lr {lr:.2e} drop path {drop:.3f}", refresh=False
+            f"loss {loss:.3f}{self.measured} {rate:.0f} images/s lr {self.setup.lr:.2e} "
+            f"drop path {self.setup.drop_path_rate:.3f}",
+            refresh=False,
         )
         self.bar.update()
 
     def epoch(self, row: dict[str, float]) -> None:
-        self.top1 = f"{row['val_top1']:.2f}"
+        told = [metric.text(row[metric.column]) for metric in METRICS]
+        self.measured = "".join(f" {m.label} {f'{row[m.column]:{m.form}}'.strip()}" for m in METRICS if m.in_bar)
         self.write(
-            f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
-            f"  top-1 {row['val_top1']:6.2f}  top-5 {row['val_top5']:6.2f}  {row['images_per_second']:.0f} images/s"
+            f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  {'  '.join(told)}"
+            f"  {row['images_per_second']:.0f} images/s"
             f"  lr {row['lr']:.2e}  drop path {row['drop_path_rate']:.3f}  {row['seconds']:.1f} s"
         )
 
@@ -92,8 +88,13 @@ class Board:
     def __init__(self, folder: RunFolder, world: World, progress: Progress) -> None:
         # purge_step hides what was written from the step on that a run is resumed from: that of a checkpoint at the end of
         # an epoch, saved before its validation, is written again
-        purge = progress.step or None
-        self.writer = SummaryWriter(str(folder.tensorboard), purge_step=purge) if world.is_main else None
+        self.writer = None
+        if world.is_main:
+            from torch.utils.tensorboard.writer import (
+                SummaryWriter,  # half a second that other processes need not spend
+            )
+
+            self.writer = SummaryWriter(str(folder.tensorboard), purge_step=progress.step or None)
 
     def __enter__(self) -> "Board":
         return self

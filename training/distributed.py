@@ -6,7 +6,6 @@ Everything works the same in a single process, where there is no process group a
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import overload
 
 import torch
 import torch.distributed as dist
@@ -52,25 +51,15 @@ class World:
         """Sum over processes in float64: a new tensor on this world's device (on the CPU for MPS, without float64)."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    @overload
-    def mean(self, values: torch.Tensor) -> torch.Tensor: ...
-    @overload
-    def mean(self, values: dict[str, float]) -> dict[str, float]: ...
-    def mean(self, values: dict[str, float] | torch.Tensor) -> dict[str, float] | torch.Tensor:
-        """Mean over processes in float64, of a tensor or of each value of a dict with the same keys everywhere."""
-        if isinstance(values, torch.Tensor):
-            return self.sum(values) / self.size
-        keys = sorted(values)  # processes may have filled their dicts in different orders
-        means = self.sum(torch.tensor([float(values[key]) for key in keys], dtype=torch.float64)) / self.size
-        by_key = dict(zip(keys, means.tolist(), strict=True))
-        return {key: by_key[key] for key in values}
-
     def _reduce(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
         device = torch.device("cpu") if self.device.type == "mps" else self.device
         values = values.detach().to(device, torch.float64, copy=True)
         if self.size > 1:
             dist.all_reduce(values, operation)
         return values
+
+
+ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 def init_world(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) -> World:

@@ -1,40 +1,57 @@
-"""Metrics of a model over batches; needs no optimizer."""
+"""A model measured over batches; needs no optimizer and no run."""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
 
 from training.data.dataset import ReadError
-from training.distributed import stop_together
-from training.setup import Setup
+from training.distributed import ALONE, World, stop_together
+from training.metrics import Metric
 
 
 @torch.no_grad()
-def evaluate(setup: Setup) -> dict[str, float]:
-    """Validation loss and top-1 and top-5 in percent, over all ranks and all images that could be read.
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, ...]],
+    metrics: Sequence[Metric],
+    *,
+    world: World = ALONE,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> dict[str, float]:
+    """Values of the metrics by column, over all batches of all processes.
+
+    Args:
+        model: Left in the mode it was in.
+        batches: Of this process: images (B, ...) and targets (B,) on the model's device, and more that is not looked at.
+        metrics: What to measure; whatever they held before is forgotten.
+        world: The processes that share the images; each calls this.
+        autocast: Precision of the forward pass; can be entered again and again.
 
     Raises:
-        ReadError: On every rank, see `SkipList.read`; or where no image is left.
+        ReadError: On every process, where one could not read its data (see `SkipList.read`) or no image is left.
     """
-    model = setup.evaluated
     training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    problem = None
+    for metric in metrics:
+        metric.reset()
+    images_seen, problem = 0, None
     try:
-        for images, targets, _ in setup.skips.read(setup.val_loader):
-            images, targets = setup.to_device(images), targets.to(setup.world.device, non_blocking=True)
-            with setup.autocast():
+        for images, targets, *_ in batches:
+            with autocast or contextlib.nullcontext():
                 logits = model(images)
-            logits = logits.float()
-            top = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # (B, 5)
-            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-            counts = [top[:, 0].sum(), top.any(dim=1).sum(), torch.tensor(len(targets), device=loss.device)]
-            sums += torch.stack([loss, *counts]).cpu().double()  # MPS has no float64
+            for metric in metrics:
+                metric.update(logits.float(), targets)
+            images_seen += len(targets)
     except ReadError as error:
         problem = error
     model.train(training)
-    stop_together(setup.world, problem)
-    loss, top1, top5, count = setup.world.sum(sums).tolist()
-    if not count:
+    stop_together(world, problem)
+    if not world.any(images_seen > 0):
         raise ReadError("no image of the validation data could be read, so there is nothing to evaluate on")
-    return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
+    for metric in metrics:
+        metric.merge(world)
+    return {metric.column: metric.value() for metric in metrics}

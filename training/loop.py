@@ -1,8 +1,8 @@
-"""The training run: build everything from the config, train, evaluate, save, stop and resume.
+"""The training loop: train, evaluate, save, stop and go on. It reads from top to bottom.
 
 A run is a sequence of optimizer steps. Everything that changes with time is a pure function of the step (learning rate,
-drop-path rates, sample order, augmentation, mixing) or part of the checkpoint (weights, average, optimizer, scaler,
-random states, running sums); so a run that was killed and resumed ends with the weights of one that was not.
+drop-path rates, sample order, augmentation, mixing) or part of the checkpoint (`training.state.RunState`); so a run that
+was killed and resumed ends with the weights of one that was not.
 """
 
 import contextlib
@@ -11,91 +11,37 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from files.durable import save_text
 from models.weights import save_weights, weights_sha256
 from stochastic_depth.report import drop_path_report
-from training.checkpoint import Checkpoint, set_random_states
+from training.checkpoint import Checkpoint
 from training.config import dump_config
-from training.console import Board, ProgressBar, StopSignals, drop_path_modules
+from training.console import Board, ProgressBar, StopSignals
 from training.data.dataset import ReadError
 from training.distributed import World, stop_together
 from training.evaluation import evaluate
+from training.metrics import METRICS
 from training.optim import build_loss
-from training.report.page import write_report
 from training.run_folder import RunFolder, describe_environment
 from training.setup import Setup, seed_everything
-from training.state import Progress, restore, save
+from training.state import Progress, RunState
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is not finite; raised on all ranks before the optimizer step."""
 
 
-def train_step(setup: Setup, trained: nn.Module, batches: list[Any], progress: Progress, loss_fn: nn.Module) -> float:
-    """One optimizer step over `accumulate` batches; returns this rank's mean loss.
+class Stepped(NamedTuple):
+    """What became of a step: this rank's mean loss, and whether any process was told to stop."""
 
-    Raises:
-        NonFiniteError: On every rank, before the optimizer step.
-    """
-    config, world = setup.config, setup.world
-    setup.scheduler.step_update(progress.step)
-    setup.depth.set_step(progress.step)
-    setup.optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=world.device)
-    suspects: list[int] = []
-    for i, (images, targets, indices) in enumerate(batches):
-        images, targets = setup.to_device(images), targets.to(world.device, non_blocking=True)
-        micro_step = progress.epoch * setup.sampler.batches_per_epoch + progress.batch + i
-        images, targets = setup.mixer(images, targets, micro_step, epoch=progress.epoch)
-        last = i == len(batches) - 1
-        # gradients are exchanged between ranks once, with the last batch of the step
-        waiting = isinstance(trained, DistributedDataParallel) and not last
-        with trained.no_sync() if waiting else contextlib.nullcontext():  # type: ignore[operator]
-            with setup.autocast():
-                logits = trained(images)
-            loss = loss_fn(logits.float(), targets) / len(batches)
-            setup.scaler.scale(loss).backward()
-        total += loss.detach()
-        if not math.isfinite(loss.item()):
-            rows = ~torch.isfinite(logits.detach()).all(dim=1).cpu()
-            suspects += indices[rows].tolist() or indices.tolist()
-    setup.scaler.unscale_(setup.optimizer)
-    parameters = [p for p in setup.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad or math.inf)
-    finite = math.isfinite(total.item())
-    if finite and not setup.scaler.is_enabled() and not math.isfinite(norm.item()):
-        # float16 overflows now and then, and the scaler skips that step; elsewhere it is a fault
-        finite, suspects = False, [i for _, _, indices in batches for i in indices.tolist()]
-    _stop_if_not_finite(world, progress.step, finite, suspects)
-    setup.scaler.step(setup.optimizer)
-    setup.scaler.update()
-    if setup.ema is not None:
-        setup.ema.update(setup.model, step=progress.step)
-    return total.item()
-
-
-def _stop_if_not_finite(world: World, step: int, finite: bool, suspects: list[int]) -> None:
-    bad = torch.zeros(world.size)
-    bad[world.rank] = float(not finite)
-    ranks = world.sum(bad).nonzero().flatten().tolist() if world.size > 1 else ([] if finite else [0])
-    if not ranks:
-        return
-    where = "" if finite else f"\nrank {world.rank}: in training samples {_some(suspects)}"
-    raise NonFiniteError(
-        f"step {step}: loss or gradient is not finite on rank {', '.join(map(str, ranks))}; stopped before the optimizer "
-        f"step{where}\nlower optim.lr, set optim.clip_grad, or use runtime.precision=float32; the last checkpoint is good"
-    )
-
-
-def _some(indices: list[int]) -> str:
-    shown = ", ".join(map(str, indices[:16]))
-    return shown + (f" and {len(indices) - 16} more" if len(indices) > 16 else "")
+    loss: float
+    stop: bool
 
 
 def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
@@ -115,7 +61,10 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     """
     config, world, model = setup.config, setup.world, setup.model
     seed_everything(config.seed + 1_000_003 * (world.rank + 1))  # ranks drop different samples
-    progress = Progress() if checkpoint is None else restore(setup, checkpoint)
+    state = RunState(setup)
+    if checkpoint is not None:
+        state.restore(checkpoint)
+    progress = state.progress
     setup.skips.path = folder.skipped
     if world.is_main:
         _start_files(setup, folder, progress)
@@ -127,8 +76,6 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
         trained = DistributedDataParallel(model, device_ids=ids)
     loss_fn = build_loss(config.augment, mixed=setup.mixer.enabled)
     metrics: dict[str, float] = {}
-    pending = None if checkpoint is None else checkpoint.rank_state["random"]
-
     start = saved_step = progress.step  # what is known to be on disk; nothing has to be at step 0
 
     with StopSignals() as signals, Board(folder, world, progress) as board, ProgressBar(setup, progress) as bar:
@@ -137,42 +84,128 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
                 model.train()
                 setup.sampler.set_position(progress.epoch, progress.batch)
                 batches = setup.skips.read(iter(setup.train_loader))
-                if pending is not None:  # nothing may draw between here and the first step
-                    set_random_states(pending)
-                    pending = None
+                state.random.put_back()  # nothing may draw between here and the first step
                 clock = time.perf_counter()
                 for group in _groups(batches, config.optim.accumulate, world):
-                    loss = train_step(setup, trained, group, progress, loss_fn)
+                    loss, stop = train_step(setup, trained, group, progress, loss_fn=loss_fn, signals=signals)
                     progress.advance(group, loss, time.perf_counter() - clock)
                     bar.step(progress, loss)
-                    if world.any(signals.received is not None):
-                        saved = save(setup, folder, progress)
+                    if stop:
+                        saved = state.save(folder)
                         summary = _write_results(setup, folder, progress, metrics)
                         reason = signals.received or "a signal"
                         bar.write(f"{reason}: saved {saved} at step {progress.step}; go on with --resume auto")
                         return summary | {"stopped_by": reason}
                     every = config.checkpoint.every_steps
                     if every and progress.step % every == 0 and progress.batch < setup.sampler.batches_per_epoch:
-                        save(setup, folder, progress)
+                        state.save(folder)
                         saved_step = progress.step
                     clock = time.perf_counter()
 
                 # Before the validation, which may fail: a run resumed from here begins with it.
                 every, epoch = config.checkpoint.every_epochs, progress.epoch + 1
                 if progress.step > saved_step and (epoch == config.optim.epochs or (every and epoch % every == 0)):
-                    save(setup, folder, progress)
+                    state.save(folder)
                     saved_step = progress.step
                 metrics = _end_epoch(setup, folder, progress, trained=progress.step > start)
                 bar.epoch(metrics)
                 board.write(metrics, progress.step)
         except ReadError as error:
             if progress.step > saved_step:
-                save(setup, folder, progress)
+                state.save(folder)
             kept = f"\nthe run is saved at step {progress.step}: go on with --resume" if progress.step else ""
             raise ReadError(f"{error}{kept}") from error
     if not metrics:  # resumed when nothing was left to do
-        metrics = evaluate(setup)
+        metrics = validate(setup)
     return _write_results(setup, folder, progress, metrics)
+
+
+def train_step(
+    setup: Setup,
+    trained: nn.Module,
+    batches: list[Any],
+    progress: Progress,
+    *,
+    loss_fn: nn.Module,
+    signals: StopSignals,
+) -> Stepped:
+    """One optimizer step over `accumulate` batches. Waits for the device, and asks the other ranks, once.
+
+    Raises:
+        NonFiniteError: On every rank, before the optimizer step.
+    """
+    config, world = setup.config, setup.world
+    setup.scheduler.step_update(progress.step)
+    setup.depth.set_step(progress.step)
+    setup.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=world.device)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, (B,) rows of logits that are not finite, (B,) sample indices
+    for i, (images, targets, indices) in enumerate(batches):
+        images, targets = setup.to_device(images), targets.to(world.device, non_blocking=True)
+        micro_step = progress.epoch * setup.sampler.batches_per_epoch + progress.batch + i
+        images, targets = setup.mixer(images, targets, micro_step, epoch=progress.epoch)
+        last = i == len(batches) - 1
+        # gradients are exchanged between ranks once, with the last batch of the step
+        waiting = isinstance(trained, DistributedDataParallel) and not last
+        with trained.no_sync() if waiting else contextlib.nullcontext():  # type: ignore[operator]
+            with setup.autocast():
+                logits = trained(images)
+            loss = loss_fn(logits.float(), targets) / len(batches)
+            setup.scaler.scale(loss).backward()
+        total += loss.detach()
+        seen.append((loss.detach(), ~torch.isfinite(logits.detach()).all(dim=1), indices))
+    setup.scaler.unscale_(setup.optimizer)
+    parameters = [p for p in setup.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad or math.inf)
+    if (
+        setup.scaler.is_enabled()
+    ):  # float16 overflows now and then, and the scaler skips that step; elsewhere it is a fault
+        norm = torch.zeros_like(norm)
+    mean_loss, faults, stop = _agree(world, total, norm, stop=signals.received is not None)
+    if any(faults):
+        raise _not_finite(world, progress.step, faults, seen)
+    setup.scaler.step(setup.optimizer)
+    setup.scaler.update()
+    if setup.ema is not None:
+        setup.ema.update(setup.model, step=progress.step)
+    return Stepped(mean_loss, stop)
+
+
+def _agree(world: World, loss: Tensor, norm: Tensor, *, stop: bool) -> tuple[float, list[int], bool]:
+    """What all ranks must know before the optimizer step, by one all-reduce and one wait for the device.
+
+    Returns:
+        This rank's loss as a number; of each rank 2 where its loss is not finite, 1 where only its gradient is not, else
+        0; and whether any rank was told to stop.
+    """
+    flags = torch.zeros(world.size + 1, device=world.device)
+    flags[world.rank] = torch.where(torch.isfinite(loss), (~torch.isfinite(norm)).float(), 2.0)
+    flags[-1] = float(stop)
+    if world.size > 1:
+        flags = world.sum(flags)
+    *faults, stops, number = torch.cat([flags, loss[None].to(flags.device)]).tolist()
+    return number, [int(fault) for fault in faults], stops > 0
+
+
+def _not_finite(
+    world: World, step: int, faults: list[int], seen: list[tuple[Tensor, Tensor, Tensor]]
+) -> NonFiniteError:
+    """The error to raise on this rank; it names its own samples where it is at fault."""
+    # the exchange of gradients spreads what one rank's loss began to all ranks
+    ranks = [rank for rank, fault in enumerate(faults) if fault == max(faults)]
+    where = ""
+    if world.rank in ranks:
+        suspects: list[int] = []
+        for loss, rows, indices in seen:
+            if not math.isfinite(loss.item()):
+                suspects += indices[rows.cpu()].tolist() or indices.tolist()
+        suspects = suspects or [index for _, _, indices in seen for index in indices.tolist()]
+        shown = ", ".join(map(str, suspects[:16])) + (f" and {len(suspects) - 16} more" if len(suspects) > 16 else "")
+        where = f"\nrank {world.rank}: in training samples {shown}"
+    return NonFiniteError(
+        f"step {step}: loss or gradient is not finite on rank {', '.join(map(str, ranks))}; stopped before the optimizer "
+        f"step{where}\nlower optim.lr, set optim.clip_grad, or use runtime.precision=float32; the last checkpoint is good"
+    )
 
 
 def _groups(batches: Iterator[Any], size: int, world: World) -> Iterator[list[Any]]:
@@ -205,22 +238,21 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
     world = setup.world
     clock = time.perf_counter()
     loss_sum, samples = world.sum(torch.tensor([progress.loss_sum, progress.samples], dtype=torch.float64)).tolist()
-    metrics = evaluate(setup)
+    metrics = validate(setup)
     progress.seconds += time.perf_counter() - clock
     row: dict[str, float] = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
         "train_loss": loss_sum / samples,
         **metrics,
-        "lr": max(group["lr"] for group in setup.optimizer.param_groups),
-        "drop_path_rate": max(block.rate for block in drop_path_modules(setup)),
+        "lr": setup.lr,
+        "drop_path_rate": setup.drop_path_rate,
         "images_per_second": samples / progress.epoch_seconds,
         "seconds": progress.seconds,
     }
     better = metrics["val_top1"] > progress.best_top1
     progress.best_top1 = max(progress.best_top1, metrics["val_top1"])
-    progress.epoch += 1
-    progress.batch, progress.samples, progress.loss_sum, progress.epoch_seconds = 0, 0, 0.0, 0.0
+    progress.next_epoch()
     if world.is_main:
         folder.append_metrics(row)
         if trained or not folder.drop_path.exists():
@@ -229,6 +261,16 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
             about = {"model": setup.model.config.model_dump(), "class_names": setup.data.class_names}
             save_weights(folder.best, setup.evaluated.state_dict(), about)
     return row
+
+
+def validate(setup: Setup, batches: int | None = None) -> dict[str, float]:
+    """The metrics of the model whose accuracy counts, on all validation images or some batches.
+
+    Raises:
+        ReadError: See `evaluate`.
+    """
+    images = islice(setup.val_batches(), batches)
+    return evaluate(setup.evaluated, images, METRICS, world=setup.world, autocast=setup.autocast())
 
 
 def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
@@ -260,6 +302,8 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "ema_sha256": None if setup.ema is None else weights_sha256(setup.ema.module.state_dict()),
     }
     folder.write_json(folder.summary, summary)
+    from training.report.page import write_report  # matplotlib and jinja2, which nothing else of a run needs
+
     write_report(folder.path)
     return summary
 
@@ -280,10 +324,10 @@ def dry_run(setup: Setup) -> str:
     setup.model.train()
     group = next(_groups(setup.skips.read(iter(setup.train_loader)), setup.config.optim.accumulate, setup.world))
     start = time.perf_counter()
-    loss = train_step(setup, setup.model, group, Progress(), build_loss(setup.config.augment, setup.mixer.enabled))
+    loss_fn = build_loss(setup.config.augment, setup.mixer.enabled)
+    loss, _ = train_step(setup, setup.model, group, Progress(), loss_fn=loss_fn, signals=StopSignals())
     seconds = time.perf_counter() - start
-    setup.val_loader = list(islice(setup.val_loader, 1))  # type: ignore[assignment]
-    evaluate(setup)
+    validate(setup, batches=1)
     return (
         f"{drop_path_report(setup.model)}\none step: loss {loss:.4f}, {seconds:.2f} s, all finite; nothing was written"
     )

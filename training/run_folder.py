@@ -17,21 +17,21 @@ from typing import Any
 import torch
 
 from files.durable import save_text
-from files.errors import ConfigError
+from files.errors import ConfigError, nearest
 from training.distributed import World
+from training.metrics import METRICS
 
-METRICS = (
+COLUMNS = (
     "epoch",
     "step",
     "train_loss",
-    "val_loss",
-    "val_top1",
-    "val_top5",
+    *(metric.column for metric in METRICS),
     "lr",
     "drop_path_rate",
     "images_per_second",
     "seconds",
 )
+"""Of metrics.csv."""
 
 
 class RunFolder:
@@ -53,6 +53,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
         self.tensorboard = path / "tensorboard"
+        self.report = path / "report.html"
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""
@@ -113,19 +114,45 @@ class RunFolder:
         with self.metrics.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:
-                writer.writerow(METRICS)
-            writer.writerow([_number(row[key]) for key in METRICS])
+                writer.writerow(COLUMNS)
+            writer.writerow([_number(row[key]) for key in COLUMNS])
             file.flush()
             os.fsync(file.fileno())
 
+    def check_metrics(self) -> None:
+        """Refuses a metrics.csv that a run going on could not keep.
+
+        Raises:
+            ConfigError: It has a column that no metric gives.
+        """
+        header, _ = self._read_metrics()
+        for column in header:
+            if column not in COLUMNS:
+                hint = nearest(column, COLUMNS)
+                raise ConfigError(
+                    f"{self.metrics}: unknown column {column!r}{hint}; known: {', '.join(COLUMNS)} (training/metrics.py)"
+                )
+
     def cut_metrics(self, epochs: int) -> None:
-        """Keeps the rows of that many epochs: a run resumed from there writes the later ones again."""
+        """Keeps the rows of that many epochs: a run resumed from there writes the later ones again.
+
+        What a kill left incomplete goes; a column that the file has not yet is empty in its rows.
+        """
         if self.metrics.exists():
-            lines = self.metrics.read_text().splitlines()
-            kept = [
-                line for line in lines[1:] if line.count(",") == len(METRICS) - 1 and int(line.split(",")[0]) <= epochs
-            ]
-            save_text(self.metrics, "\n".join([",".join(METRICS), *kept]) + "\n")
+            header, rows = self._read_metrics()
+            told = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+            kept = [row for row in told if row.get("epoch", "").isdecimal() and int(row["epoch"]) <= epochs]
+            lines = [COLUMNS, *([row.get(column, "") for column in COLUMNS] for row in kept)]
+            save_text(self.metrics, "".join(",".join(line) + "\n" for line in lines))
+
+    def _read_metrics(self) -> tuple[list[str], list[list[str]]]:
+        """The header and the rows of metrics.csv, without a last line that a kill cut short; empty where it is not there."""
+        try:
+            text = self.metrics.read_text(errors="replace")
+        except OSError:
+            return [], []
+        lines = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()]
+        return (lines[0], lines[1:]) if lines else ([], [])
 
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
         """Writes one JSON file so that a kill leaves the old or the new one."""

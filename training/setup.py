@@ -3,7 +3,7 @@
 import math
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,21 @@ class Setup:
     def evaluated(self) -> nn.Module:
         """The model whose accuracy counts: the average where there is one."""
         return self.model if self.ema is None else self.ema.module
+
+    @property
+    def lr(self) -> float:
+        """The largest learning rate over parameters, at this step."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
+    def drop_path_rate(self) -> float:
+        """The largest rate over blocks, at this step."""
+        return max(module.rate for block in self.depth.blocks for module in block.drop_paths.values())
+
+    def val_batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """Images and targets of this process for validation, on its device; what cannot be read is skipped, or stops it."""
+        for images, targets, _ in self.skips.read(self.val_loader):
+            yield self.to_device(images), targets.to(self.world.device, non_blocking=True)
 
     def autocast(self) -> torch.autocast:
         """Mixed precision where the config asks for it; does nothing in float32."""

@@ -1,18 +1,25 @@
-"""What of a run changes with time, saved and restored."""
+"""What of a run changes with time, saved and restored over one table of named states."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from files.errors import ConfigError
-from training.checkpoint import Checkpoint, random_states, save_checkpoint
+from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
 from training.run_folder import RunFolder
 from training.setup import Setup
 
 
+class Stateful(Protocol):
+    """What a checkpoint can hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
 @dataclass
 class Progress:
-    """Where a run is. Saved in every checkpoint.
+    """Where a run is.
 
     Attributes:
         epoch: Epochs done.
@@ -44,51 +51,96 @@ class Progress:
         self.seconds += seconds
         self.epoch_seconds += seconds
 
+    def next_epoch(self) -> None:
+        """Notes the end of an epoch."""
+        self.epoch += 1
+        self.batch, self.samples, self.loss_sum, self.epoch_seconds = 0, 0, 0.0, 0.0
 
-def save(setup: Setup, folder: RunFolder, progress: Progress) -> Path:
-    """Writes a checkpoint of the whole state; every rank calls it."""
-    own = asdict(progress)
-    shared = {
-        "model": setup.model.state_dict(),
-        "ema": None if setup.ema is None else setup.ema.module.state_dict(),
-        "optimizer": setup.optimizer.state_dict(),
-        "scaler": setup.scaler.state_dict(),
-        "data": setup.data.identity,
-    }
-    return save_checkpoint(
-        folder.checkpoints,
-        progress.step,
-        shared=shared,
-        rank_state={"progress": own, "random": random_states()},
-        keep=setup.config.checkpoint.keep,
-        rank=setup.world.rank,
-        world_size=setup.world.size,
-        barrier=setup.world.barrier,
-    )
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in asdict(Progress(**state)).items():
+            setattr(self, name, value)
 
 
-def restore(setup: Setup, checkpoint: Checkpoint) -> Progress:
-    """Puts a checkpoint's state into a freshly built run; random states are put back when training starts.
+class RandomStates:
+    """The global random generators. What is loaded takes effect later, in `put_back`: until then others may draw."""
 
-    Raises:
-        ConfigError: It belongs to a run with another model or optimizer.
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return random_states()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded = state
+
+    def put_back(self) -> None:
+        """Sets the generators to what was loaded, once; does nothing where nothing was."""
+        if self._loaded is not None:
+            set_random_states(self._loaded)
+            self._loaded = None
+
+
+class RunState:
+    """All that a checkpoint of a run holds. A name in `table` is all that a further state needs.
+
+    Attributes:
+        progress: Where the run is.
+        random: The generators.
+        table: Every state by its name in the checkpoint.
     """
-    shared = checkpoint.shared
-    try:
-        setup.model.load_state_dict(shared["model"])
-        if setup.ema is not None:
-            setup.ema.module.load_state_dict(shared["ema"])
-        setup.optimizer.load_state_dict(shared["optimizer"])
-        setup.scaler.load_state_dict(shared["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{checkpoint.path}: does not fit this run's config: {reason}") from None
-    progress = Progress(**checkpoint.rank_state["progress"])
-    batches = setup.sampler.batches_per_epoch
-    if progress.batch > batches:
-        raise ConfigError(
-            f"{checkpoint.path}: behind batch {progress.batch} of its epoch, which has only {batches} in this data"
+
+    PER_RANK = ("progress", "random")
+    """What each process saves for itself; the rest is the same for all, and the main process saves it."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.progress = Progress()
+        self.random = RandomStates()
+        self.table: dict[str, Stateful] = {
+            "model": setup.model,
+            **({} if setup.ema is None else {"ema": setup.ema.module}),
+            "optimizer": setup.optimizer,
+            "scaler": setup.scaler,
+            "progress": self.progress,
+            "random": self.random,
+        }
+
+    def save(self, folder: RunFolder) -> Path:
+        """Writes a checkpoint; every rank calls it."""
+        world = self.setup.world
+        states = {name: state.state_dict() for name, state in self.table.items()}
+        own = {name: states.pop(name) for name in self.PER_RANK}
+        return save_checkpoint(
+            folder.checkpoints,
+            self.progress.step,
+            shared=states | {"data": self.setup.data.identity},  # compared before a run is built, never loaded
+            rank_state=own,
+            keep=self.setup.config.checkpoint.keep,
+            rank=world.rank,
+            world_size=world.size,
+            barrier=world.barrier,
         )
-    # a checkpoint of the end of an epoch goes on with its evaluation, which notes the rates of that step
-    setup.depth.set_step(max(0, progress.step - 1))
-    return progress
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts a checkpoint's state into a freshly built run; random states follow with `random.put_back`.
+
+        Raises:
+            ConfigError: It belongs to a run with another model or optimizer.
+        """
+        saved = checkpoint.shared | checkpoint.rank_state
+        try:
+            for name, state in self.table.items():
+                state.load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"{checkpoint.path}: does not fit this run's config: {reason}") from None
+        batches = self.setup.sampler.batches_per_epoch
+        if self.progress.batch > batches:
+            raise ConfigError(
+                f"{checkpoint.path}: behind batch {self.progress.batch} of its epoch, which has only {batches} in this data"
+            )
+        # a checkpoint of the end of an epoch goes on with its evaluation, which notes the rates of that step
+        self.setup.depth.set_step(max(0, self.progress.step - 1))

@@ -13,13 +13,13 @@ import torch
 from files.errors import ConfigError
 from training import run_folder
 from training.distributed import World
-from training.run_folder import METRICS, RunFolder, changed_environment, describe_environment, latest_run, new_run_path
+from training.run_folder import COLUMNS, RunFolder, changed_environment, describe_environment, latest_run, new_run_path
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 def row(epoch: int, **values: float) -> dict[str, float]:
-    return {**dict.fromkeys(METRICS, 0.5), "epoch": epoch, "step": 10 * epoch, **values}
+    return {**dict.fromkeys(COLUMNS, 0.5), "epoch": epoch, "step": 10 * epoch, **values}
 
 
 def read(folder: RunFolder) -> list[dict[str, str]]:
@@ -150,7 +150,7 @@ def test_metrics_have_one_header_and_plain_numbers(tmp_path: Path) -> None:
     folder.append_metrics(row(1, train_loss=1 / 3, lr=1e-6))
     folder.append_metrics(row(2) | {"more": 1.0})
     lines = folder.metrics.read_text().splitlines()
-    assert lines[0] == ",".join(METRICS) and len(lines) == 3
+    assert lines[0] == ",".join(COLUMNS) and len(lines) == 3
     first = read(folder)[0]
     assert (first["epoch"], first["step"], first["train_loss"], first["lr"]) == ("1", "10", "0.33333333", "1e-06")
 

@@ -27,6 +27,7 @@ from training.report.words import (
     run_origin,
     run_verdict,
 )
+from training.run_folder import RunFolder
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -67,7 +68,7 @@ def write_report(run: Path) -> Path:
         rates=rates_chart(data.blocks) if data.blocks else (),
         planned=schedule_chart(data),
     )
-    return save_page(run / "report.html", html)
+    return save_page(RunFolder(run).report, html)
 
 
 def write_comparison(runs: Sequence[Path], output: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from files.errors import ConfigError, nearest
 from files.strict_yaml import load_yaml
-from training.run_folder import METRICS, RunFolder
+from training.run_folder import COLUMNS, RunFolder
 
 NAN = math.nan
 
@@ -122,7 +122,7 @@ def read_run(path: Path) -> Run:
         config=config,
         environment=_read_json(files.environment, notes),
         summary=_read_json(files.summary, notes),
-        metrics={column: [row[column] for row in by_epoch.values()] for column in METRICS},
+        metrics={column: [row[column] for row in by_epoch.values()] for column in COLUMNS},
         blocks=[_block(row) for row in _read_csv(files.drop_path, notes)],
         notes=notes,
     )
@@ -159,7 +159,7 @@ def _read_csv(path: Path, notes: list[str]) -> list[dict[str, str]]:
 
 
 def _metrics_row(row: dict[str, str]) -> dict[str, float]:
-    return {column: read_number(row.get(column)) for column in METRICS}
+    return {column: read_number(row.get(column)) for column in COLUMNS}
 
 
 def _block(row: dict[str, str]) -> Block:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training.report.page import write_report
-from training.run_folder import METRICS
+from training.run_folder import COLUMNS
 
 CONFIG = """seed: 0
 model: {name: poolformer_s12, num_classes: 10}
@@ -63,7 +63,7 @@ def _make_run(path: Path, *, top1: tuple[float, ...] = TOP1, mode: str = "skip",
     }
     (path / "environment.json").write_text(json.dumps(environment))
     rows = [[i, 11 * i, 2 / i, 1.5 / i, v, 100.0, 1e-3, 0.1 * i, 500.0, 2.5 * i] for i, v in enumerate(top1, start=1)]
-    _write_csv(path / "metrics.csv", METRICS, rows)
+    _write_csv(path / "metrics.csv", COLUMNS, rows)
     blocks = [[i, f"stages.0.blocks.{i}", 0.15 * i, mode, 0.12 * i] for i in range(3)]
     _write_csv(path / "drop_path.csv", ("block", "name", "nominal_rate", "mode", "realised_rate"), blocks)
     summary = {

@@ -1,0 +1,291 @@
+"""Skipping equals masking with the same kept set, and what does not agree is not installed."""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layers.drop_path import DropPath
+from stochastic_depth.blocks import find_blocks
+from stochastic_depth.graft import graft, grafted
+from stochastic_depth.proof import convert_to_skip, masking_twin
+from stochastic_depth.report import drop_path_report
+from stochastic_depth.setting import set_drop_path
+from tests.stochastic_depth.parts import (
+    SIZE,
+    SMALL,
+    Net,
+    Residual,
+    Stack,
+    build,
+    output_and_gradients,
+    quiet_norms,
+    size_of,
+    torchvision_model,
+)
+
+NORM_WARNING = "mode 'skip': the batch norm"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_skip_equals_mask_with_the_same_kept_set(name: str) -> None:
+    model = build(name)
+    set_drop_path(model, 0.6, profile="constant", mode="skip", input_size=size_of(name))
+    assert {m.role for m in grafted(model) if m.applied} == SMALL[name][1]
+    quiet_norms(model.train())
+    masked = masking_twin(model)
+    images = torch.randn(6, *size_of(name))
+    for seed in range(4):
+        for a, b in zip(
+            output_and_gradients(model, images, seed), output_and_gradients(masked, images, seed), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
+TORCHVISION = ["convnext_tiny", "efficientnet_b0", "swin_t", "swin_v2_t"]
+
+# no place of their own for stochastic depth
+TORCHVISION_BARE = [
+    "resnet18",
+    "resnet50",
+    "regnet_x_400mf",
+    "vit_b_16",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mnasnet0_5",
+]
+
+
+@pytest.mark.parametrize("name", [*TORCHVISION, *TORCHVISION_BARE])
+def test_torchvision(name: str) -> None:
+    model = torchvision_model(name).eval()
+    images = torch.randn(4, *SIZE)
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        before = model(images)
+    result = set_drop_path(model, 0.2, mode="skip", input_size=SIZE)
+    with torch.no_grad():
+        assert torch.equal(model(images), before)
+    assert list(model.state_dict()) == keys
+    assert any("skips per branch" in note for note in result.notes)
+    assert not [m for m in model.modules() if type(m).__name__ == "StochasticDepth"]
+    with warnings.catch_warnings(record=True) as caught:
+        model.train()(images).sum().backward()
+    normed = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert {str(w.message).partition(" inside")[0] for w in caught} == ({NORM_WARNING} if normed else set())
+    assert any("hold a batch norm, which sees the kept samples only" in note for note in result.notes) == normed
+    assert not drop_path_report(model, input_size=SIZE).warnings
+    assert any("no shortcut" in note for note in result.notes) == (name == "efficientnet_b0")
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit_b_16", "mobilenet_v2", "mnasnet0_5"])
+def test_bare_blocks_of_torchvision_are_dropped_whole(name: str) -> None:
+    model = quiet_norms(torchvision_model(name).train())
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    images = torch.randn(4, *SIZE)
+    set_drop_path(model, 0.6, profile="constant", mode="skip", input_size=SIZE)
+    masked = masking_twin(model)
+    for a, b in zip(output_and_gradients(model, images, 1), output_and_gradients(masked, images, 1), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
+    set_drop_path(model, 1.0, profile="constant", mode="skip", input_size=SIZE)
+    model.zero_grad()
+    model(images).square().sum().backward()
+    blocks = [module for _, module in model.named_modules() if any(isinstance(c, DropPath) for c in module.children())]
+    assert blocks
+    ends = {"resnet50": "conv1", "vit_b_16": "mlp", "mobilenet_v2": "conv", "mnasnet0_5": "layers"}
+    for block in blocks:
+        for parameter in block.get_submodule(ends[name]).parameters():
+            assert parameter.grad is not None and not parameter.grad.any(), "at rate 1 no branch is trained"
+
+
+class Functional(nn.Module):
+    """A branch that calls no module: only the whole block can be skipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.drop_path = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(torch.relu(x @ self.weight))
+
+
+class Shared(nn.Module):
+    """One drop path for two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.drop_path = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.fc1(x).relu())
+        return x + self.drop_path(self.fc2(x).relu())
+
+
+class Windows(nn.Module):
+    """A branch whose only module sees two windows of each sample, behind which the full batch is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.drop_path = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = self.fc(x.reshape(2 * len(x), 4))
+        return x + self.drop_path(windows.view(len(x), 8))
+
+
+class Pair(nn.Module):
+    """A block that returns its output beside something else."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+            self.drop_path = nn.Identity()
+
+        def forward(self, x: Tensor, size: int) -> tuple[Tensor, int]:
+            return x + self.drop_path(self.fc(x)), size
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, 8)[0]
+
+
+@pytest.mark.parametrize(
+    ("block", "note"),
+    [
+        (Pair, "skips per branch"),
+        (Functional, "skips per block, since its branches cannot be skipped one by one"),
+        (Shared, "skips per branch"),
+        (Windows, "skips per branch"),
+    ],
+)
+def test_other_shapes_of_blocks(block: type[nn.Module], note: str) -> None:
+    torch.manual_seed(0)
+    model = Stack(block(), block()).train()
+    result = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 4, 4))
+    assert result.notes == [f"2 drop-path modules: {note}"]
+    masked = masking_twin(model)
+    images = torch.randn(6, 3, 4, 4)
+    for seed in range(4):
+        for a, b in zip(
+            output_and_gradients(model, images, seed), output_and_gradients(masked, images, seed), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+    rows: list[int] = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
+    model(images)
+    assert set(rows) == {Functional: set(), Shared: {3}, Pair: {3}, Windows: {6}}[block]
+    assert [b.mode for b in drop_path_report(model, input_size=(3, 4, 4)).blocks] == [
+        "skip block" if block is Functional else "skip"
+    ] * 2
+
+
+class Stubborn(nn.Module):
+    """A block whose shortcut looks at the whole batch: neither branch nor block can be skipped."""
+
+    def __init__(self, *, mixes: bool = True) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.drop_path = nn.Identity()
+        self.mixes = mixes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return x + (x.mean(0) if self.mixes else 0.0) + self.drop_path(y - y.mean(0))
+
+
+def test_what_cannot_be_skipped_is_masked_and_says_so() -> None:
+    model = Stack(Stubborn(), Stubborn()).train()
+    result = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 4, 4))
+    assert result.notes == [
+        "2 drop-path modules: masks, since neither branches nor block agree with masking: outputs or gradients differ"
+    ]
+    model(torch.randn(4, 3, 4, 4)).sum().backward()
+    report = drop_path_report(model, input_size=(3, 4, 4))
+    assert [b.mode for b in report.blocks] == ["mask", "mask"]
+    assert [b.realised_rate for b in report.blocks] == [0.5, 0.5], "the draw is the same"
+    assert report.compute_saved == 0.0
+
+
+def test_structures_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import stochastic_depth.proof as foreign
+
+    model = build("vit_tiny_patch16_224")
+    graft(model)
+    calls: list[str] = []
+    original = foreign._try
+    monkeypatch.setattr(foreign, "_try", lambda owner, call: calls.append(owner.name) or original(owner, call))
+    conversions = convert_to_skip(model, size_of("vit_tiny_patch16_224"))
+    assert calls == ["blocks.0"] and len(conversions) == 3
+    assert len(find_blocks(model)) == 3
+
+
+class Entangled(nn.Module):
+    """Branches that can be skipped one by one but not together, in a block that cannot be skipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.drop_path1, self.drop_path2 = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.fc1(x)
+        short = len(first) < len(x)
+        out = x + x.mean(0) + self.drop_path1(first)
+        second = self.fc2(x)
+        return out + self.drop_path2(second * 2 if short and len(second) < len(x) else second)
+
+
+def test_what_agrees_alone_but_not_together_is_not_installed_together() -> None:
+    model = Stack(Entangled(), Entangled()).train()
+    result = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 4, 4))
+    assert result.notes == [
+        "2 drop-path modules: skips per branch",
+        "2 drop-path modules: masks, since neither branches nor block agree with masking: outputs or gradients differ",
+    ]
+    masked, images = masking_twin(model), torch.randn(6, 3, 4, 4)
+    for seed in range(4):
+        for a, b in zip(
+            output_and_gradients(model, images, seed), output_and_gradients(masked, images, seed), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "name", ["caformer_s18", "deit3_small_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"]
+)
+def test_other_dtypes_skip_as_float32(name: str, dtype: torch.dtype) -> None:
+    model = build(name).to(dtype)
+    result = set_drop_path(model, 0.6, profile="constant", mode="skip", input_size=size_of(name))
+    assert result.notes == [f"{len(list(grafted(model)))} drop-path modules: skips per branch"]
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    images = torch.randn(3, *size_of(name), dtype=dtype)
+    assert model.train()(images).dtype == dtype
+
+
+class Overflowing(Residual):
+    """Leaves a shortcut behind that float16 does not hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1e6
+
+
+def test_activations_that_overflow_are_no_proof_against_skipping() -> None:
+    model = Net(Overflowing(nn.Identity()), Residual(nn.Identity())).half()
+    assert not model.eval()(torch.randn(2, *Net.size).half()).isfinite().any()
+    result = set_drop_path(model, 0.5, mode="skip", input_size=Net.size)
+    assert result.notes == ["2 drop-path modules: skips per branch"]
