@@ -19,20 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from layers.branches import batch_norms, held_modules, left_alone, samples_to_compute, takes_batch_statistics
+from layers.mlp import Mlp
+from layers.token_mixers import TOKEN_MIXERS
 
 Mode = Literal["mask", "skip", "batch"]
 MODES: tuple[str, ...] = get_args(Mode)
 Branch = Callable[[Tensor], Tensor]
 
-BREAK_EVEN: dict[str, float] = {
-    "pooling": 0.3,
-    "identity": 0.6,
-    "random_mixing": 0.2,
-    "sep_conv": 0.05,
-    "attention": 0.05,
-    "mlp": 0.05,
-}
-"""Drop rate from which leaving samples out of a branch of that kind beats masking them.
+BREAK_EVEN: dict[str, float] = {branch.kind: branch.break_even for branch in (*TOKEN_MIXERS.values(), Mlp)}
+"""Drop rate from which leaving samples out of a branch of that kind beats masking them, as each class says.
 
 By `benchmark.py drop-path --subjects branches` on 2 CPU cores: pooling 0.27, identity about 0.57 (extrapolated), random
 mixing 0.17, the others below 0.05.

@@ -1,5 +1,7 @@
 """Channel MLP of a block, MLP head of a classifier, and the activations they use, for (B, ..., C)."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ class SquaredReLU(nn.Module):
         return F.relu(x).square()
 
 
+ActName = Literal["gelu", "relu", "silu", "squared_relu", "star_relu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
@@ -55,6 +58,7 @@ class Mlp(nn.Module):
     """
 
     kind = "mlp"  # of layers.drop_path.BREAK_EVEN
+    break_even = 0.05
 
     def __init__(self, dim: int, ratio: float = 4.0, act: str = "gelu", bias: bool = True) -> None:
         super().__init__()

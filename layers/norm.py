@@ -5,6 +5,9 @@ and bias per channel. The `_no_bias` forms are those of MetaFormer Baselines (ar
 takes the norm's place in ResMLP (arXiv 2105.03404) and normalises nothing.
 """
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +62,16 @@ class Affine(nn.Module):
         return f"{self.weight.numel()}"
 
 
-NORMS: tuple[str, ...] = ("group_norm", "group_norm_no_bias", "layer_norm", "layer_norm_no_bias", "affine", "none")
+NormName = Literal["group_norm", "group_norm_no_bias", "layer_norm", "layer_norm_no_bias", "affine", "none"]
+NORMS: dict[str, Callable[[int, float | None], nn.Module]] = {
+    "group_norm": lambda dim, eps: GroupNorm1(dim, eps or 1e-5),
+    "group_norm_no_bias": lambda dim, eps: GroupNorm1(dim, eps or 1e-6, bias=False),
+    "layer_norm": lambda dim, eps: LayerNorm(dim, eps or 1e-6),
+    "layer_norm_no_bias": lambda dim, eps: LayerNorm(dim, eps or 1e-6, bias=False),
+    "affine": lambda dim, eps: Affine(dim),
+    "none": lambda dim, eps: nn.Identity(),
+}
+"""Norms by name: channels and eps, or `None` for the published one -> module."""
 
 
 def build_norm(name: str, dim: int, eps: float | None = None) -> nn.Module:
@@ -74,16 +86,6 @@ def build_norm(name: str, dim: int, eps: float | None = None) -> nn.Module:
     Raises:
         ValueError: Unknown name.
     """
-    if name == "none":
-        return nn.Identity()
-    if name == "affine":
-        return Affine(dim)
-    if name == "group_norm":
-        return GroupNorm1(dim, eps or 1e-5)
-    if name == "group_norm_no_bias":
-        return GroupNorm1(dim, eps or 1e-6, bias=False)
-    if name == "layer_norm":
-        return LayerNorm(dim, eps or 1e-6)
-    if name == "layer_norm_no_bias":
-        return LayerNorm(dim, eps or 1e-6, bias=False)
-    raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {name!r}")
+    if name not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {name!r}")
+    return NORMS[name](dim, eps)

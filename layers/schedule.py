@@ -8,10 +8,19 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal
 
 Kind = Literal["constant", "ramp", "early", "late", "cosine", "piecewise"]
-KINDS: tuple[str, ...] = get_args(Kind)
+SETTINGS: dict[Kind, tuple[str, ...]] = {
+    "constant": (),
+    "ramp": ("cutoff", "start", "end"),
+    "early": ("cutoff", "shape"),
+    "late": ("cutoff",),
+    "cosine": ("cutoff", "start", "end"),
+    "piecewise": ("points",),
+}
+"""The settings that have an effect, by kind; those of a training config are these, its cutoff in epochs."""
+KINDS: tuple[str, ...] = tuple(SETTINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +59,7 @@ class DropPathSchedule:
             raise ValueError(f"schedule kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.shape not in ("linear", "constant"):
             raise ValueError(f"schedule shape must be linear or constant, got {self.shape!r}")
-        if self.kind in ("ramp", "cosine", "early", "late") and (self.cutoff is None or self.cutoff < 1):
+        if "cutoff" in SETTINGS[self.kind] and (self.cutoff is None or self.cutoff < 1):
             raise ValueError(f"schedule {self.kind!r} needs a cutoff of at least 1 step, got {self.cutoff!r}")
         self._refuse_what_has_no_effect()
         multipliers = [self.start, self.end, *(m for _, m in self.points)]
@@ -62,11 +71,9 @@ class DropPathSchedule:
                 raise ValueError(f"schedule 'piecewise' needs points at rising steps from 0, got steps {steps}")
 
     def _refuse_what_has_no_effect(self) -> None:
-        ramp = {"cutoff", "start", "end"}
-        used = {"ramp": ramp, "cosine": ramp, "early": {"cutoff", "shape"}, "late": {"cutoff"}, "piecewise": {"points"}}
         for setting in fields(self)[1:]:
             given = getattr(self, setting.name) != setting.default
-            if given and setting.name not in used.get(self.kind, set()):
+            if given and setting.name not in SETTINGS[self.kind]:
                 raise ValueError(f"schedule {setting.name} has no effect with kind {self.kind!r}")
 
     def __call__(self, step: int) -> float:

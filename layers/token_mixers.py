@@ -2,15 +2,18 @@
 
 PoolFormer (arXiv 2111.11418), MetaFormer Baselines (arXiv 2210.13452), ViT (arXiv 2010.11929), MLP-Mixer
 (arXiv 2105.01601) and ResMLP (arXiv 2105.03404). No dimension beside the batch is inferred
-with -1, so that a batch without samples passes. `kind` is the key of layers.drop_path.BREAK_EVEN.
+with -1, so that a batch without samples passes. What others ask of a mixer are attributes of its class, and `TOKEN_MIXERS`
+holds every mixer by its name in a model's config: a new one is a class and a row here (docs/contributing.md).
 """
+
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.kernels import depthwise_conv
-from layers.mlp import StarReLU, build_act
+from layers.mlp import Mlp, StarReLU, build_act
 from layers.patch_embed import check_grid, check_positions
 
 # What looks at sizes stays one call in a graph of torch.fx.
@@ -18,7 +21,36 @@ torch.fx.wrap("check_grid")
 torch.fx.wrap("check_positions")
 
 
-class Pooling(nn.Module):
+class TokenMixer(nn.Module):
+    """What every token mixer says of itself.
+
+    Attributes:
+        kind: What its branch computes, a key of `layers.drop_path.BREAK_EVEN`; mixers of one cost share a kind.
+        break_even: Drop rate from which leaving samples out of that kind of branch beats masking them, as measured there.
+        fixed_size: Whether its weights belong to positions, so that it takes images of one size only.
+        takes_tokens: Whether it also takes rows of tokens, (B, N, C), and so class and register tokens.
+        config_keys: Keys of a model's config that this mixer alone reads.
+    """
+
+    kind = ""
+    break_even = 0.0
+    fixed_size = False
+    takes_tokens = False
+    config_keys: tuple[str, ...] = ()
+
+    @classmethod
+    def build(cls, dim: int, size: tuple[int, int], config: Any) -> "TokenMixer":
+        """The mixer of one stage.
+
+        Args:
+            dim: Channels C.
+            size: Positions (H, W) at the model's image size.
+            config: The model's config; its keys are attributes.
+        """
+        return cls()
+
+
+class Pooling(TokenMixer):
     """Average pooling minus the input, as in PoolFormer; padding is not counted.
 
     Args:
@@ -26,10 +58,17 @@ class Pooling(nn.Module):
     """
 
     kind = "pooling"
+    break_even = 0.3
+    config_keys = ("pool_size",)
 
     def __init__(self, pool_size: int = 3) -> None:
         super().__init__()
         self.pool_size = pool_size
+
+    @classmethod
+    def build(cls, dim: int, size: tuple[int, int], config: Any) -> "Pooling":
+        """As `TokenMixer.build`."""
+        return cls(config.pool_size)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels_last in memory
@@ -41,16 +80,18 @@ class Pooling(nn.Module):
         return f"pool_size={self.pool_size}"
 
 
-class Identity(nn.Module):
+class Identity(TokenMixer):
     """Mixes nothing: the token mixer of IdentityFormer."""
 
     kind = "identity"
+    break_even = 0.6
+    takes_tokens = True
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-class RandomMixing(nn.Module):
+class RandomMixing(TokenMixer):
     """Mixes all positions by a frozen random matrix with rows that sum to 1: the token mixer of RandFormer.
 
     Args:
@@ -58,6 +99,8 @@ class RandomMixing(nn.Module):
     """
 
     kind = "random_mixing"
+    break_even = 0.2
+    fixed_size = True
 
     def __init__(self, num_tokens: int) -> None:
         super().__init__()
@@ -65,6 +108,11 @@ class RandomMixing(nn.Module):
         matrix = torch.softmax(torch.rand(num_tokens, num_tokens), dim=-1)
         # A parameter, as in the original's checkpoints, but never trained.
         self.random_matrix = nn.Parameter(matrix, requires_grad=False)
+
+    @classmethod
+    def build(cls, dim: int, size: tuple[int, int], config: Any) -> "RandomMixing":
+        """As `TokenMixer.build`."""
+        return cls(size[0] * size[1])
 
     def forward(self, x: Tensor) -> Tensor:
         x = check_positions(x, self.num_tokens, "random mixing")
@@ -74,7 +122,7 @@ class RandomMixing(nn.Module):
         return x.reshape(batch, height, width, dim)
 
 
-class SpatialMlp(nn.Module):
+class SpatialMlp(TokenMixer):
     """Linear layers over all positions, the same for every channel: the token mixer of MLP-Mixer and of ResMLP.
 
     Args:
@@ -85,6 +133,9 @@ class SpatialMlp(nn.Module):
     """
 
     kind = "mlp"  # matrix products as large as the channel MLP's, so it breaks even where that does
+    break_even = Mlp.break_even
+    fixed_size = True
+    config_keys = ("spatial_hidden",)
 
     def __init__(self, height: int, width: int, hidden: int | None = None, act: str = "gelu") -> None:
         super().__init__()
@@ -93,6 +144,11 @@ class SpatialMlp(nn.Module):
         self.fc1 = nn.Linear(tokens, hidden or tokens)
         self.act = build_act(act) if hidden else nn.Identity()
         self.fc2 = nn.Linear(hidden, tokens) if hidden else nn.Identity()
+
+    @classmethod
+    def build(cls, dim: int, size: tuple[int, int], config: Any) -> "SpatialMlp":
+        """As `TokenMixer.build`."""
+        return cls(*size, config.spatial_hidden, config.act)
 
     def forward(self, x: Tensor) -> Tensor:
         x = check_grid(x, self.height, self.width, "the spatial MLP")
@@ -131,7 +187,7 @@ class DepthwiseConv(nn.Conv2d):
         return self.training and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
-class SepConv(nn.Module):
+class SepConv(TokenMixer):
     """Inverted separable convolution of MobileNetV2 with StarReLU: the token mixer of ConvFormer.
 
     Args:
@@ -141,6 +197,8 @@ class SepConv(nn.Module):
     """
 
     kind = "sep_conv"
+    break_even = 0.05
+    config_keys = ("conv_kernel_size", "conv_expansion")
 
     def __init__(self, dim: int, expansion_ratio: float = 2.0, kernel_size: int = 7) -> None:
         super().__init__()
@@ -150,11 +208,16 @@ class SepConv(nn.Module):
         self.dwconv = DepthwiseConv(hidden, kernel_size)
         self.pwconv2 = nn.Linear(hidden, dim, bias=False)
 
+    @classmethod
+    def build(cls, dim: int, size: tuple[int, int], config: Any) -> "SepConv":
+        """As `TokenMixer.build`."""
+        return cls(dim, config.conv_expansion, config.conv_kernel_size)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.pwconv2(self.dwconv(self.act1(self.pwconv1(x))))
 
 
-class Attention(nn.Module):
+class Attention(TokenMixer):
     """Multi-head self-attention over all positions: the token mixer of CAFormer's last stages and of ViT.
 
     Args:
@@ -168,6 +231,9 @@ class Attention(nn.Module):
     """
 
     kind = "attention"
+    break_even = 0.05
+    takes_tokens = True
+    config_keys = ("head_dim", "qkv_bias", "proj_bias")
 
     def __init__(self, dim: int, head_dim: int = 32, qkv_bias: bool = False, proj_bias: bool = False) -> None:
         super().__init__()
@@ -178,6 +244,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
+    @classmethod
+    def build(cls, dim: int, size: tuple[int, int], config: Any) -> "Attention":
+        """As `TokenMixer.build`."""
+        return cls(dim, config.head_dim, qkv_bias=config.qkv_bias, proj_bias=config.proj_bias)
+
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
         qkv = self.qkv(x).flatten(1, -2)  # (B, N, 3 C), from a grid of positions as from a row of tokens
@@ -186,3 +257,15 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(shape))
+
+
+TokenMixerName = Literal["pooling", "identity", "random_mixing", "sep_conv", "attention", "spatial_mlp"]
+TOKEN_MIXERS: dict[str, type[TokenMixer]] = {
+    "pooling": Pooling,
+    "identity": Identity,
+    "random_mixing": RandomMixing,
+    "sep_conv": SepConv,
+    "attention": Attention,
+    "spatial_mlp": SpatialMlp,
+}
+"""Every token mixer by its name in a model's config."""

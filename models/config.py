@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from files.errors import ConfigError, FieldError
 from files.strict_yaml import load_yaml, validate
+from layers.mlp import ActName
+from layers.norm import NormName
+from layers.token_mixers import TOKEN_MIXERS, TokenMixerName
 
-TokenMixer = Literal["pooling", "identity", "random_mixing", "sep_conv", "attention", "spatial_mlp"]
-Norm = Literal["group_norm", "group_norm_no_bias", "layer_norm", "layer_norm_no_bias", "affine", "none"]
-Act = Literal["gelu", "relu", "silu", "squared_relu", "star_relu"]
 Size = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
@@ -32,7 +32,9 @@ class PatchConfig(Section):
     kernel_size: Size = Field(description="Kernel size in positions.")
     stride: Size = Field(description="Stride in positions.")
     padding: Annotated[int, Field(ge=0)] = Field(description="Zero padding in positions.")
-    norm: Norm = Field(default="none", description="Norm after the stem's convolution, or before a downsampling one.")
+    norm: NormName = Field(
+        default="none", description="Norm after the stem's convolution, or before a downsampling one."
+    )
 
 
 class HeadConfig(Section):
@@ -44,7 +46,7 @@ class HeadConfig(Section):
     pool: Literal["avg", "token"] = Field(
         default="avg", description="Average over positions, or take the class token instead (ViT)."
     )
-    norm: Norm = Field(default="layer_norm", description="Norm of the head.")
+    norm: NormName = Field(default="layer_norm", description="Norm of the head.")
     norm_eps: float | None = Field(
         default=None, gt=0, description="Epsilon of that norm; null: the norm's published one."
     )
@@ -87,9 +89,9 @@ class MetaFormerConfig(Section):
     name: str = Field("", description="Default: the file's name.")
     depths: list[Size] = Field(min_length=1, description="Blocks per stage.")
     dims: list[Size] = Field(min_length=1, description="Channels per stage.")
-    token_mixer: TokenMixer | list[TokenMixer] = Field(description="Token mixer, per stage.")
-    norm: Norm | list[Norm] = Field("layer_norm_no_bias", description="Norm of both branches, per stage.")
-    act: Act = Field("star_relu", description="Activation of the MLP.")
+    token_mixer: TokenMixerName | list[TokenMixerName] = Field(description="Token mixer, per stage.")
+    norm: NormName | list[NormName] = Field("layer_norm_no_bias", description="Norm of both branches, per stage.")
+    act: ActName = Field("star_relu", description="Activation of the MLP.")
     mlp_ratio: float = Field(4.0, gt=0, description="Hidden channels of the MLP per channel.")
     mlp_bias: bool = Field(False, description="Whether the MLP's linear layers have a bias.")
     layer_scale: float | list[float | None] | None = Field(None, description="Initial LayerScale, per stage.")
@@ -208,9 +210,10 @@ class MetaFormerConfig(Section):
             raise FieldError("head.pool", "'token' needs class_token: true")
         if self.num_prefix_tokens:
             # tokens in front of the patches have no place in a grid (B, H, W, C)
-            grids = [m for m in self.per_stage(self.token_mixer) if m not in ("attention", "identity")]
+            takers = sorted(name for name, mixer in TOKEN_MIXERS.items() if mixer.takes_tokens)
+            grids = [m for m in self.per_stage(self.token_mixer) if m not in takers]
             if grids:
-                message = f"class and register tokens go with attention and identity only, not with {grids[0]}"
+                message = f"class and register tokens go with {' and '.join(takers)} only, not with {grids[0]}"
                 raise FieldError("token_mixer", message)
             if len(set(self.dims)) > 1:
                 raise FieldError("dims", f"class and register tokens need stages of one width, got {self.dims}")
@@ -237,7 +240,7 @@ class MetaFormerConfig(Section):
     def fixed_size(self) -> bool:
         """Whether weights belong to positions, so that the model takes images of its own size only."""
         mixers = self.per_stage(self.token_mixer)
-        return self.pos_embed != "none" or "random_mixing" in mixers or "spatial_mlp" in mixers
+        return self.pos_embed != "none" or any(TOKEN_MIXERS[mixer].fixed_size for mixer in mixers)
 
     def feature_size(self, stage: int) -> tuple[int, int]:
         """Positions (H, W) inside a stage at the model's image size. Stages of equal width keep the size."""
@@ -334,19 +337,15 @@ def _merge(data: dict[str, Any], overrides: Mapping[str, Any]) -> None:
             data[key] = value
 
 
-# Keys that only one token mixer reads.
-_MIXER_KEYS: dict[TokenMixer, tuple[str, ...]] = {
-    "pooling": ("pool_size",),
-    "sep_conv": ("conv_kernel_size", "conv_expansion"),
-    "attention": ("head_dim", "qkv_bias", "proj_bias"),
-    "spatial_mlp": ("spatial_hidden",),
-}
-
-
 def idle_keys(config: MetaFormerConfig) -> dict[str, str]:
     """Dotted keys that nothing in this model reads, and why."""
     mixers, head = config.per_stage(config.token_mixer), config.head
-    idle = {key: f"no stage's token_mixer is {m}" for m, keys in _MIXER_KEYS.items() if m not in mixers for key in keys}
+    idle = {
+        key: f"no stage's token_mixer is {name}"
+        for name, mixer in TOKEN_MIXERS.items()
+        if name not in mixers
+        for key in mixer.config_keys
+    }
     if len(set(config.dims)) == 1:
         idle["downsample"] = "all stages are of one width"
     if head.kind != "mlp":

@@ -25,7 +25,7 @@ from layers.norm import build_norm
 from layers.patch_embed import PatchEmbed, TokenEmbed
 from layers.rates import drop_path_rates
 from layers.scale import build_scale
-from layers.token_mixers import Attention, Identity, Pooling, RandomMixing, SepConv, SpatialMlp
+from layers.token_mixers import TOKEN_MIXERS, TokenMixer
 from models.config import MetaFormerConfig, make_pretrained_cfg
 
 
@@ -435,22 +435,10 @@ def build_block(config: MetaFormerConfig, stage: int, drop_path: float, mode: Mo
     )
 
 
-def build_token_mixer(config: MetaFormerConfig, stage: int) -> nn.Module:
+def build_token_mixer(config: MetaFormerConfig, stage: int) -> TokenMixer:
     """The token mixer of one stage."""
-    kind, dim = config.per_stage(config.token_mixer)[stage], config.dims[stage]
-    if kind == "pooling":
-        return Pooling(config.pool_size)
-    if kind == "identity":
-        return Identity()
-    if kind == "random_mixing":
-        height, width = config.feature_size(stage)
-        return RandomMixing(height * width)
-    if kind == "sep_conv":
-        return SepConv(dim, config.conv_expansion, config.conv_kernel_size)
-    if kind == "spatial_mlp":
-        return SpatialMlp(*config.feature_size(stage), config.spatial_hidden, config.act)
-    assert kind == "attention"
-    return Attention(dim, config.head_dim, qkv_bias=config.qkv_bias, proj_bias=config.proj_bias)
+    mixer = TOKEN_MIXERS[config.per_stage(config.token_mixer)[stage]]
+    return mixer.build(config.dims[stage], config.feature_size(stage), config)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -19,24 +19,13 @@ from configs import CONFIGS
 from files.errors import ConfigError, FieldError, nearest
 from files.strict_yaml import annotation_at, dump_yaml, known_keys, load_yaml, set_overrides, unknown_key, validate
 from layers.rates import ProfileName, RateIs
-from layers.schedule import DropPathSchedule, Kind
+from layers.schedule import SETTINGS, DropPathSchedule, Kind
 from training.data.kinds import KINDS
 
 DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
-
-
-# The keys of drop_path.schedule that have an effect, by its kind.
-_SCHEDULE_KEYS: dict[Kind, tuple[str, ...]] = {
-    "constant": (),
-    "ramp": ("cutoff_epochs", "start", "end"),
-    "cosine": ("cutoff_epochs", "start", "end"),
-    "early": ("cutoff_epochs", "shape"),
-    "late": ("cutoff_epochs",),
-    "piecewise": ("points",),
-}
 
 
 class _Section(BaseModel):
@@ -87,26 +76,27 @@ class ScheduleSection(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleSection":
-        allowed = _SCHEDULE_KEYS[self.kind]
+        allowed = [f"{name}_epochs" if name == "cutoff" else name for name in SETTINGS[self.kind]]
         for key in type(self).model_fields:
             if key not in ("kind", *allowed) and getattr(self, key) is not None:
                 which = f"its keys are {', '.join(allowed)}" if allowed else "it takes no further key"
                 raise FieldError(key, f"has no effect with kind {self.kind!r}; {which}")
-        if self.kind in ("early", "late") and self.cutoff_epochs is None:
+        # what rises or falls to an end has the whole run for it by default
+        if "cutoff_epochs" in allowed and "end" not in allowed and self.cutoff_epochs is None:
             raise FieldError("kind", f"{self.kind!r} needs cutoff_epochs: epochs, greater than 0")
-        if self.kind == "piecewise":
+        if "points" in allowed:
             self._check_points()
         # Defaults of the kind are filled in, so that the saved configuration says what ran.
-        if self.kind == "early" and self.shape is None:
+        if "shape" in allowed and self.shape is None:
             self.shape = "linear"
-        if self.kind in ("ramp", "cosine"):
+        if "end" in allowed:
             self.start = 0.0 if self.start is None else self.start
             self.end = 1.0 if self.end is None else self.end
         return self
 
     def _check_points(self) -> None:
         if self.points is None:
-            raise FieldError("kind", "'piecewise' needs points: [epoch, multiplier] pairs such as [[0, 0], [9, 1]]")
+            raise FieldError("kind", f"{self.kind!r} needs points: [epoch, multiplier] pairs such as [[0, 0], [9, 1]]")
         epochs = [epoch for epoch, _ in self.points]
         if epochs[0] != 0 or any(b <= a for a, b in pairwise(epochs)):
             raise FieldError("points", f"epochs must rise strictly from 0, got {epochs}")
@@ -143,7 +133,7 @@ def build_schedule(section: DropPathSection, steps_per_epoch: int, epochs: int) 
     """The config's schedule, given in epochs, in optimizer steps."""
     schedule = section.schedule
     cutoff_epochs = schedule.cutoff_epochs
-    if schedule.kind in ("ramp", "cosine") and cutoff_epochs is None:
+    if "end" in SETTINGS[schedule.kind] and cutoff_epochs is None:
         cutoff_epochs = epochs
     given: dict[str, Any] = {
         "cutoff": None if cutoff_epochs is None else max(1, round(cutoff_epochs * steps_per_epoch)),

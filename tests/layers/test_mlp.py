@@ -1,12 +1,14 @@
 """Mlp, the MLP head and their activations against plain computations."""
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.drop_path import BREAK_EVEN
-from layers.mlp import ACTIVATIONS, Mlp, MlpHead, SquaredReLU, StarReLU, build_act
+from layers.mlp import ACTIVATIONS, ActName, Mlp, MlpHead, SquaredReLU, StarReLU, build_act
 
 DIM = 6
 VALUES = torch.tensor([-2.0, -0.5, 0.0, 0.5, 3.0])
@@ -136,3 +138,7 @@ def test_head_in_bfloat16_and_of_a_batch_without_samples() -> None:
     out.sum().backward()
     assert_zero_gradients(head)
     assert head.bfloat16()(torch.randn(2, DIM).bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_names_are_those_of_a_config() -> None:
+    assert tuple(ACTIVATIONS) == get_args(ActName)

@@ -1,13 +1,13 @@
 """Norms in channels-last layout against torch's in (B, C, H, W)."""
 
 import warnings
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from layers.norm import NORMS, Affine, GroupNorm1, LayerNorm, build_norm
+from layers.norm import NORMS, Affine, GroupNorm1, LayerNorm, NormName, build_norm
 
 DIM = 6
 
@@ -153,3 +153,7 @@ def test_graphs_scripts_and_traces_agree_at_other_sizes(name: str, x: Tensor) ->
     other = torch.randn(2, 3, 4, DIM)
     for twin in (torch.fx.symbolic_trace(norm), torch.jit.script(norm), traced):
         assert torch.equal(twin(x), norm(x)) and torch.equal(twin(other), norm(other))
+
+
+def test_the_names_are_those_of_a_config() -> None:
+    assert tuple(NORMS) == get_args(NormName)

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.drop_path import BREAK_EVEN
-from layers.token_mixers import Attention, Identity, Pooling, RandomMixing, SepConv, SpatialMlp
+from layers.token_mixers import (
+    TOKEN_MIXERS,
+    Attention,
+    Identity,
+    Pooling,
+    RandomMixing,
+    SepConv,
+    SpatialMlp,
+    TokenMixerName,
+)
 
 HEIGHT, WIDTH, DIM = 5, 7, 12
 
@@ -248,3 +258,52 @@ def test_attention_scripted_takes_tokens_as_well_as_a_grid() -> None:
     for shape in ((2, 9, DIM), (2, 3, 3, DIM), (0, 9, DIM)):
         x = torch.randn(shape)
         assert torch.equal(scripted(x), mixer(x)) and torch.equal(graph(x), mixer(x))
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def test_every_mixer_stands_in_the_table_by_its_name_in_a_config() -> None:
+    assert tuple(TOKEN_MIXERS) == get_args(TokenMixerName)
+    assert set(TOKEN_MIXERS.values()) == {Pooling, Identity, RandomMixing, SepConv, Attention, SpatialMlp}
+
+
+def test_facts_of_the_classes() -> None:
+    facts = {name: (m.kind, m.break_even, m.fixed_size, m.takes_tokens) for name, m in TOKEN_MIXERS.items()}
+    assert facts == {
+        "pooling": ("pooling", 0.3, False, False),
+        "identity": ("identity", 0.6, False, True),
+        "random_mixing": ("random_mixing", 0.2, True, False),
+        "sep_conv": ("sep_conv", 0.05, False, False),
+        "attention": ("attention", 0.05, False, True),
+        "spatial_mlp": ("mlp", 0.05, True, False),
+    }
+    assert {m.kind: m.break_even for m in TOKEN_MIXERS.values()} == BREAK_EVEN
+    assert list(BREAK_EVEN) == ["pooling", "identity", "random_mixing", "sep_conv", "attention", "mlp"]
+
+
+CONFIG = SimpleNamespace(pool_size=5, conv_kernel_size=3, conv_expansion=1.5, head_dim=4, qkv_bias=True, proj_bias=False,
+                         spatial_hidden=None, act="gelu")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKEN_MIXERS)
+def test_each_is_built_from_a_config(name: str, x: Tensor) -> None:
+    mixer = TOKEN_MIXERS[name].build(DIM, (HEIGHT, WIDTH), CONFIG)
+    assert type(mixer) is TOKEN_MIXERS[name] and mixer(x).shape == x.shape
+    smaller = x[:, :-1]
+    if mixer.fixed_size:
+        with pytest.raises(ValueError, match="build the model with image_size"):
+            mixer(smaller)
+    else:
+        assert mixer(smaller).shape == smaller.shape
+    if mixer.takes_tokens:
+        assert mixer(x.flatten(1, 2)).shape == (3, HEIGHT * WIDTH, DIM)
+
+
+def test_what_each_reads_of_a_config() -> None:
+    pooling, _, _, conv, attention, mlp = (m.build(DIM, (HEIGHT, WIDTH), CONFIG) for m in TOKEN_MIXERS.values())
+    assert isinstance(pooling, Pooling) and pooling.pool_size == 5
+    assert isinstance(conv, SepConv) and conv.dwconv.weight.shape == (18, 1, 3, 3)
+    assert isinstance(attention, Attention) and (attention.head_dim, attention.proj.bias) == (4, None)
+    assert attention.qkv.bias is not None
+    assert isinstance(mlp, SpatialMlp) and isinstance(mlp.fc2, nn.Identity)

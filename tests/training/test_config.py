@@ -9,11 +9,11 @@ import yaml
 
 from configs import CONFIGS
 from files.errors import ConfigError
-from layers.schedule import DropPathSchedule, Kind
+from layers.schedule import SETTINGS, DropPathSchedule, Kind
 from training import config as config_module
 from training.config import (
-    _SCHEDULE_KEYS,
     DropPathSection,
+    ScheduleSection,
     TrainConfig,
     build_schedule,
     dump_config,
@@ -289,7 +289,9 @@ def test_schedules(path: Path) -> None:
     }  # fmt: skip
     assert schedule("{kind: early, cutoff_epochs: 0.5, shape: constant}")["shape"] == "constant"
     assert schedule("{kind: piecewise, points: [[0, 1], [10, 0]]}")["points"] == [[0.0, 1.0], [10.0, 0.0]]
-    assert set(_SCHEDULE_KEYS) == set(get_args(Kind))
+    assert tuple(SETTINGS) == get_args(Kind)
+    keys = {name for names in SETTINGS.values() for name in names} - {"cutoff"} | {"cutoff_epochs", "kind"}
+    assert keys == set(ScheduleSection.model_fields)
 
 
 def test_faults_in_the_file_name_its_line(path: Path) -> None:
