@@ -136,9 +136,8 @@ def _received(batches: Iterable[Any]) -> Iterator[Any]:
         except StopIteration:
             return
         except (OSError, EOFError) as error:
-            raise RuntimeError(
-                f"DataLoader worker died while it handed over a batch: {type(error).__name__}"
-            ) from error
+            what = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise RuntimeError(f"DataLoader worker cannot hand over a batch (has it died?): {what}") from error
         yield batch
 
 
