@@ -67,8 +67,9 @@ class SkipList:
 
         Raises:
             ReadError: For the first unreadable sample, or the one above the ceiling.
+            RuntimeError: For a worker that died, see `lost_worker`.
         """
-        for batch in batches:
+        for batch in _received(batches):
             if isinstance(batch, PartialBatch):
                 for unreadable in batch.unreadable:
                     self._note(unreadable)
@@ -124,6 +125,20 @@ class SkipList:
     def _open(self, mode: str) -> IO[str]:
         assert self.path is not None
         return self.path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")  # names may be any bytes
+
+
+def _received(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches. A worker that dies while its batch is fetched breaks a connection before torch notices its death."""
+    iterator = iter(batches)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (OSError, EOFError) as error:
+            what = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise RuntimeError(f"DataLoader worker cannot hand over a batch (has it died?): {what}") from error
+        yield batch
 
 
 def lost_worker(error: BaseException) -> str | None:

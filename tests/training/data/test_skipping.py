@@ -4,6 +4,7 @@ import csv
 import os
 import signal
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,26 @@ def test_a_worker_that_dies_is_told_in_words() -> None:
     (worker,) = batches._workers  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError) as caught:  # torch's signal handler may raise it anywhere from here on
         os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
         list(batches)
     told = lost_worker(caught.value)
     assert told is not None and told.startswith("DataLoader worker (pid") and len(told.splitlines()) == 2
     assert "data.workers" in told and "--resume" in told
     assert lost_worker(RuntimeError("another error")) is None
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "no socket")])
+def test_a_worker_that_dies_in_the_middle_of_a_batch_is_told_in_words(error: Exception) -> None:
+    def loader() -> Iterator[list[int]]:
+        yield [1]
+        raise error  # as when a tensor's shared memory is asked of a process that is gone
+
+    batches = SkipList(data_section()).read(loader())
+    assert next(batches) == [1]
+    with pytest.raises(RuntimeError) as caught:
+        next(batches)
+    told = lost_worker(caught.value)
+    assert told is not None and type(error).__name__ in told and "--resume" in told and len(told.splitlines()) == 2
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
