@@ -20,6 +20,7 @@ from files.errors import ConfigError, FieldError, nearest
 from files.strict_yaml import annotation_at, dump_yaml, known_keys, load_yaml, set_overrides, unknown_key, validate
 from layers.rates import ProfileName, RateIs
 from layers.schedule import SETTINGS, DropPathSchedule, Kind
+from training.data.kinds import KINDS
 
 DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
 
@@ -147,10 +148,14 @@ def build_schedule(section: DropPathSection, steps_per_epoch: int, epochs: int) 
 class DataSection(_Section):
     """What to train on."""
 
-    dataset: Literal["digits", "folder"] = Field(
-        description="digits: scikit-learn's, no download. folder: images in root/train/CLASS and root/val/CLASS."
+    dataset: str = Field(
+        description=" ".join(f"{name}: {kind.description}." for name, kind in KINDS.items()),
+        json_schema_extra={"enum": list(KINDS)},
     )
-    root: str | None = Field(default=None, description="The folder of dataset 'folder'.")
+    root: str | None = Field(
+        default=None,
+        description=f"The folder of dataset {' or '.join(repr(name) for name, kind in KINDS.items() if kind.in_root)}.",
+    )
     image_size: int | None = Field(
         default=None,
         ge=1,
@@ -175,15 +180,24 @@ class DataSection(_Section):
         default=None, ge=1, description="on_error 'skip' only: files skipped before the run stops. Default 100."
     )
 
+    @field_validator("dataset")
+    @classmethod
+    def _check_dataset(cls, dataset: str) -> str:
+        if dataset not in KINDS:
+            known = " or ".join(map(repr, KINDS))
+            raise ValueError(f"expected {known}, got {dataset!r}{nearest(dataset, KINDS)}")
+        return dataset
+
     @model_validator(mode="after")
     def _check(self) -> "DataSection":
-        if self.dataset == "folder" and not self.root:
+        in_root = KINDS[self.dataset].in_root
+        if in_root and not self.root:
             key = "root" if "root" in self.model_fields_set else "dataset"
-            raise FieldError(key, "dataset 'folder' needs a root, for example data.root=/path/to/imagenet")
-        if self.dataset == "digits" and self.root is not None:
-            raise FieldError("root", "has no effect with dataset 'digits'; leave it out or set it to null")
-        if self.dataset == "digits" and self.on_error == "skip":
-            raise FieldError("on_error", "'skip' has no effect with dataset 'digits', which is in memory")
+            raise FieldError(key, f"dataset {self.dataset!r} needs a root, for example data.root=/path/to/imagenet")
+        if not in_root and self.root is not None:
+            raise FieldError("root", f"has no effect with dataset {self.dataset!r}; leave it out or set it to null")
+        if not in_root and self.on_error == "skip":
+            raise FieldError("on_error", f"'skip' has no effect with dataset {self.dataset!r}, which is in memory")
         if self.on_error == "skip":
             self.max_skipped = self.max_skipped or 100
         elif self.max_skipped is not None:

@@ -306,7 +306,7 @@ def test_a_training_image_that_breaks_saves_the_steps_before_it(images: list[str
     _, expected = run(tmp_path / "whole", *settings)
     setup = build_tiny(*settings)
     index = list(setup.sampler)[2][1][1]  # read by the third step
-    path = Path(setup.data.train.source.paths[index])
+    path = Path(setup.data.train.source.location, setup.data.train.source.name(index))
     content = path.read_bytes()
     path.write_bytes(b"")
     with pytest.raises(ReadError, match=r"saved at step 2") as caught:

@@ -1,7 +1,7 @@
 """Data sets, augmentation, sampling and mixing: every draw is a pure function of (seed, epoch, sample index).
 
-Two data sets: `digits` (scikit-learn's 1,797 handwritten digits, no download) and `folder` (ROOT/train/CLASS/*.jpg and
-ROOT/val/CLASS/*.jpg). A training sample is addressed by (epoch, index) and a batch is (images, targets, indices).
+A data set is a pair of sources (`training.data.source`), whose kinds are those of `training.data.kinds`; one pipeline
+decodes and transforms them all. A training sample is addressed by (epoch, index) and a batch is (images, targets, indices).
 Because the draws belong to the sample and not to the process that makes it, the number of workers changes nothing, a
 run resumed in mid-epoch sees the images the uninterrupted one would have seen, and the training loop's own random
 stream is left alone.
@@ -13,24 +13,22 @@ zoom and flip: those draws come from a counter-based hash and one affine map tra
 
 from __future__ import annotations
 
-import logging
 import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from files.errors import ConfigError
-from training.data.dataset import DataBundle
-from training.data.digits import DIGIT_NAMES, digits_bundle
-from training.data.folder import LeftOut, folder_bundle, scan, train_and_val_folders
+from training.data.dataset import DataBundle, TrainDataset, ValDataset
+from training.data.identity import data_identity
+from training.data.images import ImagePipeline
+from training.data.kinds import KINDS
+from training.data.source import Batched, Pipeline, Source, Sources
 from training.data.transforms import ImageSpec, check_spec
 
 if TYPE_CHECKING:
     from training.config import AugmentSection, DataSection
-
-
-logger = logging.getLogger(__name__)
 
 
 def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, *, seed: int) -> DataBundle:
@@ -50,14 +48,18 @@ def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
     check_spec(spec)
     if augment.crop_scale is None and not np.allclose(augment.crop_ratio, (3 / 4, 4 / 3)):
         warnings.warn("augment.crop_ratio has no effect without augment.crop_scale", stacklevel=2)
-    if data.dataset == "digits":
-        bundle = digits_bundle(augment, spec, seed)
-    elif data.dataset == "folder":
-        bundle = folder_bundle(data, augment, spec, seed)
-    else:
-        raise ConfigError(f"data.dataset: {data.dataset!r} is not one of 'digits', 'folder'")
-    bundle.train.replace_unreadable = data.on_error == "skip"
-    return bundle
+    sources: Sources = _module(data).sources(data)
+    train, val, left_out = sources
+    return DataBundle(
+        train=TrainDataset(
+            train, _pipeline(train, augment, spec), seed=seed, replace_unreadable=data.on_error == "skip"
+        ),
+        val=ValDataset(val, _pipeline(val, augment, spec)),
+        num_classes=len(train.class_names),
+        class_names=list(train.class_names),
+        identity=data_identity(data.dataset, sources),
+        left_out=left_out,
+    )
 
 
 def class_names_of_data(data: DataSection) -> list[str]:
@@ -66,6 +68,15 @@ def class_names_of_data(data: DataSection) -> list[str]:
     Raises:
         ConfigError: For a missing or wrong folder.
     """
-    if data.dataset == "digits" or data.root is None:
-        return list(DIGIT_NAMES)
-    return sorted(scan(train_and_val_folders(Path(data.root).expanduser())[0], LeftOut()))
+    return _module(data).class_names(data)
+
+
+def _module(data: DataSection) -> Any:
+    """The module of a kind of data."""
+    if data.dataset not in KINDS:
+        raise ConfigError(f"data.dataset: {data.dataset!r} is not one of {', '.join(map(repr, KINDS))}")
+    return import_module(KINDS[data.dataset].module)
+
+
+def _pipeline(source: Source, augment: AugmentSection, spec: ImageSpec) -> Pipeline:
+    return source.pipeline(augment, spec) if isinstance(source, Batched) else ImagePipeline(source, augment, spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from files.errors import Failure
 from training.data.draws import REPLACE, SAMPLE, global_generators_kept, hash_words
+from training.data.source import Pipeline, Source, place
 
 # How many other samples are tried in the place of one that cannot be read.
 MAX_REPLACEMENTS = 100
@@ -38,34 +39,24 @@ class DataBundle:
     left_out: str = ""
 
 
-class ImageSource(Protocol):
-    """Images by index, with or without augmentation; both return float32 (B, C, H, W), normalised."""
-
-    paths: list[str]
-
-    def plain(self, indices: Sequence[int]) -> Tensor: ...
-
-    def augmented(self, indices: Sequence[int], streams: np.ndarray) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Unreadable:
     """A sample that could not be made. It stands in a batch in the sample's place, or behind those of the batch.
 
     Attributes:
         part: `train` or `val`.
-        path: The file.
+        place: Where it lies: a file's path.
         reason: In one line.
         replaced: Whether another sample took its place.
     """
 
     part: str
-    path: str
+    place: str
     reason: str
     replaced: bool = False
 
     def __str__(self) -> str:
-        return f"cannot read image '{self.path}': {self.reason}"
+        return f"cannot read image '{self.place}': {self.reason}"
 
 
 class ReadError(Failure):
@@ -79,11 +70,12 @@ class TrainDataset(Dataset[Sample]):
     address still decides alone what comes, in any process and after any resume.
     """
 
-    def __init__(self, source: ImageSource, targets: Sequence[int], *, seed: int) -> None:
+    def __init__(self, source: Source, pipeline: Pipeline, *, seed: int, replace_unreadable: bool = False) -> None:
         self.source = source
-        self.targets = list(targets)
+        self.pipeline = pipeline
+        self.targets = list(source.targets)
         self.seed = seed
-        self.replace_unreadable = False
+        self.replace_unreadable = replace_unreadable
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -97,9 +89,9 @@ class TrainDataset(Dataset[Sample]):
         streams = hash_words(self.seed, SAMPLE, epochs, indices)
         with global_generators_kept():
             try:
-                images = self.source.augmented(indices, streams)
+                images = self.pipeline.augmented(indices, streams)
             except Exception:
-                if not self.source.paths:
+                if not self.source.location:
                     raise
                 return self._one_by_one(positions, streams)
         return [(image, self.targets[i], i) for image, i in zip(images.unbind(), indices, strict=True)]
@@ -111,7 +103,7 @@ class TrainDataset(Dataset[Sample]):
             stream = streams[row : row + 1]
             faults: list[Unreadable] = []
             for candidate in self._candidates(epoch, index):
-                image = _attempt(lambda c=candidate, s=stream: self.source.augmented([c], s)[0], self, candidate)
+                image = _attempt(lambda c=candidate, s=stream: self.pipeline.augmented([c], s)[0], self, candidate)
                 if isinstance(image, Tensor):
                     samples.append((image, self.targets[candidate], candidate))
                     replaced += [replace(fault, replaced=True) for fault in faults]
@@ -132,9 +124,10 @@ class TrainDataset(Dataset[Sample]):
 class ValDataset(Dataset[Sample]):
     """Samples without augmentation, addressed by index."""
 
-    def __init__(self, source: ImageSource, targets: Sequence[int]) -> None:
+    def __init__(self, source: Source, pipeline: Pipeline) -> None:
         self.source = source
-        self.targets = list(targets)
+        self.pipeline = pipeline
+        self.targets = list(source.targets)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -144,26 +137,26 @@ class ValDataset(Dataset[Sample]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample | Unreadable]:
         try:
-            images = self.source.plain(indices)
+            images = self.pipeline.plain(indices)
         except Exception:
-            if not self.source.paths:
+            if not self.source.location:
                 raise
-            made = [(_attempt(lambda i=i: self.source.plain([i])[0], self, i), i) for i in indices]
+            made = [(_attempt(lambda i=i: self.pipeline.plain([i])[0], self, i), i) for i in indices]
             return [image if isinstance(image, Unreadable) else (image, self.targets[i], i) for image, i in made]
         return [(image, self.targets[i], i) for image, i in zip(images.unbind(), indices, strict=True)]
 
 
 def _attempt(make: Callable[[], Tensor], dataset: TrainDataset | ValDataset, index: int) -> Tensor | Unreadable:
     """The image, or why it cannot be had: an image that opens may still be one that a transform cannot take."""
-    path = dataset.source.paths[index]
     try:
         return make()
     except Exception as error:  # a worker's exception would reach the loop as the text of a traceback
         kind, text = type(error).__name__, " ".join(str(error).split())
-        known = f"cannot read image '{path}': "
-        reason = text.removeprefix(known).replace(f" {path!r}", "") if text.startswith(known) else f"{kind}: {text}"
+        where = place(dataset.source, index)
+        known = f"cannot read image '{where}': "
+        reason = text.removeprefix(known).replace(f" {where!r}", "") if text.startswith(known) else f"{kind}: {text}"
         part = "train" if isinstance(dataset, TrainDataset) else "val"
-        return Unreadable(part, path, textwrap.shorten(reason, 300) or kind)
+        return Unreadable(part, where, textwrap.shorten(reason, 300) or kind)
 
 
 def _readable(sample: Sample | Unreadable) -> Sample:

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from training.data.dataset import DataBundle, TrainDataset, ValDataset
 from training.data.draws import ERASE, hash_words, uniform
-from training.data.identity import data_identity
+from training.data.source import Sources
 from training.data.transforms import ImageSpec, apply_seeded, build_erase, recolour_steps, to_tensor_steps
 
 if TYPE_CHECKING:
-    from training.config import AugmentSection
-
+    from training.config import AugmentSection, DataSection
 
 # The split is part of the task and not of a run: results at different seeds are compared on the same 360 digits.
 DIGITS_SPLIT_SEED = 20240229
@@ -42,27 +41,53 @@ def digits_split() -> tuple[np.ndarray, np.ndarray]:
     return np.sort(train), np.sort(val)
 
 
-def digits_bundle(augment: AugmentSection, spec: ImageSpec, seed: int) -> DataBundle:
+def class_names(data: DataSection) -> list[str]:
+    """The ten digits."""
+    return list(DIGIT_NAMES)
+
+
+def sources(data: DataSection) -> Sources:
+    """The two parts of `digits_split`."""
     from sklearn.datasets import load_digits
 
     pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
-    train, val = digits_split()
     images = torch.from_numpy(pixels / DIGITS_MAX_VALUE).float().reshape(-1, 1, 8, 8)  # (N, 1, 8, 8) in [0, 1]
-    return DataBundle(
-        train=TrainDataset(_Digits(images[train], augment, spec), labels[train].tolist(), seed=seed),
-        val=ValDataset(_Digits(images[val], augment, spec), labels[val].tolist()),
-        num_classes=10,
-        class_names=list(DIGIT_NAMES),
-        identity=data_identity(
-            "digits",
-            DIGIT_NAMES,
-            {part: ([str(i) for i in rows], labels[rows].tolist()) for part, rows in (("train", train), ("val", val))},
-        ),
-    )
+    train, val = (DigitsSource(images[rows], labels[rows].tolist(), rows.tolist()) for rows in digits_split())
+    return Sources(train, val)
 
 
-class _Digits:
-    """Digits in memory, resized and transformed a batch at a time.
+class DigitsSource:
+    """Digits in memory, known by their rows in scikit-learn's `load_digits()`.
+
+    Args:
+        images: (N, 1, 8, 8) in [0, 1].
+        targets: N digits.
+        rows: N numbers.
+    """
+
+    location = ""
+
+    def __init__(self, images: Tensor, targets: list[int], rows: list[int]) -> None:
+        self.images = images
+        self.targets = targets
+        self.rows = rows
+        self.class_names = list(DIGIT_NAMES)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        return str(self.rows[index])
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index, 0].numpy())  # of floats, where 1 is white
+
+    def pipeline(self, augment: AugmentSection, spec: ImageSpec) -> DigitsPipeline:
+        return DigitsPipeline(self.images, augment, spec)
+
+
+class DigitsPipeline:
+    """Digits, resized and transformed a batch at a time.
 
     Only 8 x 8 pixels are kept: resizing a batch costs far less than transforming it, and no large tensor lives in each
     worker. Policies and colour jitter work on PIL images, one by one (a grey-scale digit stays one if the model takes 1
@@ -71,7 +96,6 @@ class _Digits:
     """
 
     def __init__(self, images: Tensor, augment: AugmentSection, spec: ImageSpec) -> None:
-        self.paths: list[str] = []
         self.images = images
         self.augment = augment
         self.size = spec.input_size

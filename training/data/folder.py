@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from files.errors import ConfigError, nearest
-from training.data.dataset import DataBundle, TrainDataset, ValDataset
-from training.data.identity import data_identity, relative_names
-from training.data.images import ImageFiles, image_extensions
-from training.data.transforms import ImageSpec
+from training.data.images import image_extensions
+from training.data.source import Sources, name_below
 
 if TYPE_CHECKING:
-    from training.config import AugmentSection, DataSection
-
+    from training.config import DataSection
 
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 
@@ -25,11 +22,47 @@ JUNK_FOLDERS = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin",
                 "system volume information"}  # fmt: skip
 
 
-def folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, seed: int) -> DataBundle:
-    if data.root is None:
-        raise ConfigError("data.root: is needed by data.dataset 'folder'")
-    root = Path(data.root).expanduser()
-    train_root, val_root = train_and_val_folders(root)
+class FolderSource:
+    """Image files below a folder.
+
+    Args:
+        folder: The folder.
+        classes: Paths of the images of each class.
+        class_names: The classes in the order of their targets.
+    """
+
+    def __init__(self, folder: Path, classes: Mapping[str, Sequence[str]], class_names: list[str]) -> None:
+        self.location = str(folder)
+        self.class_names = class_names
+        self.paths = [path for name in class_names for path in classes[name]]
+        self.targets = [target for target, name in enumerate(class_names) for _ in classes[name]]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return name_below(self.paths[index], self.location)
+
+    def open(self, index: int) -> IO[bytes]:
+        return open(self.paths[index], "rb")
+
+
+def class_names(data: DataSection) -> list[str]:
+    """The class folders of the training images, sorted.
+
+    Raises:
+        ConfigError: For a missing or wrong folder.
+    """
+    return sorted(scan(train_and_val_folders(_root(data))[0], LeftOut()))
+
+
+def sources(data: DataSection) -> Sources:
+    """The images in the two folders.
+
+    Raises:
+        ConfigError: For a missing, empty or inconsistent folder.
+    """
+    train_root, val_root = train_and_val_folders(_root(data))
     left_out = LeftOut()
     train, val = scan(train_root, left_out), scan(val_root, left_out)
     if train.keys() != val.keys():
@@ -42,30 +75,13 @@ def folder_bundle(data: DataSection, augment: AugmentSection, spec: ImageSpec, s
     names = sorted(train)
     if len(names) < 2:
         raise ConfigError(f"data.root: '{train_root}' has one class folder, '{names[0]}'; at least two are needed")
+    return Sources(FolderSource(train_root, train, names), FolderSource(val_root, val, names), str(left_out))
 
-    def flat(classes: dict[str, list[str]]) -> tuple[list[str], list[int]]:
-        return (
-            [path for name in names for path in classes[name]],
-            [target for target, name in enumerate(names) for _ in classes[name]],
-        )
 
-    train_paths, train_targets = flat(train)
-    val_paths, val_targets = flat(val)
-    return DataBundle(
-        train=TrainDataset(ImageFiles(train_paths, augment, spec), train_targets, seed=seed),
-        val=ValDataset(ImageFiles(val_paths, augment, spec), val_targets),
-        num_classes=len(names),
-        class_names=names,
-        left_out=str(left_out),
-        identity=data_identity(
-            "folder",
-            names,
-            {
-                "train": (relative_names(train_paths, train_root), train_targets),
-                "val": (relative_names(val_paths, val_root), val_targets),
-            },
-        ),
-    )
+def _root(data: DataSection) -> Path:
+    if data.root is None:
+        raise ConfigError("data.root: is needed by data.dataset 'folder'")
+    return Path(data.root).expanduser()
 
 
 def train_and_val_folders(root: Path) -> tuple[Path, Path]:

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from files.errors import ConfigError
 from models.factory import class_difference
+from training.data.source import Sources
 
 
-def data_identity(
-    dataset: str, class_names: Sequence[str], parts: Mapping[str, tuple[Sequence[str], Sequence[int]]]
-) -> dict[str, Any]:
+def data_identity(dataset: str, sources: Sources) -> dict[str, Any]:
     """What a data set is known by, as plain values: equal where every index means the same sample with the same label.
 
-    Files are known by their names, not by what is in them, and a name does not hold the root, which may move.
-
-    Args:
-        dataset: `data.dataset`.
-        class_names: In the order of the targets.
-        parts: Names and targets of the samples of `train` and `val`, in the order of their indices.
+    Samples are known by their names, not by what is in them, and a name does not hold the root, which may move.
     """
+    class_names = sources.train.class_names
     identity: dict[str, Any] = {"dataset": dataset, "class_names": list(class_names)}
-    for part, (names, targets) in parts.items():
+    for part, source in (("train", sources.train), ("val", sources.val)):
         digest = hashlib.sha256()
-        for name, target in zip(names, targets, strict=True):
-            digest.update(f"{target} {name}\0".encode("utf-8", "surrogateescape"))  # names may be any bytes
-        counts = np.bincount(np.asarray(targets, dtype=np.int64), minlength=len(class_names)).tolist()
-        identity[part] = {"samples": len(names), "samples_per_class": counts, "names_sha256": digest.hexdigest()}
+        for index, target in enumerate(source.targets):
+            name = f"{target} {source.name(index)}\0"
+            digest.update(name.encode("utf-8", "surrogateescape"))  # names may be any bytes
+        counts = np.bincount(np.asarray(source.targets, dtype=np.int64), minlength=len(class_names)).tolist()
+        identity[part] = {"samples": len(source), "samples_per_class": counts, "names_sha256": digest.hexdigest()}
     return identity
 
 
@@ -74,10 +68,3 @@ def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], *, root: 
             f"--resume: {where} is not what the run began with: {difference}\n"
             "put it back as it was, or start a new run from the run's weights (model.checkpoint)"
         )
-
-
-def relative_names(paths: Sequence[str], folder: Path) -> list[str]:
-    """Names below a folder, with / between their parts on every system."""
-    prefix = os.path.join(folder, "")
-    return [(path.removeprefix(prefix) if path.startswith(prefix) else os.path.relpath(path, folder)).replace(os.sep, "/")
-            for path in paths]  # fmt: skip

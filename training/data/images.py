@@ -1,4 +1,4 @@
-"""Image files: opened, decoded, checked before a run."""
+"""Images: opened, decoded and transformed one by one; checked before a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from files.errors import ConfigError
 from training.data.dataset import DataBundle
+from training.data.source import Source, place
 from training.data.transforms import ImageSpec, apply_seeded, train_transform, val_transform
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 FULL_CHECK_LIMIT = 2000
 
 
-class ImageFiles:
-    """Images on disk, decoded and transformed one by one."""
+class ImagePipeline:
+    """Images of any source, decoded and transformed one by one."""
 
-    def __init__(self, paths: list[str], augment: AugmentSection, spec: ImageSpec) -> None:
-        self.paths = paths
+    def __init__(self, source: Source, augment: AugmentSection, spec: ImageSpec) -> None:
+        self.source = source
         self.channels = spec.input_size[0]
         self.train_transform = train_transform(augment, spec)
         self.val_transform = val_transform(spec)
@@ -49,11 +49,11 @@ class ImageFiles:
         return torch.stack([apply_seeded(self.train_transform, self._load(i), stream) for i, stream in pairs])
 
     def _load(self, index: int) -> Image.Image:
-        path = self.paths[index]
         try:
-            return read_image(path, self.channels)
+            return read_image(self.source.open(index), self.channels)
         except Exception as error:  # Pillow raises half a dozen types for a damaged file
-            raise RuntimeError(f"cannot read image '{path}': {error or type(error).__name__}") from error
+            where = place(self.source, index)
+            raise RuntimeError(f"cannot read image '{where}': {error or type(error).__name__}") from error
 
 
 # Formats that Pillow recognises and cannot decode by itself. EPS would start Ghostscript on whatever a file holds.
@@ -78,17 +78,23 @@ def image_extensions() -> frozenset[str]:
 
 
 @contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Opens an image and reads its header only.
+def open_image(raw: IO[bytes] | Image.Image) -> Iterator[Image.Image]:
+    """Reads the header of an image, no more; a picture is taken as it is.
+
+    Args:
+        raw: Of `Source.open`; closed at the end.
 
     Raises:
         ValueError: For more pixels than Pillow's limit against decompression bombs, which Pillow itself only warns of
             up to twice that number. Nothing has been decoded then.
-        OSError: For a file that is missing or no image.
+        OSError: For a file that is no image.
     """
     limit = Image.MAX_IMAGE_PIXELS or 89_478_485
+    if isinstance(raw, Image.Image):
+        yield raw
+        return
     # A file and no path: what Pillow maps into memory by path, it does not turn (TIFF, orientations 5 to 8).
-    with open(path, "rb") as file:
+    with raw as file:
         image = None
         try:
             with suppress(Image.DecompressionBombError):
@@ -101,9 +107,9 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
             yield image
 
 
-def read_image(path: str | Path, channels: int) -> Image.Image:
-    """The picture in a file as the data pipeline takes it: `open_image`, then `to_rgb`."""
-    with open_image(path) as image:
+def read_image(raw: IO[bytes] | Image.Image, channels: int) -> Image.Image:
+    """A raw sample as the data pipeline takes it: `open_image`, then `to_rgb`."""
+    with open_image(raw) as image:
         return to_rgb(image, channels)
 
 
@@ -190,48 +196,66 @@ def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
     Raises:
         ConfigError: Naming the first unreadable image (training images first) and how many there are.
     """
-    paths = bundle.train.source.paths + bundle.val.source.paths
-    if not paths:
+    sources = [source for source in (bundle.train.source, bundle.val.source) if source.location]
+    total = sum(len(source) for source in sources)
+    if not total:
         return
-    full = len(paths) <= FULL_CHECK_LIMIT
+    full = total <= FULL_CHECK_LIMIT
+    samples = [(source, index) for source in sources for index in range(len(source))]
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what Pillow only warns of is refused here
-        checked = pool.map(_damage if full else _obvious_damage, paths)
-        bar = tqdm(checked, total=len(paths), desc="checking images", unit="", leave=False, disable=full)
-        damaged = [(path, reason) for path, reason in zip(paths, bar, strict=True) if reason]
+        look = _damage if full else _obvious_damage
+        checked = pool.map(lambda sample: look(*sample), samples)
+        bar = tqdm(checked, total=total, desc="checking images", unit="", leave=False, disable=full)
+        damaged = [(sample, reason) for sample, reason in zip(samples, bar, strict=True) if reason]
     if damaged:
-        path, reason = damaged[0]
-        count = f"{len(damaged):,} of {len(paths):,} images" if len(damaged) > 1 else f"1 of {len(paths):,} images"
+        sample, reason = damaged[0]
+        first = place(*sample)
+        count = f"{len(damaged):,} of {total:,} images" if len(damaged) > 1 else f"1 of {total:,} images"
         if len(damaged) <= allowed:
-            logger.warning("warning: %s cannot be read and will be skipped; the first is '%s': %s", count, path, reason)
+            logger.warning(
+                "warning: %s cannot be read and will be skipped; the first is '%s': %s", count, first, reason
+            )
             return
         advice = "mend or remove the files, or leave them out: data.on_error=skip"
         if allowed:
             advice = f"data.max_skipped is {allowed}; raise it, or mend or remove the files"
-        raise ConfigError(f"data.root: {count} cannot be read; the first is '{path}'\n{reason}\n{advice}")
+        raise ConfigError(f"data.root: {count} cannot be read; the first is '{first}'\n{reason}\n{advice}")
 
 
-def _damage(path: str) -> str | None:
-    """Why a file cannot be decoded, or None."""
+def _damage(source: Source, index: int) -> str | None:
+    """Why a sample cannot be decoded, or None."""
     try:
-        if os.path.getsize(path) == 0:
+        raw = source.open(index)
+        if not isinstance(raw, Image.Image) and _size(raw) == 0:
+            raw.close()
             return "the file is empty"
-        read_image(path, 3)
+        read_image(raw, 3)
     except Exception as error:  # Pillow raises half a dozen types for a damaged file
         return str(error) or type(error).__name__
     return None
 
 
-def _obvious_damage(path: str) -> str | None:
+def _obvious_damage(source: Source, index: int) -> str | None:
     """As `_damage`, without decoding JPEG and PNG files that have a valid header and their end marker at the end."""
     try:
-        with open_image(path) as image:
-            marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image.format or "")
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 64))
-            if marker and file.read().rstrip(b"\0").endswith(marker):  # some writers pad with zeros
+        raw = source.open(index)
+        if not isinstance(raw, Image.Image):
+            with raw:
+                raw.seek(max(0, _size(raw) - 64))
+                end = raw.read().rstrip(b"\0")  # some writers pad with zeros
+                raw.seek(0)
+                with open_image(raw) as image:
+                    marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image.format or "")
+            if marker and end.endswith(marker):
                 return None
     except Exception:
         pass  # what is wrong is for the decoder to say
-    return _damage(path)
+    return _damage(source, index)
+
+
+def _size(file: IO[bytes]) -> int:
+    """Bytes of an opened file, which stands at its beginning afterwards."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size

@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from training.data.dataset import MAX_REPLACEMENTS, ReadError, Sample, Unreadable
-from training.data.identity import relative_names
+from training.data.source import name_below
 
 if TYPE_CHECKING:
     from training.config import DataSection
@@ -86,7 +86,7 @@ class SkipList:
             raise ReadError(f"{unreadable}\nmend or remove the file, or leave such files out: data.on_error=skip")
         if unreadable.part == "train" and not unreadable.replaced:
             raise ReadError(f"{unreadable}\nnor can any of {MAX_REPLACEMENTS} images drawn to replace it")
-        key = (unreadable.part, relative_names([unreadable.path], self.root)[0])
+        key = (unreadable.part, name_below(unreadable.place, self.root))
         if key in self.known:
             return
         self.known |= self._listed()

@@ -16,6 +16,7 @@ from training.data.build import build_datasets
 from training.data.dataset import DataBundle, TrainDataset, ValDataset
 from training.data.loading import EpochSampler, build_train_loader, build_val_loader
 from training.data.skipping import SkipList
+from training.data.source import place
 from training.data.transforms import ImageSpec
 
 CPU = torch.device("cpu")
@@ -99,11 +100,15 @@ def fails(*parts: str) -> Any:
     return Check()
 
 
+def paths(dataset: TrainDataset | ValDataset) -> list[str]:
+    return [place(dataset.source, index) for index in range(len(dataset))]
+
+
 def damage(dataset: TrainDataset | ValDataset, *indices: int) -> Path:
     """Cuts these images short; returns the last one's path."""
     path = Path()
     for index in indices:
-        path = Path(dataset.source.paths[index])
+        path = Path(paths(dataset)[index])
         path.write_bytes(path.read_bytes()[:60])
     return path
 

@@ -2,14 +2,34 @@
 
 import csv
 import math
+import shutil
 from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
 
 import pytest
+import torch
 
 from configs import CONFIGS
-from tests.training.data.parts import CPU, GREY, augment_section, data_section, digits, fails, folder, write_image
+from tests.training.data.parts import (
+    COLOUR,
+    CPU,
+    EVERYTHING,
+    GREY,
+    augment_section,
+    data_section,
+    digits,
+    fails,
+    folder,
+    train_loader,
+    write_image,
+)
 from training.config import DataSection, load_config
 from training.data.build import build_datasets, class_names_of_data
+from training.data.dataset import DataBundle
+from training.data.images import check_images
+from training.data.kinds import KINDS, DataKind
+from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
 from training.distributed import World
 from training.loop import train
@@ -68,3 +88,62 @@ def test_class_names_without_building(image_root: Path) -> None:
     section = data_section(dataset="folder", root=str(image_root))
     assert class_names_of_data(section) == folder(image_root).class_names
     assert class_names_of_data(data_section()) == digits().class_names == [str(i) for i in range(10)]
+
+
+@pytest.fixture
+def zip_root(image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The images of `image_root` in two zip files, which a kind of data reads that this line of the table adds."""
+    monkeypatch.setitem(
+        KINDS, "zipped", DataKind("tests.training.data.zipped", "root/train.zip, val.zip", in_root=True)
+    )
+    root = tmp_path / "zips"
+    for part in ("train", "val"):
+        shutil.make_archive(str(root / part), "zip", image_root / part)
+    return root
+
+
+def zipped(root: Path, **data: Any) -> DataBundle:
+    section = data_section(dataset="zipped", root=str(root), **data)
+    return build_datasets(section, augment_section(**EVERYTHING), COLOUR, seed=0)
+
+
+def test_a_new_kind_is_decoded_and_transformed_as_the_others(zip_root: Path, image_root: Path) -> None:
+    new, old = zipped(zip_root), folder(image_root, **EVERYTHING)
+    for index in range(15):
+        (a, *labels), (b, *others) = new.train[1, index], old.train[1, index]
+        assert torch.equal(a, b) and labels == others
+    assert torch.equal(new.val[5][0], old.val[5][0]) and len(new.val) == len(old.val) == 6
+    assert new.identity == {**old.identity, "dataset": "zipped"}
+    section = data_section(dataset="zipped", root=str(zip_root))
+    assert class_names_of_data(section) == new.class_names == ["aster", "daisy", "tulip"]
+    check_images(new)
+
+
+def test_a_new_kind_trains(zip_root: Path, tmp_path: Path) -> None:
+    words = ["data.dataset=zipped", f"data.root={zip_root}", "data.batch_size=4", "data.workers=1", "optim.epochs=1",
+             "optim.warmup_epochs=0", "runtime.device=cpu"]  # fmt: skip
+    setup = build(load_config(None, words), World(rank=0, local_rank=0, size=1, device=CPU))
+    run = RunFolder(tmp_path / "run")
+    run.make(fresh=True)
+    assert train(setup, run, None)["steps"] == 3
+    assert load_config(run.config).data.dataset == "zipped"
+
+
+def test_a_new_kind_is_checked_and_skipped_as_the_others(zip_root: Path, tmp_path: Path) -> None:
+    with ZipFile(zip_root / "train.zip", "a") as file:
+        file.writestr("daisy/9.png", b"no picture")
+    place = zip_root / "train.zip" / "daisy" / "9.png"
+    with fails("data.root: 1 of 22 images cannot be read", f"the first is '{place}'", "cannot identify image file"):
+        check_images(zipped(zip_root))
+    section = data_section(dataset="zipped", root=str(zip_root), on_error="skip", batch_size=16)
+    skips = SkipList(section)
+    skips.path = tmp_path / "skipped.csv"
+    (batch,) = skips.read(train_loader(zipped(zip_root, on_error="skip"), batch_size=16))
+    assert len(batch[0]) == 16 and skips.path.read_text().splitlines()[1].startswith("train,train.zip/daisy/9.png,")
+
+
+def test_a_config_knows_what_the_table_says_of_a_new_kind(zip_root: Path) -> None:
+    with fails("data.dataset", "expected 'digits' or 'folder' or 'zipped', got 'zip'; did you mean 'zipped'?"):
+        load_config(None, ["data.dataset=zip"])
+    with fails("data.dataset", "dataset 'zipped' needs a root"):
+        load_config(None, ["data.dataset=zipped"])

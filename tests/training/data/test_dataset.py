@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.data.parts import AFFINE, COLOUR, EVERYTHING, GREY, damage, digits, folder, skipping
+from tests.training.data.parts import AFFINE, COLOUR, EVERYTHING, GREY, damage, digits, folder, paths, skipping
 from training.data.dataset import DataBundle, ReadError, Unreadable
 from training.data.transforms import ImageSpec
 
@@ -42,7 +42,7 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_index(
 
 def test_a_failing_image_leaves_the_global_random_states_alone(image_root: Path, unmoved_random_states: None) -> None:
     bundle = folder(image_root, **EVERYTHING)
-    Path(bundle.train.source.paths[1]).write_bytes(b"")
+    Path(paths(bundle.train)[1]).write_bytes(b"")
     _, damaged = bundle.train.__getitems__([(0, 0), (0, 1)])
     assert isinstance(damaged, Unreadable)
     with pytest.raises(ReadError):
@@ -51,15 +51,15 @@ def test_a_failing_image_leaves_the_global_random_states_alone(image_root: Path,
 
 def test_an_image_that_a_transform_cannot_take_is_named(image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = folder(image_root)
-    (target,) = [p for p in bundle.train.source.paths if p.endswith("daisy/3-grey.jpg")]
+    (target,) = [p for p in paths(bundle.train) if p.endswith("daisy/3-grey.jpg")]
 
     def transform(image: Image.Image) -> torch.Tensor:
         if image.size == (29, 25):  # only that one
             raise ZeroDivisionError("division\nby zero")
         return torch.zeros(3, 16, 16)
 
-    monkeypatch.setattr(bundle.train.source, "train_transform", transform)
-    index = bundle.train.source.paths.index(target)
+    monkeypatch.setattr(bundle.train.pipeline, "train_transform", transform)
+    index = paths(bundle.train).index(target)
     with pytest.raises(ReadError) as caught:
         bundle.train[0, index]
     assert str(caught.value) == f"cannot read image '{target}': ZeroDivisionError: division by zero"

@@ -9,7 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.data.parts import COLOUR, CPU, augment_section, data_section, fails, folder, link, write_image
+from tests.training.data.parts import (
+    COLOUR,
+    CPU,
+    augment_section,
+    data_section,
+    fails,
+    folder,
+    link,
+    paths,
+    write_image,
+)
 from training.config import DataSection
 from training.data.build import build_datasets
 from training.data.images import check_images
@@ -56,7 +66,7 @@ def test_what_pillow_reads_is_data(image_root: Path, end: str) -> None:
     image = image_root / "train" / "aster" / f"9.{end}"
     Image.new("RGB", (32, 32), (200, 100, 50)).save(image, Image.registered_extensions()[f".{end.lower()}"])
     bundle = folder(image_root)
-    assert len(bundle.train) == 16 and str(image) in bundle.train.source.paths
+    assert len(bundle.train) == 16 and str(image) in paths(bundle.train)
     assert bundle.left_out == "1 file (1 .txt), 1 folder (1 .ipynb_checkpoints)"
     check_images(bundle)
 
@@ -98,7 +108,7 @@ def test_no_folder_is_read_twice(name: str, image_root: Path) -> None:
     link(image_root / "train" / place, image_root / target)
     bundle = folder(image_root)
     assert bundle.train.targets == [0] * 5 + [1] * 5 + [2] * 6
-    assert not [path for path in bundle.train.source.paths if "again" in path]
+    assert not [path for path in paths(bundle.train) if "again" in path]
     assert bundle.left_out.endswith(", 1 link to a folder read already")
 
 
@@ -111,7 +121,7 @@ def test_links_in_a_circle_through_other_folders_end(image_root: Path, tmp_path:
     link(image_root / "train" / "daisy" / "most", tmp_path / "pool")
     bundle = folder(image_root)
     assert bundle.train.targets == [0] * 5 + [1] * 7 + [2] * 5
-    assert [Path(path).name for path in bundle.train.source.paths[5:12]] == [
+    assert [Path(path).name for path in paths(bundle.train)[5:12]] == [
         "0-plain.JPEG", "1-plain.JPEG", "2-plain.JPEG", "3-grey.jpg", "4-clear.png", "6.png", "7.png"
     ]  # fmt: skip
     assert bundle.left_out.endswith(", 3 links to folders read already")
@@ -125,7 +135,7 @@ def test_links_to_files_and_whole_classes_are_followed(image_root: Path, tmp_pat
     link(image_root / "train" / "daisy" / "up", tmp_path)  # above a class that lies elsewhere
     bundle = folder(image_root)
     assert bundle.train.targets == [0] * 6 + [1] * 5 + [2] * 5
-    assert bundle.train.source.paths[5] == str(image_root / "train" / "aster" / "9.jpg")
+    assert paths(bundle.train)[5] == str(image_root / "train" / "aster" / "9.jpg")
     assert bundle.left_out.endswith(", 1 link to a folder read already")
 
 

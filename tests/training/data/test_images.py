@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngImageFile
 from tests.training.data.parts import digits, fails, folder, saved, write_image
 from training.data import images as images_module
 from training.data.images import check_images, read_image, to_rgb
+from training.data.source import place
 
 
 def tiff(pixels: list[int], bits: int, kind: str, *, sample_format: int = 1, photometric: int = 1) -> bytes:
@@ -54,6 +55,10 @@ def palette_image(colour: tuple[int, int, int]) -> Image.Image:
 
 def frames(mode: str = "L") -> dict[str, Any]:
     return {"save_all": True, "append_images": [Image.new("L", (8, 8), 50).convert(mode)]}
+
+
+def read(path: Path, channels: int) -> Image.Image:
+    return read_image(path.open("rb"), channels)
 
 
 HALF_WHITE = Image.new("RGB", (64, 32))
@@ -143,21 +148,21 @@ def test_a_picture_becomes_what_the_documented_table_says(name: str, tmp_path: P
     expected = documented_pictures()[name]
     for content in PICTURES[name]:
         (tmp_path / "picture").write_bytes(content)
-        image = read_image(tmp_path / "picture", 3)
+        image = read(tmp_path / "picture", 3)
         assert image.mode == "RGB"
         np.testing.assert_allclose(np.asarray(image)[0, 0], expected, atol=2 if b"JFIF" in content[:32] else 0)
         if name.startswith("EXIF"):
             assert image.size == (32, 64)
             assert np.asarray(image)[:31].min() > 250 and np.asarray(image)[33:].max() < 5
-        grey = read_image(tmp_path / "picture", 1)
+        grey = read(tmp_path / "picture", 1)
         assert grey.mode == "L" and grey == image.convert("L")
 
 
 def test_a_model_of_one_channel_gets_grey(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2), (255, 0, 0)).save(tmp_path / "red.png")
-    assert read_image(tmp_path / "red.png", 1).getpixel((0, 0)) == 76
+    assert read(tmp_path / "red.png", 1).getpixel((0, 0)) == 76
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png", 1).getpixel((0, 0)) == 255
+    assert read(tmp_path / "clear.png", 1).getpixel((0, 0)) == 255
 
 
 @pytest.mark.parametrize("mode", ["RGBa", "La", "PA", "RGBX", "YCbCr", "HSV", "I;16B", "I;16L"])
@@ -180,11 +185,11 @@ def test_the_same_picture_in_any_depth_is_the_same(tmp_path: Path) -> None:
               "float.tif": (levels / 255).astype(np.float32)}  # fmt: skip
     for name, pixels in stored.items():
         Image.fromarray(pixels).save(tmp_path / name)
-        np.testing.assert_array_equal(np.asarray(read_image(tmp_path / name, 1)), levels, err_msg=name)
+        np.testing.assert_array_equal(np.asarray(read(tmp_path / name, 1)), levels, err_msg=name)
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     for name, pixels in {"16.png": ramp.astype(np.uint16), "float.tif": (ramp / 65535).astype(np.float32)}.items():
         Image.fromarray(pixels).save(tmp_path / name)
-        assert np.asarray(read_image(tmp_path / name, 1)).mean() / 255 == pytest.approx(0.498, abs=1e-3)
+        assert np.asarray(read(tmp_path / name, 1)).mean() / 255 == pytest.approx(0.498, abs=1e-3)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -195,7 +200,7 @@ def test_every_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> 
     across = pixels.transpose(1, 0, 2)
     expected = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: across, 6: across[:, ::-1],
                 7: across[::-1, ::-1], 8: across[::-1]}[orientation]  # fmt: skip
-    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.png", 3)), expected)
+    np.testing.assert_array_equal(np.asarray(read(tmp_path / "a.png", 3)), expected)
 
 
 def test_deep_pictures_are_turned_as_well(tmp_path: Path) -> None:
@@ -203,7 +208,7 @@ def test_deep_pictures_are_turned_as_well(tmp_path: Path) -> None:
     values[:, :32] = 65535
     for name in ("a.png", "a.tif"):
         Image.fromarray(values).save(tmp_path / name, exif=turned())
-        turned_pixels = np.asarray(read_image(tmp_path / name, 1))
+        turned_pixels = np.asarray(read(tmp_path / name, 1))
         assert turned_pixels.shape == (64, 32) and turned_pixels[:32].min() == 255 and turned_pixels[32:].max() == 0
 
 
@@ -211,7 +216,7 @@ def test_deep_pictures_are_turned_as_well(tmp_path: Path) -> None:
 def test_a_damaged_exif_block_is_passed_over(block: bytes, tmp_path: Path) -> None:
     for name in ("a.jpg", "a.png", "a.webp"):
         HALF_WHITE.save(tmp_path / name, exif=block)
-        assert read_image(tmp_path / name, 3).size == HALF_WHITE.size
+        assert read(tmp_path / name, 3).size == HALF_WHITE.size
 
 
 def test_decompression_bombs_are_refused_before_decoding(
@@ -280,7 +285,7 @@ def test_an_image_with_an_unusual_end_is_not_called_damaged(image_root: Path, mo
 
 def test_only_doubtful_files_are_decoded_in_a_big_folder(image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    monkeypatch.setattr(images_module, "_damage", decoded.append)
+    monkeypatch.setattr(images_module, "_damage", lambda source, index: decoded.append(place(source, index)))
     monkeypatch.setattr(images_module, "FULL_CHECK_LIMIT", 0)
     odd = write_image(image_root / "val" / "tulip" / "odd.bmp")
     check_images(folder(image_root))

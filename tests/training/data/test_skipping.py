@@ -15,6 +15,7 @@ from tests.training.data.parts import (
     digits,
     folder,
     loaders,
+    paths,
     skipping,
     train_loader,
 )
@@ -90,7 +91,7 @@ def test_the_list_of_a_run_counts_a_file_once(image_root: Path, tmp_path: Path) 
     with (tmp_path / "skipped.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["part", "name", "reason"]
-    names = [os.path.relpath(s.source.paths[i], image_root) for s, i in ((bundle.train, 7), (bundle.val, 0))]
+    names = [os.path.relpath(paths(s)[i], image_root) for s, i in ((bundle.train, 7), (bundle.val, 0))]
     assert [row[:2] for row in rows[1:]] == [["train", names[0]], ["val", names[1]]]
     assert all(row[2] for row in rows[1:])
 
@@ -107,7 +108,7 @@ def test_the_ceiling_is_of_the_whole_run(image_root: Path, tmp_path: Path) -> No
         ReadError, match=r"has skipped 3 images, data.max_skipped is 2; .*skipped.csv lists them"
     ) as caught:
         list(again.read(loaders(bundle)["val"]))
-    assert bundle.val.source.paths[3] in str(caught.value) and len(str(caught.value).splitlines()) == 2
+    assert paths(bundle.val)[3] in str(caught.value) and len(str(caught.value).splitlines()) == 2
     assert "val/" in skips.path.read_text(), "the list names that one as well"
 
 

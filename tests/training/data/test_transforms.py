@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.data.parts import COLOUR, EVERYTHING, GREY, POLICIES, folder
+from tests.training.data.parts import COLOUR, EVERYTHING, GREY, POLICIES, folder, paths
 from training import config as config_module
 from training.config import AugmentSection
 from training.data import draws as draws_module
@@ -26,7 +26,7 @@ def test_validation_images_are_those_of_timm(image_root: Path) -> None:
             spec.input_size, mean=spec.mean, std=spec.std, interpolation=interpolation, crop_pct=crop_pct
         )
         for index in (0, 3, 5):
-            with Image.open(bundle.val.source.paths[index]) as image:
+            with Image.open(paths(bundle.val)[index]) as image:
                 torch.testing.assert_close(bundle.val[index][0], reference(image.convert("RGB")))
 
 
