@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import json
 import os
 import statistics
 import subprocess
@@ -12,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.digits import train_digits
-from benchmarks.measure import Commands, machine
+from benchmarks.measure import ROOT, Commands, machine
+from files.errors import Failure
 
 # Share of its throughput that a run should keep beside a busy process: a fair share of two cores for one thread is 1/2.
 WANTED = 0.4
@@ -61,7 +62,7 @@ def busy_benchmark(args: argparse.Namespace) -> dict[str, Any]:
             for side, company in sides.items():
                 output = Path(folder) / f"{side}-{number}"
                 with company():
-                    threads = train_digits(output, [f"optim.epochs={args.epochs}", *args.overrides])
+                    threads = train_apart(output, [f"optim.epochs={args.epochs}", *args.overrides])
                 with (output / "metrics.csv").open() as file:
                     rates = [float(epoch["images_per_second"]) for epoch in csv.DictReader(file)]
                 row[side] = round(statistics.median(rates), 1)
@@ -72,3 +73,16 @@ def busy_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         f"beside a process of two computing threads: {median['ratio']:.2f} of the throughput alone (wanted: {WANTED})"
     )
     return {"machine": machine(threads), "rows": rows, "median": median, "wanted": WANTED}
+
+
+def train_apart(output: Path, overrides: list[str]) -> int:
+    """Runs train.py as a user would, in a process of its own; returns the number of threads that it computed with.
+
+    Raises:
+        Failure: The run fails; with its own words.
+    """
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, "--output", str(output)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise Failure("\n".join(done.stderr.strip().splitlines()[-3:]).removeprefix("error: "))
+    return json.loads((output / "environment.json").read_text())["threads"]

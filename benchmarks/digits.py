@@ -1,15 +1,15 @@
 """The default run over several seeds."""
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, Commands, machine
-from files.errors import Failure
+import torch
+
+from benchmarks.measure import Commands, machine
+from training.config import load_config
+from training.run import run
 
 
 def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
@@ -38,23 +38,10 @@ def digits_seeds(args: argparse.Namespace) -> dict[str, Any]:
     keys = ("final_top1", "best_top1", "seconds", "images_per_second")
     for seed in range(args.seeds):
         output = args.runs / f"digits-seed-{seed}"
-        threads = train_digits(output, [f"seed={seed}", *args.overrides])
-        summary = json.loads((output / "summary.json").read_text())
+        summary = run(load_config(None, [f"seed={seed}", *args.overrides]), output)
+        threads = torch.get_num_threads()
         rows.append({"seed": seed, **{k: summary[k] for k in (*keys, "weights_sha256")}})
         print(rows[-1], flush=True)
     mean = {k: round(statistics.mean(r[k] for r in rows), 3) for k in keys}
     print({**mean, **machines})
     return {"machine": machine(threads), "rows": rows, "mean": mean, **machines}
-
-
-def train_digits(output: Path, overrides: list[str]) -> int:
-    """Runs train.py as a user would; returns the number of threads that it computed with.
-
-    Raises:
-        Failure: The run fails; with its own words.
-    """
-    command = [sys.executable, str(ROOT / "train.py"), *overrides, "--output", str(output)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise Failure("\n".join(done.stderr.strip().splitlines()[-3:]).removeprefix("error: "))
-    return json.loads((output / "environment.json").read_text())["threads"]

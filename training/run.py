@@ -1,79 +1,181 @@
-"""A run is a callable: built, checked against its folder, trained or gone on with."""
+"""A run is a callable, `run`; with all that decides which run goes on, from where, and whether it may."""
 
-import argparse
+import contextlib
+import logging
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from files.errors import ConfigError
-from training.checkpoint import latest_checkpoint, load_checkpoint
+from training import loop
+from training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from training.config import TrainConfig, load_config
-from training.distributed import World
-from training.loop import dry_run, train
-from training.run_folder import RunFolder, changed_environment, new_run_path
-from training.setup import build, describe, on_main
+from training.data.build import class_names_of_data
+from training.data.dataset import ReadError
+from training.data.skipping import lost_worker
+from training.distributed import World, close_world, init_world
+from training.run_folder import RunFolder, changed_environment, latest_run, new_run_path
+from training.setup import Setup, build, describe, on_main
 
+Resume = None | Literal["auto"] | Path
+"""None: a new run. "auto": go on with the folder, or else with the newest run of the name; begin where there is none. A
+path: go on with that run folder, from its newest checkpoint, or from that checkpoint in one."""
 
-def run(args: argparse.Namespace, config: TrainConfig, path: Path | None, world: World) -> int:
-    """Builds and trains."""
-    checkpoint = same_data = None
-    if args.resume and path is not None:
-        if args.resume != "auto" and Path(args.resume).parent.name == "checkpoints":
-            checkpoint = load_checkpoint(Path(args.resume), rank=world.rank, world_size=world.size)
-        else:
-            checkpoint = latest_checkpoint(
-                RunFolder(path).checkpoints, rank=world.rank, world_size=world.size, warn=warn
-            )
-        same_data = checkpoint.shared.get("data") if checkpoint is not None else RunFolder(path).read_data()
-    setup = build(config, world, load_checkpoint=checkpoint is None, same_data=same_data)
-    if checkpoint is not None and path is not None and world.is_main:
-        for change in changed_environment(RunFolder(path), world):
-            warn(f"{change}; the result will not be bit-equal to an uninterrupted run's")
-    name = args.config.stem if args.config else "digits"
-    folder = RunFolder(path or new_run_path(name, world))
-    check_same_run(folder, setup.config, resuming=bool(args.resume))
-    if args.dry_run:
-        on_main(world, lambda: folder.probe(fresh=not args.resume))
-        plan = describe(setup)
-        result = dry_run(setup)
-        if world.is_main:
-            print(f"{plan}\n{result}")
-        return 0
-    on_main(world, lambda: folder.make(fresh=not args.resume))
-    if world.is_main:
-        print(describe(setup))
-        start = "" if checkpoint is None else f", going on from step {checkpoint.step}"
-        print(f"run       {folder.path}{start}")
-    summary = train(setup, folder, checkpoint)
-    if world.is_main and "stopped_by" not in summary:
-        print(
-            f"final top-1 {summary['final_top1']:.2f}, best {summary['best_top1']:.2f}, {summary['seconds']:.1f} s; "
-            f"report: {folder.path / 'report.html'}"
-        )
-        skipped = summary["skipped_images"]
-        if any(skipped.values()):
-            print(
-                f"images that could not be read: {skipped['train']} for training, replaced, and {skipped['val']} for "
-                f"validation, left out of its figures: {folder.skipped}"
-            )
-    return 0
-
-
-# Keys that may change when a run goes on, by section: they change nothing that is learned, but for the rounding of other
-# threads, which `changed_environment` warns of.
-# Change nothing that is learned: the data themselves are compared by `build`, the number of threads is warned about.
+# Keys that may change when a run goes on, by section: they change nothing that is learned. The data themselves are compared
+# by `build`, and of another number of threads `changed_environment` warns.
 FREE_TO_CHANGE = {
     "data": {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped"},
     "runtime": {"threads"},
 }
 
 
-def check_same_run(folder: RunFolder, config: TrainConfig, *, resuming: bool) -> None:
-    """Refuses to go on with a run under settings that would make it another run.
+def run(config: TrainConfig, folder: Path | None, *, resume: Resume = None, name: str = "run") -> dict[str, Any]:
+    """Trains a config to its end, or until a signal; alone, or as one of the processes that torchrun started.
+
+    Args:
+        config: Of a resumed run, that of the run itself (`find_config`), or one that differs in what is free to change.
+        folder: Where the run is written; None: runs/NAME-TIME, or with `resume` where that says.
+        resume: Whether and from where to go on.
+        name: Of the folder where none is given.
+
+    Returns:
+        The content of summary.json and `folder`, the path; with `stopped_by` where a signal ended the run early. Empty on
+        all processes but the main one.
+
+    Raises:
+        ConfigError: Whatever was given that cannot work; nothing has been written then.
+        NonFiniteError, ReadError, CheckpointError: What went wrong while running.
+    """
+    with _prepared(config, folder, resume, name) as (setup, run_folder, checkpoint):
+        world = setup.world
+        on_main(world, lambda: run_folder.make(fresh=resume is None))
+        if world.is_main:
+            print(describe(setup))
+            start = "" if checkpoint is None else f", going on from step {checkpoint.step}"
+            print(f"run       {run_folder.path}{start}")
+        summary = loop.train(setup, run_folder, checkpoint)
+        return {**summary, "folder": run_folder.path} if world.is_main else {}
+
+
+def dry_run(config: TrainConfig, folder: Path | None, *, resume: Resume = None, name: str = "run") -> str:
+    """Builds all of a run and takes one step; leaves nothing behind. Arguments and errors as of `run`.
+
+    Returns:
+        The plan and what came of the step; empty on all processes but the main one.
+    """
+    with _prepared(config, folder, resume, name) as (setup, run_folder, _):
+        on_main(setup.world, lambda: run_folder.probe(fresh=resume is None))
+        plan = describe(setup)
+        result = loop.dry_run(setup)
+        return f"{plan}\n{result}" if setup.world.is_main else ""
+
+
+class _Prepared(NamedTuple):
+    setup: Setup
+    folder: RunFolder
+    checkpoint: Checkpoint | None
+
+
+@contextlib.contextmanager
+def _prepared(config: TrainConfig, folder: Path | None, resume: Resume, name: str) -> Iterator[_Prepared]:
+    """The run built, its checkpoint read and its folder found and compared with it; leaves the other processes at the end."""
+    path = find_folder(folder, resume=resume, name=name)
+    world = init_world(config.runtime.device)
+    try:
+        if not world.is_main:
+            logging.disable(logging.INFO)
+            logging.getLogger("models").setLevel(logging.ERROR)  # what became of the weights, the main process says
+        elif resume == "auto" and path is None:
+            print(f"--resume auto: no run runs/{name}-* yet; starting one")
+        checkpoint = same_data = None
+        if resume is not None and path is not None:
+            checkpoint = _find_checkpoint(RunFolder(path), resume, world)
+            same_data = checkpoint.shared.get("data") if checkpoint is not None else RunFolder(path).read_data()
+        setup = build(config, world, load_checkpoint=checkpoint is None, same_data=same_data)
+        if checkpoint is not None and path is not None and world.is_main:
+            for change in changed_environment(RunFolder(path), world):
+                warn(f"{change}; the result will not be bit-equal to an uninterrupted run's")
+        run_folder = RunFolder(path or new_run_path(name, world))
+        if resume is not None:
+            check_same_run(run_folder, setup.config)
+        if checkpoint is not None:
+            run_folder.check_metrics()
+        yield _Prepared(setup, run_folder, checkpoint)
+    except RuntimeError as error:
+        lost = lost_worker(error)
+        if lost is None:
+            raise
+        raise ReadError(lost) from error
+    finally:
+        close_world(world)
+
+
+def find_folder(folder: Path | None, *, resume: Resume, name: str) -> Path | None:
+    """The folder of the run to write or to go on with; None for a new one still to be named. Arguments as of `run`.
+
+    Raises:
+        ConfigError: `resume` names no run, or another than `folder`.
+    """
+    if resume is None or (resume == "auto" and folder is not None):
+        return folder
+    if resume == "auto":
+        return latest_run(name)
+    path = resume.parent.parent if _is_checkpoint(resume) else resume
+    if not RunFolder(path).holds_run():
+        raise ConfigError(f"--resume {resume}: not a run folder, nor a checkpoint in one")
+    if folder is not None and folder.resolve() != path.resolve():
+        raise ConfigError(f"--resume {resume} and --output {folder} name two folders; leave --output out")
+    return path
+
+
+def find_config(file: Path | None, overrides: Sequence[str], folder: Path | None, *, resume: Resume) -> TrainConfig:
+    """The config of a file; where a run goes on without one, the run's own.
+
+    Args:
+        file: None: the run's own, or the default.
+        overrides: KEY=VALUE, on top of either.
+        folder: As `find_folder` found it.
+        resume: As of `run`.
+
+    Raises:
+        ConfigError: See `load_config`.
+    """
+    if file is None and resume is not None and folder is not None and RunFolder(folder).holds_run():
+        file = RunFolder(folder).config
+    return load_config(file, overrides)
+
+
+def with_class_names(config: TrainConfig) -> TrainConfig:
+    """The config with the names of its data's classes; as it is, with a warning, where they cannot be had."""
+    if config.data.class_names is not None:
+        return config
+    try:
+        names = class_names_of_data(config.data)
+    except ConfigError as error:
+        warn(f"data.class_names is not known: {error}")
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"class_names": names})})
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.parent.name == "checkpoints"
+
+
+def _find_checkpoint(folder: RunFolder, resume: Literal["auto"] | Path, world: World) -> Checkpoint | None:
+    """The checkpoint named, or the newest that is whole; None where the run has none yet."""
+    if resume != "auto" and _is_checkpoint(resume):
+        return load_checkpoint(resume, rank=world.rank, world_size=world.size)
+    return latest_checkpoint(folder.checkpoints, rank=world.rank, world_size=world.size, warn=warn)
+
+
+def check_same_run(folder: RunFolder, config: TrainConfig) -> None:
+    """Refuses to go on with a run under settings that would make it another run; there may be none yet.
 
     Raises:
         ConfigError: Naming the first key that differs.
     """
-    if not resuming or not folder.holds_run():
+    if not folder.holds_run():
         return
     old, new = load_config(folder.config).model_dump(), config.model_dump()
     for section in ("seed", "model", "drop_path", "data", "augment", "optim", "ema", "runtime"):
@@ -91,5 +193,24 @@ def check_same_run(folder: RunFolder, config: TrainConfig, *, resuming: bool) ->
             )
 
 
+def describe_result(summary: dict[str, Any]) -> str:
+    """What `run` returned in a line or two; empty where the run was stopped or another process says it."""
+    if not summary or "stopped_by" in summary:
+        return ""
+    folder = RunFolder(summary["folder"])
+    lines = [
+        f"final top-1 {summary['final_top1']:.2f}, best {summary['best_top1']:.2f}, {summary['seconds']:.1f} s; "
+        f"report: {folder.report}"
+    ]
+    skipped = summary["skipped_images"]
+    if any(skipped.values()):
+        lines.append(
+            f"images that could not be read: {skipped['train']} for training, replaced, and {skipped['val']} for "
+            f"validation, left out of its figures: {folder.skipped}"
+        )
+    return "\n".join(lines)
+
+
 def warn(message: str) -> None:
+    """Says something that stops nothing."""
     print(f"warning: {message}", file=sys.stderr)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmark import main
-from benchmarks.busy import busy_neighbour
+from benchmarks.busy import busy_neighbour, train_apart
+from files.errors import Failure
 
 
 def children() -> set[str]:
@@ -41,3 +42,8 @@ def test_throughput_beside_a_busy_process(tmp_path: Path, tiny: list[str], capsy
     assert row["ratio"] == pytest.approx(row["beside"] / row["alone"], abs=1e-3) and told["median"] == row
     assert ", 1 thread, " in told["machine"] and told["wanted"] == 0.4
     assert f"{row['ratio']:.2f} of the throughput alone" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=r"^on the command line: optim\.lrr=1: unknown key"):
+        train_apart(tmp_path / "run", ["optim.lrr=1"])

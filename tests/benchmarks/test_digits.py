@@ -1,4 +1,4 @@
-"""The default run over seeds, and one run from the outside."""
+"""The default run over seeds."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,6 @@ from pathlib import Path
 import pytest
 
 from benchmark import main
-from benchmarks.digits import train_digits
-from files.errors import Failure
-
-
-def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"^on the command line: optim\.lrr=1: unknown key"):
-        train_digits(tmp_path / "run", ["optim.lrr=1"])
 
 
 @pytest.mark.slow

@@ -6,7 +6,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tests.training.parts import build_tiny, first_batches, image_path, step
+from training.data.dataset import ReadError
+from training.evaluation import evaluate
 from training.loop import validate
+from training.metrics import Mean, among_top, summed_loss
 from training.setup import Setup
 
 
@@ -61,3 +64,25 @@ def test_validation_without_some_images_equals_that_of_the_others(images: list[s
     found = validate(setup)
     others.val_loader = [tuple(torch.utils.data.default_collate([others.data.val[i] for i in (0, 2, 4)]))]  # type: ignore[assignment]
     assert found == pytest.approx(validate(others), rel=1e-6)
+
+
+def test_a_model_some_batches_and_metrics_are_enough() -> None:
+    """Any model and any iterable; what the metrics held before is forgotten."""
+    model = nn.Linear(4, 6).train()
+    batches = [(torch.randn(size, 4), torch.randint(6, (size,))) for size in (5, 2)]
+    images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    metrics = [Mean("loss", "loss", summed_loss), Mean("top3", "top-3", among_top(3), percent=True)]
+    for _ in range(2):
+        found = evaluate(model, iter(batches), metrics)
+        logits = model(images)
+        assert list(found) == ["loss", "top3"]
+        assert found["loss"] == pytest.approx(cross_entropy(logits, targets).item(), rel=1e-6)
+        assert found["top3"] == pytest.approx(
+            100 * sum(int(t in row.topk(3).indices) for row, t in zip(logits, targets, strict=True)) / 7
+        )
+    assert model.training
+
+
+def test_nothing_to_evaluate_on_is_an_error() -> None:
+    with pytest.raises(ReadError, match="no image of the validation data could be read"):
+        evaluate(nn.Linear(4, 6), [], [Mean("loss", "loss", summed_loss)])

@@ -150,6 +150,67 @@ def test_many_samples_are_counted() -> None:
         step(setup, first_batches(setup))
 
 
+class Ranks(World):
+    """The first of two processes, beside one that says what it is told; counts what they exchange."""
+
+    theirs = (0.0, 0.0)  # its fault, and whether it was told to stop
+    exchanges = 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        object.__setattr__(self, "exchanges", self.exchanges + 1)
+        return values.double() + torch.tensor([0.0, *self.theirs], dtype=torch.float64)
+
+
+def two_ranks(fault: float = 0.0, stop: float = 0.0) -> Ranks:
+    world = Ranks(rank=0, local_rank=0, size=2, device=torch.device("cpu"))
+    object.__setattr__(world, "theirs", (fault, stop))
+    return world
+
+
+@pytest.mark.parametrize(("own", "theirs", "named"), [(2, 1, "0"), (1, 2, "1"), (1, 1, "0, 1"), (0, 1, "1")])
+def test_ranks_agree_on_where_it_began(own: int, theirs: int, named: str) -> None:
+    """2: a loss is not finite; 1: only a gradient, perhaps by the exchange with a rank whose loss is not."""
+    setup = build_tiny("data.batch_size=8")
+    setup.world = two_ranks(theirs)
+    batch = first_batches(setup)[0]
+    if own == 1:
+        classifier(setup).weight.register_hook(lambda gradient: gradient * math.inf)
+    before = weights(setup)
+    with pytest.raises(NonFiniteError, match=rf"step 3: .*is not finite on rank {named}; stopped") as caught:
+        step(setup, [poisoned(batch, 5) if own == 2 else batch], 3)
+    assert ("rank 0: in training samples" in str(caught.value)) == ("0" in named)
+    if own == 2:
+        assert samples_named(caught.value) == [int(batch[2][5])]
+    assert weights(setup) == before
+
+
+@pytest.mark.parametrize("stop", [0.0, 1.0])
+def test_a_step_asks_the_other_ranks_once(stop: float) -> None:
+    setup = build_tiny("data.batch_size=8", "optim.accumulate=3")
+    setup.world = world = two_ranks(stop=stop)
+    before = weights(setup)
+    stepped = train_step(
+        setup, setup.model, first_batches(setup, 3), Progress(), loss_fn=nn.CrossEntropyLoss(), signals=StopSignals()
+    )
+    assert world.exchanges == 1 and stepped.stop == bool(stop) and math.isfinite(stepped.loss)
+    assert weights(setup) != before, "a step is finished before a run stops"
+
+
+def test_a_step_waits_for_its_loss_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = build_tiny(*PLAIN, "data.batch_size=8", "optim.accumulate=3")
+    batches = first_batches(setup, 3)
+    waits: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda tensor: (waits.append(name), real(tensor))[1])
+
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        counted(name)
+    step(setup, batches)
+    assert waits == ["tolist"]
+
+
 def run(folder: Path, *overrides: str, resume: bool = False) -> tuple[Setup, dict[str, Any]]:
     setup = build_tiny(*overrides)
     run_folder = RunFolder(folder)

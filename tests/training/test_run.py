@@ -1,0 +1,119 @@
+"""A run as a callable: from a config to a summary, going on, refusing. tests/test_train.py runs the whole command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import is_initialized
+
+from files.errors import ConfigError
+from tests.training.parts import TINY
+from training.config import TrainConfig, load_config
+from training.data.dataset import ReadError
+from training.report import page
+from training.run import describe_result, dry_run, find_config, find_folder, run
+from training.run_folder import COLUMNS, RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = [*TINY, "optim.epochs=1", "optim.warmup_epochs=0"]
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "write_report", lambda _: None)  # its pictures take longer than all the rest
+
+
+def short(*overrides: str) -> TrainConfig:
+    return load_config(None, [*SHORT, *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "write_report", lambda _: None)
+        return folder, run(short(), folder)
+
+
+def test_a_config_and_a_folder_give_a_summary(finished: tuple, capsys) -> None:
+    folder, summary = finished
+    assert summary["folder"] == folder and summary["steps"] == 5 and summary["epochs"] == 1
+    assert RunFolder(folder).holds_run() and not is_initialized()
+    assert describe_result(summary).startswith(f"final top-1 {summary['final_top1']:.2f}, best ")
+    assert describe_result(summary | {"stopped_by": "SIGTERM"}) == describe_result({}) == ""
+    skipped = summary | {"skipped_images": {"train": 2, "val": 1}}
+    assert "2 for training, replaced, and 1 for validation" in describe_result(skipped).splitlines()[1]
+
+
+def test_without_a_folder_a_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = run(short(), None, resume="auto", name="mine")
+    assert "no run runs/mine-* yet; starting one" in capsys.readouterr().out
+    assert first["folder"].parent == Path("runs") and first["folder"].name.startswith("mine-")
+    again = run(short(), None, resume="auto", name="mine")
+    assert again["folder"] == first["folder"] and "going on from step 5" in capsys.readouterr().out
+    assert again["weights_sha256"] == first["weights_sha256"]
+
+
+def test_other_settings_are_another_run(finished: tuple, capsys) -> None:
+    folder, summary = finished
+    for resume in ("auto", folder, folder / "checkpoints" / "step-00000005"):
+        with pytest.raises(ConfigError, match=r"--resume: optim.lr is 0.5, but the run in .* has 0.003"):
+            run(short("optim.lr=0.5"), folder, resume=resume)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(short(), folder)
+    again = run(short("data.eval_batch_size=77"), folder, resume=folder)
+    assert again["weights_sha256"] == summary["weights_sha256"], "what is free to change"
+
+
+def test_the_folder_and_the_config_of_a_run_that_goes_on(finished: tuple, tmp_path: Path) -> None:
+    folder, _ = finished
+    checkpoint = folder / "checkpoints" / "step-00000005"
+    assert find_folder(None, resume=folder, name="x") == folder == find_folder(folder, resume=checkpoint, name="x")
+    assert find_folder(tmp_path, resume="auto", name="x") == tmp_path == find_folder(tmp_path, resume=None, name="x")
+    assert find_config(None, [], folder, resume=folder).model.overrides["dims"] == [16, 32]
+    assert find_config(None, [], folder, resume=None) == load_config(None), "a new run takes nothing from the folder"
+    with pytest.raises(ConfigError, match="not a run folder, nor a checkpoint in one"):
+        find_folder(None, resume=tmp_path, name="x")
+    with pytest.raises(ConfigError, match="name two folders; leave --output out"):
+        find_folder(tmp_path, resume=folder, name="x")
+
+
+def test_an_unknown_column_is_refused_in_one_line_before_anything_is_written(tmp_path: Path) -> None:
+    run(short(), tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.csv"
+    metrics.write_text(metrics.read_text().replace("val_top5", "val_top6"))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(
+        ConfigError, match=r"metrics\.csv: unknown column 'val_top6'; did you mean 'val_top5'\?"
+    ) as caught:
+        run(short(), tmp_path / "run", resume="auto")
+    assert len(str(caught.value).splitlines()) == 1 and all(column in str(caught.value) for column in COLUMNS)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
+    told = dry_run(short(), tmp_path / "run")
+    assert "1437 training" in told and "one step: loss" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lost_worker_is_a_read_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr("training.loop.train", lose)
+    with pytest.raises(ReadError, match=r"use fewer data\.workers"):
+        run(short(), tmp_path / "run")
+
+
+def test_pictures_and_boards_are_imported_where_they_are_used() -> None:
+    script = "import sys, train; print(sorted({'matplotlib', 'jinja2', 'tensorboard'} & sys.modules.keys()))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
