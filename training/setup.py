@@ -80,8 +80,8 @@ class Setup:
 
     @property
     def drop_path_rate(self) -> float:
-        """The largest rate over blocks, at this step."""
-        return max(module.rate for block in self.depth.blocks for module in block.drop_paths.values())
+        """The largest rate over blocks, at this step; 0 where there is none."""
+        return max((module.rate for block in self.depth.blocks for module in block.drop_paths.values()), default=0.0)
 
     def val_batches(self) -> Iterator[tuple[Tensor, ...]]:
         """Images and targets of this process for validation, on its device; what cannot be read is skipped, or stops it."""

@@ -1,19 +1,23 @@
 """Metrics against a computation in other words; what a new entry of the list brings with it."""
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from training import console, metrics, run_folder
+from files.errors import ConfigError
+from tests.training.parts import TINY
 from training.distributed import ALONE, World
 from training.metrics import METRICS, Mean, among_top, summed_loss
 from training.run_folder import COLUMNS, RunFolder
 
+ROOT = Path(__file__).resolve().parents[2]
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 9.0]])
 TARGETS = torch.tensor([0, 1, 2, 2])
 
@@ -56,17 +60,34 @@ def test_columns_are_distinct_and_stand_between_the_runs_own() -> None:
     assert [m.column for m in METRICS] == ["val_loss", "val_top1", "val_top5"] == list(COLUMNS[3:6])
 
 
-def test_a_new_metric_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its column, its words in the line of an epoch and in the bar come with it."""
-    margin = Mean("val_margin", "margin", lambda logits, _: (logits.amax(1) - logits.amin(1)).sum(), in_bar=True)
-    monkeypatch.setattr(run_folder, "COLUMNS", ("epoch", margin.column))
-    monkeypatch.setattr(console, "METRICS", [margin])
-    margin.update(LOGITS, TARGETS)
-    margin.merge(ALONE)
-    folder = RunFolder(tmp_path)
-    row: dict[str, Any] = {"epoch": 1, margin.column: margin.value()}
-    folder.append_metrics(row)
-    with folder.metrics.open() as file:
-        assert next(csv.DictReader(file)) == {"epoch": "1", "val_margin": "3.75"}
-    assert margin.text(3.75) == "margin 3.7500"
-    assert all(isinstance(metric, metrics.Metric) for metric in (*METRICS, margin))
+NEW_METRIC = """
+from training import metrics
+
+def spread(logits, targets):
+    return (logits.amax(dim=1) - logits.amin(dim=1)).sum()
+
+metrics.METRICS = (*metrics.METRICS, metrics.Mean("val_spread", "logit spread", spread, form=".2f", in_bar=True))
+import train
+
+raise SystemExit(train.main())
+"""
+
+
+def test_a_new_metric_is_one_entry(tmp_path: Path) -> None:
+    """Its column, its words in the line of an epoch and its places in the report come with it."""
+    (tmp_path / "with_metric.py").write_text(NEW_METRIC)
+    command = [sys.executable, str(tmp_path / "with_metric.py"), *TINY, "--output", str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[3:8] == ["val_loss", "val_top1", "val_top5", "val_spread", "lr"]
+    for row in rows:
+        assert f"  logit spread {float(row['val_spread']):.2f}" in done.stdout
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Validation: logit spread" in page and "Final logit spread" in page
+    assert f"<dd>{float(rows[-1]['val_spread']):.2f}</dd>" in page
+    # and without the metric the run cannot go on
+    with pytest.raises(ConfigError, match="unknown column 'val_spread'"):
+        RunFolder(tmp_path / "run").check_metrics()

@@ -170,6 +170,25 @@ def test_cutting_keeps_the_epochs_done(tmp_path: Path, torn: str) -> None:
     assert all(None not in r and None not in r.values() for r in read(folder)), "as many columns as the header"
 
 
+def test_a_column_is_empty_in_the_rows_from_before_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text("epoch,val_top1,step\n1,50.5,10\n2,60,20\n\0\n")
+    folder.check_metrics()
+    folder.cut_metrics(1)
+    folder.append_metrics(row(2))
+    first, second = read(folder)
+    assert {k: v for k, v in first.items() if v} == {"epoch": "1", "step": "10", "val_top1": "50.5"}
+    assert list(first) == list(COLUMNS) and second["val_top5"] == "0.5"
+
+
+def test_a_column_that_no_metric_gives_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.check_metrics()  # nothing there yet
+    folder.metrics.write_text("epoch,val_topp1\n1,50.5\n")
+    with pytest.raises(ConfigError, match=r"unknown column 'val_topp1'; did you mean 'val_top1'\?; known: epoch, ste"):
+        folder.check_metrics()
+
+
 def test_cutting_what_is_empty_or_not_there(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.cut_metrics(3)

@@ -1,6 +1,7 @@
 """A report's charts, as SVG in colours that follow the page's light or dark mode."""
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from layers.schedule import DropPathSchedule
 from training.config import DropPathSection, build_schedule
+from training.metrics import METRICS, Metric
 from training.report.runs import Block, Run, is_known
 
 # Stand-ins that become CSS variables in the page, so that one drawing follows light and dark.
@@ -97,6 +99,8 @@ def _focus(axes: Axes, epochs: Sequence[Sequence[float]], series: Sequence[Seque
 def run_charts(run: Run) -> list[tuple[str, Markup]]:
     metrics = run.metrics
     epochs = metrics["epoch"]
+    percents = [metric for metric in METRICS if metric.percent]
+    others = [metric for metric in METRICS if not metric.percent and metric.column != "val_loss"]
 
     def loss(axes: Axes) -> None:
         _line(axes, epochs, metrics["train_loss"], label="training", color=SERIES[1])
@@ -104,10 +108,13 @@ def run_charts(run: Run) -> list[tuple[str, Markup]]:
         _legend(axes)
 
     def accuracy(axes: Axes) -> None:
-        _line(axes, epochs, metrics["val_top1"], label="top-1", color=SERIES[0])
-        _line(axes, epochs, metrics["val_top5"], label="top-5", color=SERIES[2])
-        _focus(axes, [epochs, epochs], [metrics["val_top1"], metrics["val_top5"]])
+        for metric, color in zip(percents, itertools.cycle((SERIES[0], *SERIES[2:])), strict=False):
+            _line(axes, epochs, metrics[metric.column], label=metric.label, color=color)
+        _focus(axes, [epochs] * len(percents), [metrics[metric.column] for metric in percents])
         _legend(axes)
+
+    def alone(metric: Metric) -> Callable[[Axes], None]:
+        return lambda axes: _line(axes, epochs, metrics[metric.column], color=SERIES[0])
 
     def learning_rate(axes: Axes) -> None:
         _line(axes, epochs, metrics["lr"], color=SERIES[0])
@@ -122,6 +129,7 @@ def run_charts(run: Run) -> list[tuple[str, Markup]]:
     return [
         _chart("Loss", loss),
         _chart("Validation accuracy in % (the axis may leave out the first rise)", accuracy),
+        *(_chart(f"Validation: {metric.label}", alone(metric)) for metric in others),
         _chart("Learning rate", learning_rate),
         _chart("Drop-path rate: the largest over blocks, after the schedule", drop_path_rate),
     ]

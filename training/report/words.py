@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from training.metrics import METRICS, Metric
 from training.report.runs import NAN, Block, Run, read_number
 
 UNKNOWN = "\u2013"  # an en dash where a value is not there
@@ -70,12 +71,21 @@ def run_verdict(run: Run) -> str:
     )
 
 
+def _measured(metric: Metric, values: Sequence[float]) -> str:
+    """The last value of a metric."""
+    value = values[-1] if values else NAN
+    if metric.percent or math.isnan(value):
+        return format_percent(value)
+    return f"{value:{metric.form}}".strip()
+
+
 def run_facts(run: Run) -> list[tuple[str, str]]:
-    top5 = run.metrics["val_top5"]
+    which = "Final" if run.finished else "Latest"
+    others = [metric for metric in METRICS if metric.column not in ("val_loss", "val_top1")]
     return [
-        ("Final top-1" if run.finished else "Latest top-1", format_percent(run.final_top1)),
+        (f"{which} top-1", format_percent(run.final_top1)),
         ("Best top-1", format_percent(run.best_top1)),
-        ("Final top-5" if run.finished else "Latest top-5", format_percent(top5[-1] if top5 else NAN)),
+        *((f"{which} {metric.label}", _measured(metric, run.metrics[metric.column])) for metric in others),
         ("Epochs", _epochs(run)),
         ("Training time", format_duration(run.seconds)),
         ("Images/s", format_count(run.images_per_second)),
