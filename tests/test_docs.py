@@ -1,4 +1,4 @@
-"""docs/: what a page shows is run."""
+"""README and docs/: what a page shows is run, or parsed where it would take long."""
 
 import json
 import re
@@ -13,10 +13,12 @@ import timm.optim
 import torch
 
 import models
+import train
 from export import parse_args
+from files.strict_yaml import parse_yaml, validate
 from models.__main__ import stage_table
 from models.registry import model_config, unregister_model
-from training.config import DEFAULT_CONFIG
+from training.config import DEFAULT_CONFIG, TrainConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "models.md").read_text()
@@ -39,8 +41,66 @@ def test_what_the_digits_take_is_one_measurement_on_one_machine() -> None:
     assert f"**{busy['median']['ratio']:.2f}** of that" in readme and busy["machine"] == digits["machine"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+
+
+# docs/models.md has tests of its own below, docs/contributing.md in test_contributing.py
+PAGES = ("README.md", "docs/stochastic-depth.md", "docs/any-model.md", "docs/data.md")
+TEXTS = {name: (ROOT / name).read_text() for name in PAGES}
+
+
+def test_every_page_is_read() -> None:
+    mine = {*PAGES, "docs/models.md", "docs/contributing.md"}
+    assert mine == {"README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))}
+    languages = {word for text in TEXTS.values() for word in re.findall(r"^```(\w+)", text, flags=re.MULTILINE)}
+    assert languages == {"python", "bash", "yaml"}, "a test for each"
+
+
+@pytest.mark.parametrize(
+    ("page", "number"), [(page, n) for page, text in TEXTS.items() for n in range(len(blocks("python", text)))]
+)
+def test_python_of_other_pages(page: str, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks("python", TEXTS[page])[number], page, "exec"), {"__name__": "page"})
+
+
+def test_yaml_of_other_pages() -> None:
+    (text,) = [block for page in TEXTS.values() for block in blocks("yaml", page)]
+    whole = {"model": {"name": "any"}, "data": {"dataset": "digits"}, **parse_yaml(text).data}
+    assert validate(TrainConfig, whole).drop_path.schedule.kind == "early"
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands of a page's blocks, word by word."""
+    lines = [line for block in blocks("bash", page) for line in block.replace("\\\n", "").splitlines()]
+    return [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+
+
+def test_commands_of_other_pages() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    found = [words for text in TEXTS.values() for words in commands(text)]
+    assert len(found) >= 10
+    for words in found:
+        match words:
+            case ["git", "clone", *_] | ["cd", _] | [".", ".venv/bin/activate"]:
+                pass
+            case ["make", target]:
+                assert target in targets
+            case ["python", "train.py", "--config", "FILE", *rest]:  # how the command is made up, not one to run
+                known = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+                options = re.findall(r"--[a-z-]+", " ".join(rest))
+                assert len(options) == 4 and all(option in known.stdout for option in options)
+            case ["python", "train.py", *arguments] | ["torchrun", "--nproc-per-node", _, "train.py", *arguments]:
+                args = train.parse_args(arguments)
+                load_config(args.config and ROOT / args.config, args.overrides)
+            case _:
+                raise AssertionError(f"{shlex.join(words)}: not known to this test")
+
+
+def test_links_of_other_pages() -> None:
+    for page, text in TEXTS.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
 
 
 @pytest.fixture
@@ -75,10 +135,10 @@ def test_python(number: int, mine: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_commands() -> None:
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
-    commands = [line.partition("#")[0] for line in lines if line != TIMM_COMMAND]
-    exports = [shlex.split(c)[2:] for c in commands if c.startswith("python export.py")]
+    found = [line.partition("#")[0] for line in lines if line != TIMM_COMMAND]
+    exports = [shlex.split(c)[2:] for c in found if c.startswith("python export.py")]
     assert {parse_args(arguments).format for arguments in exports} == {"timm", "onnx", "torch", "folded"}
-    assert all(c.startswith(("python export.py ", "python -m models")) for c in commands)
+    assert all(c.startswith(("python export.py ", "python -m models")) for c in found)
 
 
 (TIMM_COMMAND,) = re.findall(r"^python -c .*$", PAGE.replace("\\\n", ""), flags=re.MULTILINE)
