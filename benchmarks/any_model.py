@@ -15,7 +15,7 @@ from benchmarks.measure import ROOT, Commands
 from layers.drop_path import DropPath
 from stochastic_depth.graft import grafted
 from stochastic_depth.places import find_owners, foreign_rate, misplaced
-from stochastic_depth.proof import randomise_scales, skip_deviation
+from stochastic_depth.proof import randomise_scales, verify_skip
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import set_drop_path
 
@@ -88,7 +88,7 @@ def _check_architecture(name: str) -> dict[str, Any]:
     for module in model.modules():  # what another batch does to statistics is not what is compared
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
             module.eval()
-    deviation = skip_deviation(model, images)
+    deviation = float(f"{verify_skip(model, images):.2g}")
     return {
         "class": type(model).__name__,
         "modules": len(roles),

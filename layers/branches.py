@@ -74,6 +74,26 @@ def batch_norms(modules: Iterable[nn.Module]) -> list[nn.Module]:
     ]
 
 
+def wants_known_batch(module: nn.Module) -> bool:
+    """Whether a module compiles for a known number of samples only: batch norms, and what inductor cannot lay out
+    otherwise, all convolutions but ours (`layers.token_mixers.DepthwiseConv` tells more)."""
+    return is_fixed_conv(module) or takes_batch_statistics(module)
+
+
+def is_fixed_conv(module: nn.Module) -> bool:
+    """Whether a module is a convolution that inductor compiles for a known number of samples only."""
+    return isinstance(module, nn.modules.conv._ConvNd) and not getattr(module, "any_batch", False)
+
+
+def masked_compiled(branch: object) -> bool:
+    """Whether compiled code masks a branch, where it does not know how many samples are kept.
+
+    The compiler sees modules, and the owner of a method; what else a callable holds it cannot say.
+    """
+    owner = branch if isinstance(branch, nn.Module) else getattr(branch, "__self__", None)
+    return not isinstance(owner, nn.Module) or any(wants_known_batch(m) for m in owner.modules())
+
+
 def samples_to_compute(kept: int, batch: int, norms: Sequence[nn.Module] | None) -> int:
     """How many samples of a batch a branch runs on: those kept, or all where its batch norms have too few.
 

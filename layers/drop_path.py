@@ -9,17 +9,17 @@ is what timm made common. Differences from timm's `DropPath`:
 - the rate may change at any time without recompiling, and how often samples were dropped is counted.
 """
 
-import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from layers.branches import batch_norms, held_modules, left_alone, samples_to_compute, takes_batch_statistics
+from layers.branches import batch_norms, held_modules, left_alone, masked_compiled, samples_to_compute
 from layers.mlp import Mlp
+from layers.rates import check_drop_prob
 from layers.token_mixers import TOKEN_MIXERS
 
 Mode = Literal["mask", "skip", "batch"]
@@ -36,27 +36,6 @@ mixing 0.17, the others below 0.05.
 MASKED_COMPILED = 0.2
 """Break-even rate from which a branch is masked in compiled code whatever its rate: what is compiled must not depend on
 rates, which may change at every step, and branches this cheap gain little."""
-
-
-def as_number(value: Any) -> float | None:
-    """The float that a number of Python, NumPy or torch stands for, also one in a 0-dim array or tensor; else `None`."""
-    if getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False):
-        value = value.item()
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
-
-
-def check_drop_prob(drop_prob: float | None, name: str = "drop_prob") -> float:
-    """Returns the probability as a float, `None` meaning 0; numbers of NumPy and torch are numbers.
-
-    Raises:
-        ValueError: It is not a number in [0, 1].
-    """
-    if drop_prob is None:
-        return 0.0
-    number = as_number(drop_prob)
-    if number is None or not 0.0 <= number <= 1.0:
-        raise ValueError(f"{name} must be a number in [0, 1], got {drop_prob!r}")
-    return number
 
 
 def drop_path(x: Tensor, drop_prob: float | None = 0.0, training: bool = False, scale_by_keep: bool = True) -> Tensor:
@@ -87,6 +66,60 @@ def _drop_samples(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:
     if scale_by_keep and keep_prob > 0.0:
         scale = scale / keep_prob
     return x * _per_sample(scale, x)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw on its way past a branch: made in front of it, take the samples to compute, add or scatter the result.
+
+    Attributes:
+        batch: Samples drawn for.
+        scale: Factor of the computed samples: one number, or one for each, (B',); `None`: nothing is dropped or scaled.
+        kept: Indices (B',) of the samples to compute; `None`: all.
+        idle: Batch norms inside the branch that would be given no sample, and keep their statistics.
+    """
+
+    batch: int
+    scale: Tensor | None = None
+    kept: Tensor | None = None
+    idle: tuple[nn.Module, ...] = ()
+
+    def take(self, x: Tensor, groups: int = 1) -> Tensor:
+        """The samples to compute, (B * groups, ...) -> (B' * groups, ...); x itself where that is all of them."""
+        if self.kept is None:
+            return x
+        if groups == 1:
+            return x.index_select(0, self.kept)
+        taken = x.reshape(self.batch, groups, *x.shape[1:]).index_select(0, self.kept)  # (B', groups, ...)
+        return taken.reshape(self.kept.shape[0] * groups, *x.shape[1:])
+
+    def scaled(self, out: Tensor) -> Tensor:
+        """The branch's output for the computed samples, (B', ...), each by its factor."""
+        return out if self.scale is None else out * _per_sample(self.scale, out)
+
+    def add(self, shortcut: Tensor, out: Tensor) -> Tensor:
+        """shortcut + the branch's output for the computed samples, (B, ...) + (B', ...), in the shortcut's dtype."""
+        out = out.to(shortcut.dtype)
+        if self.kept is not None:
+            return shortcut.index_add(0, self.kept, self.scaled(out))
+        if self.scale is not None and self.scale.ndim:  # in one pass over memory
+            return torch.addcmul(shortcut, out, _per_sample(self.scale, shortcut))
+        return shortcut + self.scaled(out)
+
+    def put(self, out: Tensor, groups: int = 1) -> Tensor:
+        """The computed samples in their places, (B' * groups, ...) -> (B * groups, ...), with zeros for the others."""
+        if self.kept is None:
+            return out
+        grouped = out.reshape(self.kept.shape[0], groups, *out.shape[1:])
+        full = out.new_zeros(self.batch, groups, *out.shape[1:]).index_add(0, self.kept, grouped)
+        return full.reshape(self.batch * groups, *out.shape[1:])
+
+    def as_mask(self) -> "Draw":
+        """The same draw for a branch that is computed in full."""
+        if self.kept is None or self.scale is None:
+            return self
+        scale = self.scale * self.kept.new_ones(self.kept.shape, dtype=self.scale.dtype)  # (B',)
+        return replace(self, kept=None, scale=scale.new_zeros(self.batch).index_copy(0, self.kept, scale))
 
 
 class DropPath(nn.Module):
@@ -127,9 +160,15 @@ class DropPath(nn.Module):
         kind: What the branch computes, a key of `BREAK_EVEN`, which gives its `break_even`: the rate from which
             skipping pays in mode `skip`, compared with `drop_prob` when either is set. Other kinds always skip.
 
+    Attributes:
+        masks_all: Compute dropped samples too, and multiply them by 0: the same draws, for comparisons.
+        least: Samples that a branch is given when none is kept.
+
     Raises:
         ValueError: A probability outside [0, 1] or an unknown mode.
     """
+
+    least = 0
 
     def __init__(
         self,
@@ -156,6 +195,7 @@ class DropPath(nn.Module):
         self._break_even = BREAK_EVEN.get(kind, 0.0)
         self._looked_into = 0  # id of the code that was last looked into
         self._warned = False
+        self.masks_all = False
         self.mode = mode
         self._refresh()
 
@@ -213,7 +253,7 @@ class DropPath(nn.Module):
         """Whether dropped samples are left out of the computation: resolved from settings, never from timing."""
         return self._skips
 
-    def _skips_here(self) -> bool:
+    def skips_here(self) -> bool:
         """`skips` in the code that runs: compiled code decides by the kind of branch alone, eager code by the rate too."""
         if torch.compiler.is_compiling():
             return self._mode == "batch" or (self._mode == "skip" and self._break_even < MASKED_COMPILED)
@@ -229,10 +269,8 @@ class DropPath(nn.Module):
 
     def reset_counts(self) -> None:
         """Forgets the draws made so far."""
-        self._seen.zero_()
-        self._kept.zero_()
-        self._kept_by_mask.zero_()
-        self._computed.zero_()
+        for count in (self._seen, self._kept, self._kept_by_mask, self._computed):
+            count.zero_()
 
     @property
     def samples_seen(self) -> int:
@@ -279,17 +317,56 @@ class DropPath(nn.Module):
         # min: in float64 batch + chance may round up to batch + 1
         return torch.floor(batch * keep_prob + chance).long().clamp(max=batch)
 
-    def _draw_mask(self, x: Tensor) -> Tensor:
-        """Kept samples as a bool mask (B,) on x's device, by the mode's own law."""
-        batch = x.shape[0]
+    def choose(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """How many samples are kept (0-dim, CPU), and a random order of all, of which the first are kept."""
+        # argsort and narrow, not randperm(b)[:n]: inductor crashes on the latter
+        return self._draw_count(batch), torch.rand(batch, device=device).argsort()
+
+    def draw(self, x: Tensor, runs: Any = None, dtype: torch.dtype | None = None, groups: int = 1) -> Draw:
+        """Draws for one batch, by the mode's own law, and counts it.
+
+        Args:
+            x: (B * groups, ...), of which only the size and the device matter.
+            runs: What runs on the kept samples only, for `norms_of` and `masks_compiled`; `None`: all are computed.
+            dtype: Of the factors; default x's.
+            groups: Rows of x, one behind the other, that are one sample.
+        """
+        batch, scale = x.shape[0] // groups, self._scale(dtype or x.dtype)
+        off = not torch.compiler.is_compiling() and self._drop_prob * self._multiplier == 0.0
         if self._mode == "mask":
             kept = torch.rand(batch, device=x.device) < 1.0 - self._rate
             self._count(batch, kept)
-            return kept
-        count = self._draw_count(batch)
+            return Draw(batch, None if off else kept * scale)
+        count, order = self.choose(batch, x.device)
+        if runs is not None and self.skips_here() and not (torch.compiler.is_compiling() and self.masks_compiled(runs)):
+            draw = self._draw_to_skip(batch, count, order, scale, runs)
+            return draw.as_mask() if self.masks_all else draw
         self._count(batch, count)
-        # rank of each sample in a random order: the same kept set as `order[:count]` when gathering
-        return torch.rand(batch, device=x.device).argsort().argsort() < count
+        # the rank of each sample in that order: the same kept set as `order[:count]` when gathering
+        return Draw(batch, None if off else (order.argsort() < count) * scale)
+
+    def _draw_to_skip(self, batch: int, count: Tensor, order: Tensor, scale: Tensor, runs: Any) -> Draw:
+        if torch.compiler.is_compiling():
+            rows = count.clamp(min=self.least)
+            self._count(batch, count, rows)
+            computed = int(rows.item())
+            torch._check(computed >= self.least)
+            torch._check(computed <= batch)
+            idle = ()
+        else:
+            kept = int(count)
+            norms = self.norms_of(runs, kept)
+            computed = samples_to_compute(kept, batch, norms)
+            idle = () if computed else tuple(norms or ())
+            computed = max(computed, self.least)
+            self._count(batch, count, computed)
+            if kept == batch:  # nothing to leave out, nothing to gather
+                return Draw(batch, None if self.rate == 0.0 else scale)
+            if computed == batch:
+                return Draw(batch, (order.argsort() < kept) * scale, idle=idle)
+        if self.least:  # perhaps one that counts for nothing
+            scale = (torch.arange(computed, device=order.device) < count) * scale
+        return Draw(batch, scale, order.narrow(0, 0, computed), idle)
 
     def _scale(self, dtype: torch.dtype) -> Tensor:
         """Factor of the kept samples, a 0-dim CPU tensor: 1 / keep_prob, or 1 where nothing can be kept."""
@@ -315,10 +392,7 @@ class DropPath(nn.Module):
         """`forward` in training, apart from it because TorchScript compiles `forward`."""
         if isinstance(x, torch.fx.Proxy):
             return self._in_graph(x)
-        kept = self._draw_mask(x)
-        if not torch.compiler.is_compiling() and self._drop_prob * self._multiplier == 0.0:
-            return x
-        return x * _per_sample(kept * self._scale(x.dtype), x)
+        return self.draw(x).scaled(x)
 
     def residual(self, x: Tensor, branch: Branch, shortcut: Tensor | None = None) -> Tensor:
         """Returns shortcut + drop_path(branch(x)).
@@ -338,62 +412,35 @@ class DropPath(nn.Module):
             return shortcut + branch(x).to(shortcut.dtype)
         if isinstance(x, torch.fx.Proxy):  # a graph is being traced: it holds what the branch computes, for all samples
             return shortcut + self(branch(x)).to(shortcut.dtype)
-        if self._skips_here():
-            return self._residual_skipping(x, branch, shortcut)
-        kept = self._draw_mask(x)
-        if not torch.compiler.is_compiling() and self._drop_prob * self._multiplier == 0.0:
-            return shortcut + branch(x).to(shortcut.dtype)
-        return _add_masked(shortcut, branch(x), kept * self._scale(shortcut.dtype))
+        draw = self.draw(x, branch, shortcut.dtype)
+        with left_alone(draw.idle):
+            out = branch(draw.take(x))
+        return draw.add(shortcut, out)
 
-    def _residual_skipping(self, x: Tensor, branch: Branch, shortcut: Tensor) -> Tensor:
-        batch = x.shape[0]
-        kept_count = self._draw_count(batch)
-        # argsort and narrow, not randperm(b)[:n]: inductor crashes on the latter
-        order = torch.rand(batch, device=x.device).argsort()
-        scale = self._scale(shortcut.dtype)
-        if torch.compiler.is_compiling():
-            if _masks_compiled(branch):
-                self._count(batch, kept_count)
-                return _add_masked(shortcut, branch(x), (order.argsort() < kept_count) * scale)
-            count = int(kept_count.item())
-            torch._check(count >= 0)
-            torch._check(count <= batch)
-            self._count(batch, kept_count, kept_count)
-            return self._add_kept(shortcut, branch, x, order.narrow(0, 0, count), scale)
-        count = int(kept_count.item())
-        norms = self._norms_of(branch, count)
-        computed = samples_to_compute(count, batch, norms)
-        self._count(batch, kept_count, computed)
-        if count == batch:  # nothing to leave out, nothing to gather
-            out = branch(x).to(shortcut.dtype)
-            return shortcut + out if self._drop_prob * self._multiplier == 0.0 else shortcut + out * scale
-        if computed == batch:
-            return _add_masked(shortcut, branch(x), (order.argsort() < count) * scale)
-        with left_alone(norms or () if count == 0 else ()):
-            return self._add_kept(shortcut, branch, x, order.narrow(0, 0, count), scale)
+    # ---- what runs on the kept samples ----------------------------------------------------------------------------
 
-    def _add_kept(self, shortcut: Tensor, branch: Branch, x: Tensor, kept: Tensor, scale: Tensor) -> Tensor:
-        out = branch(x.index_select(0, kept)).to(shortcut.dtype)
-        return shortcut.index_add(0, kept, out * scale)
+    def masks_compiled(self, runs: Branch) -> bool:
+        """Whether compiled code masks a branch, since it cannot say what that holds, or that wants to know its batch."""
+        return masked_compiled(runs)
 
-    def _norms_of(self, branch: Branch, count: int) -> list[nn.Module] | None:
+    def norms_of(self, runs: Branch, count: int) -> Sequence[nn.Module] | None:
         """The batch norms that a branch runs in training; `None` where it cannot be looked into.
 
         An empty list also where it does not matter: from two kept samples on they are only warned about, once.
         """
         if self.rate == 0.0:
             return []
-        code = id(getattr(branch, "__code__", branch))  # of a method or lambda, which are other objects at every call
+        code = id(getattr(runs, "__code__", runs))  # of a method or lambda, which are other objects at every call
         if count >= 2 and (self._warned or code == self._looked_into):
             return []
-        held = held_modules(branch)
+        held = held_modules(runs)
         self._looked_into = code
         norms = None if held is None else batch_norms(held)
         if norms:
-            self._warn_of_batch_norm()
+            self.warn_of_batch_norm()
         return norms
 
-    def _warn_of_batch_norm(self) -> None:
+    def warn_of_batch_norm(self) -> None:
         """Says once that mode `skip` changes what a batch norm sees. Mode `batch` does not: all samples or none."""
         if self._mode == "skip" and self.rate > 0.0 and not self._warned:
             self._warned = True
@@ -442,54 +489,7 @@ def call_drop_path(module: DropPath, x: Tensor) -> Tensor:
     return module(x)
 
 
-def _masks_compiled(branch: Branch) -> bool:
-    """Whether compiled code masks a branch: it does not know how many samples are kept, which batch norms and inductor's
-    convolutions want to know (`layers.token_mixers.DepthwiseConv` tells more). The compiler sees modules, and the owner
-    of a method; what else a callable holds it cannot say."""
-    owner = branch if isinstance(branch, nn.Module) else getattr(branch, "__self__", None)
-    return not isinstance(owner, nn.Module) or any(wants_known_batch(m) for m in owner.modules())
-
-
-def wants_known_batch(module: nn.Module) -> bool:
-    """Whether a module compiles for a known number of samples only."""
-    return is_fixed_conv(module) or takes_batch_statistics(module)
-
-
-def is_fixed_conv(module: nn.Module) -> bool:
-    """Whether a module is a convolution that inductor compiles for a known number of samples only."""
-    return isinstance(module, nn.modules.conv._ConvNd) and not getattr(module, "any_batch", False)
-
-
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ...) with x's number of dimensions and dtype."""
-    return values.to(x.dtype).view(-1, *(1,) * (x.ndim - 1)) if x.ndim > 1 else values.to(x.dtype)
-
-
-def _add_masked(shortcut: Tensor, out: Tensor, scale: Tensor) -> Tensor:
-    """shortcut + out * scale, with scale (B,), in one pass over memory."""
-    return torch.addcmul(shortcut, out.to(shortcut.dtype), _per_sample(scale, shortcut))
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One draw on its way from the beginning of a branch or block to its end."""
-
-    batch: int
-    kept: Tensor | None  # indices of the samples that are computed; None: all
-    scale: Tensor | None  # their factors, 1 / keep_prob or 0; None: nothing is dropped
-    nothing: bool = False  # whether no sample is kept
-
-    def scaled(self, out: Tensor) -> Tensor:
-        """The branch's output for those samples that are computed, each by its factor."""
-        return out if self.scale is None else out * self.scale.to(out.dtype).view(-1, *(1,) * (out.ndim - 1))
-
-    def as_mask(self) -> "Draw":
-        """The same draw for a branch that is computed in full."""
-        if self.kept is None or self.scale is None:
-            return self
-        return replace(self, kept=None, scale=self.scale.new_zeros(self.batch).index_copy(0, self.kept, self.scale))
-
-    def scatter(self, out: Tensor) -> Tensor:
-        """The branch's scaled output for the computed samples, (B', ...) -> (B, ...) with zeros for the others."""
-        out = self.scaled(out)
-        return out if self.kept is None else out.new_zeros(self.batch, *out.shape[1:]).index_add(0, self.kept, out)
+    """(B,) -> (B, 1, ...) with x's number of dimensions and dtype; one number stays one."""
+    values = values.to(x.dtype)
+    return values.view(-1, *(1,) * (x.ndim - 1)) if values.ndim and x.ndim > 1 else values

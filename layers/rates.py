@@ -10,13 +10,32 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from layers.drop_path import as_number, check_drop_prob
-
 ProfileName = Literal["linear", "linear_from_first", "constant", "stagewise", "cosine"]
 Profile = ProfileName | Sequence[float]
 RateIs = Literal["max", "mean", "expected_macs"]
 PROFILES: tuple[str, ...] = get_args(ProfileName)
 RATE_IS: tuple[str, ...] = get_args(RateIs)
+
+
+def as_number(value: Any) -> float | None:
+    """The float that a number of Python, NumPy or torch stands for, also one in a 0-dim array or tensor; else `None`."""
+    if getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False):
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+
+
+def check_drop_prob(drop_prob: float | None, name: str = "drop_prob") -> float:
+    """Returns the probability as a float, `None` meaning 0; numbers of NumPy and torch are numbers.
+
+    Raises:
+        ValueError: It is not a number in [0, 1].
+    """
+    if drop_prob is None:
+        return 0.0
+    number = as_number(drop_prob)
+    if number is None or not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1], got {drop_prob!r}")
+    return number
 
 
 def drop_path_rates(

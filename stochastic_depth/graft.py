@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from layers.branches import batch_norms, samples_to_compute, takes_batch_statistics
-from layers.drop_path import Draw, DropPath, Mode, wants_known_batch
+from layers.branches import batch_norms, takes_batch_statistics, wants_known_batch
+from layers.drop_path import Draw, DropPath, Mode
 from stochastic_depth.law import bounded, drop_law
 from stochastic_depth.places import branch_ends, find_owners, is_identity, misplaced, unknown_modules
 
@@ -28,6 +28,8 @@ class GraftedDropPath(DropPath):
         takes_nothing: Whether the code between begin and end takes an empty batch. Where it does not, one sample is
             computed and multiplied by 0 when none is kept, so that every parameter gets its (zero) gradient.
         has_batch_norm: Whether a batch norm sees the kept samples only.
+        pending: The draw on its way from the beginning of a branch or block to its end.
+        batch_around: Samples of the block around it, where its branch begins with windows of samples.
     """
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, mode: Mode = "mask") -> None:
@@ -41,77 +43,65 @@ class GraftedDropPath(DropPath):
         self.begins: tuple[Entry, ...] = ()
         self.takes_nothing = False
         self.has_batch_norm = False
-        self._draw: Draw | None = None
-        self._batch = 0  # of the block around it, where its branch begins with windows of samples
+        self.pending: Draw | None = None
+        self.batch_around = 0
 
     @property
     def skips(self) -> bool:
         """Whether dropped samples are left out of the computation."""
-        return self._skips and self.role != "mask"
+        return super().skips and self.role != "mask"
 
-    def select(self, x: Tensor, parts: "Parts", groups: int = 1) -> Tensor | None:
-        """Draws, remembers the draw for the branch's end, and returns the samples to compute; `None`: all.
+    def skips_here(self) -> bool:
+        """`skips` in the code that runs, as in `DropPath`."""
+        return super().skips_here() and self.role != "mask"
+
+    @property
+    def least(self) -> int:  # type: ignore[override]
+        """Samples that a branch is given when none is kept."""
+        return 0 if self.takes_nothing else 1
+
+    def select(self, x: Tensor, parts: "Parts", groups: int = 1) -> Tensor:
+        """Draws, remembers the draw for the branch's end, and returns the samples to compute.
 
         Args:
             x: First argument of the branch or block, (B * groups, ...).
             parts: What runs until its end.
             groups: Rows of x, one behind the other, that are one sample.
         """
-        self._draw = None
-        if not (self.training and self._skips_here()) or self.role == "mask" or not x.shape[0]:
-            return None
-        batch = x.shape[0] // groups
-        count_tensor, order = self.draw(batch, x.device)
-        scale = self._scale(x.dtype)
-        if torch.compiler.is_compiling():
-            if parts.masked_compiled:
-                self._count(batch, count_tensor)
-                self._draw = Draw(batch, None, (order.argsort() < count_tensor) * scale)
-                return None
-            least = 0 if self.takes_nothing else 1
-            computed_tensor = count_tensor.clamp(min=least)
-            self._count(batch, count_tensor, computed_tensor)
-            computed, nothing = int(computed_tensor.item()), False
-            torch._check(computed >= least)
-            torch._check(computed <= batch)
-        else:
-            count = int(count_tensor)
-            norms = parts.norms()
-            if norms:
-                self._warn_of_batch_norm()
-            computed = samples_to_compute(count, batch, norms)
-            nothing = computed == 0
-            if nothing and not self.takes_nothing:
-                computed = 1
-            self._count(batch, count_tensor, computed)
-        if not torch.compiler.is_compiling() and computed == batch:
-            mask = None if self.rate == 0.0 else (order.argsort() < count_tensor) * scale
-            self._draw = Draw(batch, None, mask, nothing)
-            return None
-        kept = order.narrow(0, 0, computed)
-        self._draw = Draw(batch, kept, (torch.arange(computed, device=x.device) < count_tensor) * scale, nothing)
-        if groups == 1:
-            return x.index_select(0, kept)
-        grouped = x.reshape(batch, groups, *x.shape[1:]).index_select(0, kept)  # (B', groups, ...)
-        return grouped.reshape(computed * groups, *x.shape[1:])
+        self.pending = None
+        if not self.training or not self.skips_here() or not x.shape[0]:
+            return x
+        self.pending = self.draw(x, parts, groups=groups)
+        return self.pending.take(x, groups)
 
-    def draw(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Number of kept samples (0-dim, CPU) and a random order of the samples, of which the first are kept."""
-        return self._draw_count(batch), torch.rand(batch, device=device).argsort()
+    def norms_of(self, runs: "Parts", count: int) -> Sequence[nn.Module]:
+        """The batch norms that take statistics of what they are given."""
+        if norms := runs.norms():
+            self.warn_of_batch_norm()
+        return norms
+
+    def masks_compiled(self, runs: "Parts") -> bool:
+        """Whether compiled code masks a branch, since one of its parts wants to know its batch."""
+        return runs.masked_compiled
 
     def forward_training(self, x: Tensor) -> Tensor:
         """Multiplies or scatters a branch's output by the draw that was made in front of it, if one was."""
         if self.batch_dim:
             return super().forward_training(x.movedim(self.batch_dim, 0)).movedim(0, self.batch_dim)
-        if self.role == "mask" or self._draw is None:
+        if self.role == "mask" or self.pending is None:
             return super().forward_training(x)
+        draw = self.pending
         if self.role == "branch":
-            draw, self._draw = self._draw, None
-            return draw.scatter(x)
-        return self._draw.scaled(x)  # inside a block that is skipped as a whole
+            self.pending = None
+            return draw.put(draw.scaled(x))
+        return draw.scaled(x)  # inside a block that is skipped as a whole
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_draw": None}
+        return {**self.__dict__, "pending": None}
+
+
+# TorchScript compiles properties unless they are named here.
+GraftedDropPath.__jit_unused_properties__ = [*DropPath.__jit_unused_properties__, "least"]  # type: ignore[attr-defined]
 
 
 class NoteBatch:
@@ -121,7 +111,7 @@ class NoteBatch:
         self.drop_path = drop_path
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.drop_path._batch = args[0].shape[0]
+        self.drop_path.batch_around = args[0].shape[0]
 
 
 class Parts:
@@ -153,8 +143,8 @@ class KeepStatistics:
         """Puts the batch norm into evaluation for this one call."""
         if torch.compiler.is_compiling():
             return
-        draw = self.drop_path._draw
-        self.held = module.training and draw is not None and draw.nothing
+        draw = self.drop_path.pending
+        self.held = module.training and draw is not None and module in draw.idle
         if self.held:
             module.training = False
 
@@ -176,9 +166,8 @@ class SelectKept:
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not isinstance(args[0], Tensor):
             return None
-        groups = args[0].shape[0] // self.drop_path._batch if self.windows else 1
-        selected = self.drop_path.select(args[0], self.parts, groups)
-        return None if selected is None else (selected, *args[1:])
+        groups = args[0].shape[0] // self.drop_path.batch_around if self.windows else 1
+        return (self.drop_path.select(args[0], self.parts, groups), *args[1:])
 
 
 class SkipModule:
@@ -186,32 +175,25 @@ class SkipModule:
 
     def __init__(self, drop_path: GraftedDropPath, parts: Parts, *, windows: bool = False) -> None:
         self.select = SelectKept(drop_path, parts, windows=windows)
-        self.kept: Tensor | None = None
+        self.drawn: Draw | None = None
         self.groups = 1  # rows of a sample
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Hands on the kept samples, and leaves a mask of the full batch for the branch's end."""
-        selected = self.select(module, args)
-        drop_path = self.select.drop_path
-        self.kept = None if selected is None or drop_path._draw is None else drop_path._draw.kept
-        if drop_path._draw is not None:
-            self.groups = args[0].shape[0] // drop_path._draw.batch
-            drop_path._draw = drop_path._draw.as_mask()
+        selected, drop_path = self.select(module, args), self.select.drop_path
+        self.drawn = drop_path.pending
+        if self.drawn is not None:
+            self.groups = args[0].shape[0] // self.drawn.batch
+            drop_path.pending = self.drawn.as_mask()
         return selected
 
     def after(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         """The kept samples' results in their places, zeros in the others."""
-        kept, self.kept = self.kept, None
-        draw = self.select.drop_path._draw
-        if kept is None or draw is None:
-            return None
-        groups = self.groups
-        full = out.new_zeros(draw.batch, groups, *out.shape[1:])
-        full = full.index_add(0, kept, out.reshape(kept.shape[0], groups, *out.shape[1:]))
-        return full.reshape(draw.batch * groups, *out.shape[1:])
+        draw, self.drawn = self.drawn, None
+        return None if draw is None else draw.put(out, self.groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None}
+        return {**self.__dict__, "drawn": None}
 
 
 class ApplyAfter:
@@ -240,17 +222,17 @@ class BlockSkip:
         first, *others = self.drop_paths
         selected = first.select(args[0], self.parts)
         for other in others:
-            other._draw = first._draw
-        if selected is None:
+            other.pending = first.pending
+        if first.pending is None or first.pending.kept is None:
             return None
         self.inputs.append(args[0])
         return (selected, *args[1:])
 
     def after(self, _module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
         """The full batch with the kept samples' results in their places."""
-        draw = self.drop_paths[0]._draw
+        draw = self.drop_paths[0].pending
         for module in self.drop_paths:
-            module._draw = None
+            module.pending = None
         if draw is None or draw.kept is None or not self.inputs:
             return None
         x = self.inputs.pop()
@@ -353,3 +335,13 @@ def _keep_statistics(owner: nn.Module, names: Collection[str], drop_path: Grafte
 def grafted(model: nn.Module) -> Iterator[GraftedDropPath]:
     """The grafted modules of a model."""
     return (m for m in model.modules() if isinstance(m, GraftedDropPath))
+
+
+def role_of(module: DropPath) -> Role | None:
+    """What a grafted module does where its mode skips; `None` for one in a block of ours."""
+    return module.role if isinstance(module, GraftedDropPath) else None
+
+
+def is_applied(module: DropPath) -> bool:
+    """Whether a forward pass calls a module: blocks without a shortcut do not."""
+    return not isinstance(module, GraftedDropPath) or module.applied

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layers.drop_path import Mode, as_number
+from layers.drop_path import Mode
+from layers.rates import as_number
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def bounded(rate: float) -> float:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Draws start at one seed inside; afterwards random states, training flags and buffers (statistics) are as before."""
+def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Draws start at that seed inside; afterwards random states, training flags and buffers (statistics) are as before."""
     numpy = sys.modules.get("numpy")  # only if somebody else draws from it
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     flags = [(module, module.training) for module in model.modules()]
@@ -124,10 +125,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=cuda):
             # not torch.manual_seed, which would seed a CUDA device that is started later
             for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
-                generator.manual_seed(0)
-            random.seed(0)
+                generator.manual_seed(seed)
+            random.seed(seed)
             if numpy:
-                numpy.random.seed(0)
+                numpy.random.seed(seed)
             yield
     finally:
         random.setstate(python_state)

@@ -12,7 +12,8 @@ what does not agree then is masked. Nothing is installed that has not agreed exa
 """
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.drop_path import DropPath
-from stochastic_depth.graft import Entry, GraftedDropPath, Parts, Role, grafted, hook_block, hook_branch
+from stochastic_depth.graft import Entry, GraftedDropPath, grafted, hook_block, hook_branch
 from stochastic_depth.law import full_precision, undisturbed
 from stochastic_depth.places import Owner, find_owners
 from stochastic_depth.probe import Call, SlotCall, clone, in_float32, structure, watch_calls
@@ -28,16 +29,64 @@ from stochastic_depth.probe import Call, SlotCall, clone, in_float32, structure,
 TOLERANCE = 1e-4  # of float32, in which conversions are tried
 
 
-@dataclass
-class Conversion:
-    """How one owner's drop-path modules skip, and why not more."""
+@dataclass(frozen=True)
+class Plan:
+    """How the drop-path modules of one structure of block skip, and why not more.
 
-    owner: str
-    roles: dict[str, Role] = field(default_factory=dict)
+    Attributes:
+        entries: By slot, where its branches begin; slots that are not named mask.
+        kinds: By slot, what its branches compute (`layers.drop_path.BREAK_EVEN`).
+        block: The block is skipped as a whole.
+        takes_nothing: Slots whose code takes an empty batch, and gives every parameter its zero gradient then.
+        reason: Why not all branches skip one by one.
+    """
+
+    entries: Mapping[str, Sequence[Entry]] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    block: bool = False
+    takes_nothing: frozenset[str] = frozenset()
     reason: str = ""
 
 
-def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Conversion]:
+def verify_skip(model: nn.Module, images: "Tensor | Call", *, seed: int = 0) -> float:
+    """Largest deviation between a model that skips and the same model that masks the same samples.
+
+    Output, and the gradients of a fixed random projection of it with regard to images and parameters; each deviation
+    relative to the largest value of its tensor. Batch norms and dropout should be in evaluation: statistics and draws of
+    a smaller batch are others. A layer scale of 1e-6 would hide any error, see `randomise_scales`.
+
+    Args:
+        model: Ours or a foreign one after `set_drop_path`, in training; a copy of it runs, so it is left as it is.
+        images: (B, C, H, W); or a call of a block.
+        seed: Of the draws.
+
+    Returns:
+        The deviation, about 1e-6 in float32 where skipping is right; infinite where one form gives a tensor no gradient
+        or not as many outputs, NaN where the other numbers cannot be compared.
+    """
+    call = images if isinstance(images, Call) else Call((images,), {})
+    model = copy.deepcopy(model)
+    results = []
+    for masks in (True, False):
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.masks_all = masks
+        with undisturbed(model, seed):
+            results.append(_run(model, call))
+    expected, got = results
+    if [v is None for v in got] != [v is None for v in expected]:
+        return math.inf
+    pairs = [(a, b) for a, b in zip(got, expected, strict=True) if a is not None and b is not None]
+    if any(a.shape != b.shape for a, b in pairs):
+        return math.nan
+    pairs = [(a, b) for a, b in pairs if b.numel()]
+    # a gradient that is 0 but for rounding (of a key's bias, say) is compared with what rounding amounts to
+    noise = 0.01 * max(float(b.abs().max()) for _, b in pairs)
+    found = [(float((a - b).abs().max()), float(b.abs().max()) + noise) for a, b in pairs]
+    return float(torch.tensor([off / size if off else 0.0 for off, size in found]).max())  # of NaN: NaN
+
+
+def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> dict[str, Plan]:
     """Finds out, by execution, how the grafted modules of a model can skip, and installs the hooks.
 
     Owners of one structure are tried once. Random states, training flags and weights are left as they were.
@@ -47,61 +96,49 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> list[Convers
         input_size: (C, H, W) of a probe batch.
 
     Returns:
-        What was found, one entry per owner.
+        What was found, by owner.
     """
     owners = [o for o in find_owners(model) if all(isinstance(s, GraftedDropPath) for s in o.slots.values())]
     with undisturbed(model), full_precision(next(model.parameters()).device):
         calls = watch_calls(model, [owner for owner in owners if not owner.beside], input_size)
-        found: dict[Any, dict[str, Any]] = {}
-        conversions = []
+        found: dict[Any, Plan] = {}
+        plans = {}
         for owner in owners:
-            conversion = Conversion(owner.beside or owner.name)
             if owner.beside:
-                _install(owner, {"reason": "it stands beside its block, not in it"}, conversion)
+                plan = Plan(reason="it stands beside its block, not in it")
             elif owner.name not in calls:
-                _install(owner, {"reason": "not called in a forward pass"}, conversion)
+                plan = Plan(reason="not called in a forward pass")
             elif dims := {slot.batch_dim for slot in owner.slots.values() if isinstance(slot, GraftedDropPath)} - {0}:
-                _install(owner, {"reason": f"samples lie in dimension {dims.pop()} there, behind tokens"}, conversion)
+                plan = Plan(reason=f"samples lie in dimension {dims.pop()} there, behind tokens")
             else:
                 call = calls[owner.name]
                 key = (*structure(owner.module), *call.shapes)
                 if key not in found:
-                    found[key] = _try(owner, call)
-                    found[key]["takes_nothing"] = _taking_nothing(owner, call, found[key])
-                _install(owner, found[key], conversion)
-            conversions.append(conversion)
-    return conversions
+                    found[key] = _taking_nothing(owner, call, _try(owner, call))
+                plan = found[key]
+            _install(owner, plan)
+            plans[owner.beside or owner.name] = plan
+    return plans
 
 
-class _FixedDraw(GraftedDropPath):
-    """For trials: keeps samples 0 and 2 of every three."""
-
-    def draw(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        kept = [i for i in reversed(range(batch)) if i % 3 != 1]
-        return torch.tensor(len(kept)), torch.tensor(kept + list(range(1, batch, 3)), device=device)
-
-    def _draw_mask(self, x: Tensor) -> Tensor:
-        return (torch.arange(len(x), device=x.device) % 3 != 1) | (self.drop_prob == 0.0)
+def _two_of_three(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """In place of `DropPath.choose`: keeps samples 0 and 2 of every three."""
+    kept = [i for i in reversed(range(batch)) if i % 3 != 1]
+    return torch.tensor(len(kept)), torch.tensor(kept + list(range(1, batch, 3)), device=device)
 
 
-class _NothingKept(_FixedDraw):
-    """For trials: keeps none, and hands on an empty batch."""
-
-    def draw(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        self.takes_nothing = True
-        return torch.tensor(0), torch.arange(batch, device=device)
-
-    def _draw_mask(self, x: Tensor) -> Tensor:
-        return torch.full((len(x),), self.drop_prob == 0.0, device=x.device)
+def _none(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """In place of `DropPath.choose`: keeps no sample."""
+    return torch.tensor(0), torch.arange(batch, device=device)
 
 
-def _try(owner: Owner, call: Call) -> dict[str, Any]:
+def _try(owner: Owner, call: Call) -> Plan:
     """How an owner of this structure can skip: the first module of each branch, or the block, or a reason."""
     if call.times > 1:
-        return {"reason": "called more than once in a forward pass"}
+        return Plan(reason="called more than once in a forward pass")
     unused = [slot for slot in owner.slots if slot not in call.slots]
     if unused:
-        return {"reason": f"{', '.join(unused)} is not applied: the block has no shortcut"}
+        return Plan(reason=f"{', '.join(unused)} is not applied: the block has no shortcut")
     entries: dict[str, list[Entry]] = {}
     kinds: dict[str, str] = {}
     whole = True
@@ -127,25 +164,28 @@ def _try(owner: Owner, call: Call) -> dict[str, Any]:
             )
     complete = len(entries) == len(owner.slots)
     if whole and complete and not _disagreement(owner, call, entries):
-        return {"entries": entries, "kinds": kinds}
+        return Plan(entries, kinds)
     failure = _disagreement(owner, call, None)
     if not failure:
-        return {"block": True, "reason": "its branches cannot be skipped one by one"}
+        return Plan(block=True, reason="its branches cannot be skipped one by one")
     agreed: dict[str, list[Entry]] = {}  # as many branches as agree together
     for slot, found in entries.items():
         if not _disagreement(owner, call, {**agreed, slot: found}):
             agreed[slot] = found
     often = [f"{slot} is called {len(calls)} times" for slot, calls in call.slots.items() if len(calls) > 1]
     why = "; ".join([*often, f"neither branches nor block agree with masking: {failure}"])
-    return {"entries": agreed, "kinds": kinds, "reason": why if len(agreed) < len(owner.slots) else ""}
+    return Plan(agreed, kinds, reason=why if len(agreed) < len(owner.slots) else "")
 
 
-def _taking_nothing(owner: Owner, call: Call, found: dict[str, Any]) -> set[str]:
-    """The slots whose branch, or block, takes an empty batch and gives every parameter its zero gradient then."""
-    if found.get("block"):
-        return set() if _disagreement(owner, call, None, draw=_NothingKept) else set(owner.slots)
-    entries: dict[str, list[Entry]] = found.get("entries", {})
-    return {slot for slot in entries if not _disagreement(owner, call, {slot: entries[slot]}, draw=_NothingKept)}
+def _taking_nothing(owner: Owner, call: Call, plan: Plan) -> Plan:
+    """The plan with the slots whose branch, or block, takes an empty batch."""
+    if plan.block:
+        takes = () if _disagreement(owner, call, None, nothing=True) else owner.slots
+    else:
+        takes = [
+            slot for slot in plan.entries if not _disagreement(owner, call, {slot: plan.entries[slot]}, nothing=True)
+        ]
+    return replace(plan, takes_nothing=frozenset(takes))
 
 
 def _has_matrices(owner: Owner, first: Entry, slot_call: SlotCall) -> bool:
@@ -159,12 +199,12 @@ def _has_matrix(module: nn.Module, part: str) -> bool:
 
 
 def _disagreement(
-    owner: Owner, call: Call, entries: dict[str, list[Entry]] | None, draw: type[_FixedDraw] = _FixedDraw
+    owner: Owner, call: Call, entries: Mapping[str, Sequence[Entry]] | None, *, nothing: bool = False
 ) -> str:
-    """Runs a copy in float32, skipping and masking with the same kept set; returns what differs, or an empty string.
+    """Verifies a copy in float32 with a fixed kept set; returns what differs from masking, or an empty string.
 
-    `entries` gives the first module of the branches to skip, while the others are masked; `None` skips the block. `draw`
-    says which samples those to be skipped keep.
+    `entries` gives the first module of the branches to skip, while the others are masked; `None` skips the block. With
+    `nothing` no sample is kept of those to be skipped, and they are handed an empty batch.
     """
     trial = in_float32(copy.deepcopy(owner.module)).train()
     own = [trial.get_submodule(slot) for slot in owner.slots]
@@ -183,13 +223,9 @@ def _disagreement(
     for slot, module in zip(owner.slots, own, strict=True):
         assert isinstance(module, GraftedDropPath)
         skipped = entries is None or slot in entries
-        module.__class__ = draw if skipped else _FixedDraw
-        module.mode, module.role = "skip" if skipped else "mask", "mask"
-        module.drop_prob = 0.5
-    try:
-        expected = _run(trial, call)
-    except Exception as error:  # somebody's code may raise anything
-        return f"masking failed with {type(error).__name__}"
+        module.choose = _none if nothing and skipped else _two_of_three  # instead of the method
+        module.mode, module.role, module.drop_prob, module.break_even = "skip", "mask", 0.5, 0.0
+        module.takes_nothing = nothing and skipped
     if entries is None:
         hook_block(trial, list(grafted(trial)))
     else:
@@ -198,20 +234,12 @@ def _disagreement(
             assert isinstance(module, GraftedDropPath)
             hook_branch(trial, found, module)
     try:
-        result = _run(trial, call)
-    except Exception as error:
+        deviation = verify_skip(trial, call)
+    except Exception as error:  # somebody's code may raise anything
         return f"{type(error).__name__} when given the kept samples only"
-    # a gradient that is 0 but for rounding (of a key's bias, say) is compared with what rounding amounts to
-    noise = 0.01 * max(float(b.abs().max()) for b in expected if b is not None)
-    for a, b in zip(result, expected, strict=True):
-        if (a is None) != (b is None):
-            return "another gradient is missing"
-        if a is None or b is None:
-            continue
-        limit = TOLERANCE * (float(b.abs().max()) + noise)
-        if a.shape != b.shape or not bool(((a - b).abs() <= limit).all()):
-            return "outputs or gradients differ"
-    return ""
+    if math.isinf(deviation):
+        return "another gradient is missing"
+    return "" if deviation <= TOLERANCE else "outputs or gradients differ"
 
 
 def _run(module: nn.Module, call: Call) -> list[Tensor | None]:
@@ -234,38 +262,18 @@ def _has_gradient(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _install(owner: Owner, found: dict[str, Any], conversion: Conversion) -> None:
+def _install(owner: Owner, plan: Plan) -> None:
     slots = {key: s for key, s in owner.slots.items() if isinstance(s, GraftedDropPath)}
-    conversion.reason = found.get("reason", "")
     for key, slot in slots.items():
-        slot.tried, slot.reason = True, conversion.reason
-        slot.takes_nothing = key in found.get("takes_nothing", ())
-    if found.get("block"):
+        slot.tried, slot.reason = True, plan.reason
+        slot.takes_nothing = key in plan.takes_nothing
+    if plan.block:
         hook_block(owner.module, list(slots.values()))
-    else:
-        entries = found.get("entries", {})
-        for key, slot in slots.items():
-            if key in entries:
-                hook_branch(owner.module, entries[key], slot)
-                slot.kind, slot.reason = found["kinds"][key], ""
-    conversion.roles = {key: slot.role for key, slot in slots.items()}
-
-
-class MaskingDraw(GraftedDropPath):
-    """Applies the draw of a skipped branch or block as a mask: the same samples, everything computed."""
-
-    def select(self, x: Tensor, parts: Parts, groups: int = 1) -> None:
-        super().select(x, parts, groups)
-        if self._draw is not None:
-            self._draw = self._draw.as_mask()
-
-
-def masking_twin(model: nn.Module) -> nn.Module:
-    """A copy of a foreign model that draws as it does and masks where it skips."""
-    twin = copy.deepcopy(model)
-    for module in grafted(twin):
-        module.__class__ = MaskingDraw
-    return twin
+        return
+    for key, slot in slots.items():
+        if key in plan.entries:
+            hook_branch(owner.module, plan.entries[key], slot)
+            slot.kind, slot.reason = plan.kinds[key], ""
 
 
 def randomise_scales(model: nn.Module) -> None:
@@ -274,22 +282,3 @@ def randomise_scales(model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.ndim <= 1:
                 parameter.uniform_(0.5, 1.5)
-
-
-def skip_deviation(model: nn.Module, images: Tensor) -> float:
-    """Largest relative deviation of outputs and gradients between skipping and masking the same samples."""
-    results = []
-    for other in (model, masking_twin(model)):
-        other.zero_grad()
-        torch.manual_seed(1)
-        out = other(images)
-        out.square().sum().backward()
-        results.append([out.detach(), *(p.grad for p in other.parameters())])
-    noise = 0.01 * max(float(b.abs().max()) for b in results[1] if b is not None)
-    worst = 0.0
-    for a, b in zip(*results, strict=True):
-        if (a is None) != (b is None):
-            return float("inf")
-        if a is not None and b is not None:
-            worst = max(worst, float((a - b).abs().max()) / (float(b.abs().max()) + noise))
-    return float(f"{worst:.2g}")

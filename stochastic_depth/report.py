@@ -12,7 +12,7 @@ from torch import nn
 from layers.drop_path import DropPath
 from stochastic_depth.blocks import Block, find_blocks, unwrap
 from stochastic_depth.compute import count_macs
-from stochastic_depth.graft import GraftedDropPath
+from stochastic_depth.graft import GraftedDropPath, is_applied, role_of
 from stochastic_depth.law import bounded
 from stochastic_depth.places import (
     block_names,
@@ -145,8 +145,8 @@ def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = Non
         notes.append(f"compute not counted: {error}")
     rows = []
     for block in blocks:
-        modules = [m for m in block.drop_paths.values() if getattr(m, "applied", True)]
-        drawing = [m for m in modules if getattr(m, "role", "") != "silent"]
+        modules = [m for m in block.drop_paths.values() if is_applied(m)]
+        drawing = [m for m in modules if role_of(m) != "silent"]
         seen = sum(m.samples_seen for m in drawing)
         realised = sum(m.samples_dropped for m in drawing) / seen if seen else None
         share = saved = None
@@ -164,8 +164,8 @@ def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = Non
 
 def _share_left_out(module: DropPath, block: Sequence[DropPath]) -> float:
     """Share of its samples that a branch was not run on; before the first training step, in expectation."""
-    if getattr(module, "role", "") == "silent":  # another one of the block draws for it
-        module = next(m for m in block if getattr(m, "role", "") == "block")
+    if role_of(module) == "silent":  # another one of the block draws for it
+        module = next(m for m in block if role_of(m) == "block")
     if module.samples_seen:
         return 1.0 - module.samples_computed / module.samples_seen
     return module.drop_prob if module.skips else 0.0
@@ -200,9 +200,7 @@ def _suspicions(model: nn.Module, blocks: Sequence[Block], rows: Sequence[BlockR
     for block in blocks:
         for key, module in block.drop_paths.items():
             name = f"{block.name}.{key}"
-            if not 0.0 <= float(module._rate) <= 1.0:
-                problems.append(f"{name}: rate {float(module._rate):g} is outside [0, 1]")
-            if module.drop_prob == 0 or not getattr(module, "applied", True) or getattr(module, "role", "") == "silent":
+            if module.drop_prob == 0 or not is_applied(module) or role_of(module) == "silent":
                 continue
             if model.training and module in set(model.modules()) and not module.training:
                 problems.append(f"{name}: in eval mode while the model trains, so its rate is not applied")
@@ -233,7 +231,7 @@ def _describe_mode(modules: Sequence[DropPath]) -> str:
     """The mode of a block's branches; `skip/mask` where one of them masks, `block` where they are skipped together."""
     kinds = []
     for module in modules:
-        role = getattr(module, "role", "")
+        role = role_of(module)
         kinds.append("skip block" if module.skips and role in ("block", "silent") else
                      module.mode if module.skips else "mask")  # fmt: skip
     return (kinds[0] if len(set(kinds)) == 1 else "/".join(kinds)) if kinds else NO_SHORTCUT

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from layers.drop_path import BREAK_EVEN, MODES, DropPath, Mode, check_drop_prob
-from layers.rates import Profile, RateIs, check_request, drop_path_rates
+from layers.drop_path import BREAK_EVEN, MODES, DropPath, Mode
+from layers.rates import Profile, RateIs, check_drop_prob, check_request, drop_path_rates
 from layers.schedule import DropPathSchedule
 from stochastic_depth.blocks import Block, find_blocks, model_input_size, stage_depths, unwrap
 from stochastic_depth.compute import count_macs
-from stochastic_depth.graft import GraftedDropPath, graft, grafted
+from stochastic_depth.graft import GraftedDropPath, graft, grafted, is_applied
 from stochastic_depth.places import is_foreign
 from stochastic_depth.probe import mark_applied
 from stochastic_depth.proof import convert_to_skip
@@ -117,7 +117,7 @@ def _prepare(model: nn.Module, input_size: Sequence[int] | None) -> list[Block]:
         graft(inner)
         _try_out(mark_applied, inner, input_size)
     blocks = find_blocks(model)
-    if not any(getattr(m, "applied", True) for block in blocks for m in block.drop_paths.values()):
+    if not any(is_applied(m) for block in blocks for m in block.drop_paths.values()):
         raise ValueError(
             f"{type(inner).__name__} has places for stochastic depth only in blocks without a shortcut "
             f"({blocks[0].name}{', ...' * (len(blocks) > 1)}), where nothing can be dropped"

@@ -16,7 +16,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from layers.drop_path import BREAK_EVEN, MODES, DropPath, drop_path
+from layers.drop_path import BREAK_EVEN, MODES, Draw, DropPath, drop_path
 from models import create_model
 from stochastic_depth.setting import set_drop_path
 
@@ -237,6 +237,79 @@ def test_one_module_may_serve_two_branches() -> None:
     x = module.residual(torch.zeros(4, 3), branch)
     assert module.residual(x, branch).shape == (4, 3)
     assert module.samples_seen == 8
+
+
+# ---- one draw -------------------------------------------------------------------------------------------------------
+
+
+def drawn_by_hand(module: DropPath, batch: int) -> tuple[Tensor, float]:
+    """The kept samples (B,) and their factor, from torch's generator as every form of every mode must draw them."""
+    keep_prob = 1.0 - module.rate
+    if module.mode == "mask":
+        kept = torch.rand(batch) < keep_prob
+    else:
+        chance = torch.rand((), dtype=torch.float64)
+        if module.mode == "batch":
+            count = batch if chance < keep_prob else 0
+        else:
+            count = min(int(torch.floor(batch * keep_prob + chance)), batch)
+        kept = torch.zeros(batch, dtype=torch.bool)
+        kept[torch.rand(batch).argsort()[:count]] = True
+    return kept, 1.0 / keep_prob if keep_prob > 0.0 and module.scale_by_keep else 1.0
+
+
+FORMS: dict[str, Callable[[DropPath, nn.Module], Callable[[Tensor], Tensor]]] = {
+    "residual": lambda module, fc: lambda x: module.residual(x, fc),
+    "called": lambda module, fc: lambda x: x + module(fc(x)),
+    "masks all": lambda module, fc: lambda x: module.residual(x, fc),
+    "compiled": lambda module, fc: torch.compile(lambda x: module.residual(x, fc), backend="eager"),
+    "compiled call": lambda module, fc: torch.compile(lambda x: x + module(fc(x)), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_form_makes_the_same_draw(compilations: Callable[[], tuple[int, int]], mode: str, form: str) -> None:
+    """Kept sets, outputs, gradients and what is left of the random stream, against the draw written by hand."""
+    fc = nn.Linear(3, 3)
+    module = DropPath(0.0, mode=mode)  # type: ignore[arg-type]
+    module.masks_all = form == "masks all"
+    run = FORMS[form](module, fc)
+    for rate in (0.0, 0.3, 0.5, 1.0):
+        module.drop_prob = rate
+        for batch in (1, 2, 7):
+            x = torch.randn(batch, 3, requires_grad=True)
+            torch.manual_seed(batch)
+            kept, factor = drawn_by_hand(module, batch)
+            following = torch.rand(4)
+            expected = x + fc(x) * (kept * factor)[:, None]
+            torch.manual_seed(batch)
+            out = run(x)
+            assert torch.equal(torch.rand(4), following), "the random stream goes on alike"
+            assert torch.equal((out != x).any(1), kept)
+            torch.testing.assert_close(out, expected)
+            inputs = [x, *fc.parameters()]
+            gradients = torch.autograd.grad(out.square().sum(), inputs)
+            for a, b in zip(gradients, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
+                torch.testing.assert_close(a, b)
+    assert compilations()[1] == 0
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("kept", [[2, 0], [1], []])
+def test_what_is_taken_is_put_back(kept: list[int], groups: int) -> None:
+    draw = Draw(4, torch.tensor(2.0), torch.tensor(kept, dtype=torch.int64))
+    x = torch.randn(4 * groups, 5)
+    rows = [i * groups + j for i in kept for j in range(groups)]
+    assert torch.equal(draw.take(x, groups), x[rows])
+    full = torch.zeros_like(x)
+    full[rows] = x[rows]
+    assert torch.equal(draw.put(x[rows], groups), full)
+    if groups == 1:
+        mask = draw.as_mask()
+        assert mask.kept is None and torch.equal(draw.add(x, x[rows]), x + 2 * full)
+        assert torch.equal(mask.scaled(x), 2 * full) and torch.equal(mask.add(x, x), x + 2 * full)
+        assert mask.as_mask() is mask and mask.take(x) is x and mask.put(x) is x
 
 
 # ---- settings and state ---------------------------------------------------------------------------------------------
