@@ -70,7 +70,7 @@ class ProgressBar:
         self.bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}", refresh=False)
         rate = progress.samples * self.setup.world.size / max(progress.epoch_seconds, 1e-9)
         lr = max(group["lr"] for group in self.setup.optimizer.param_groups)
-        drop = max(block.rate for block in drop_path_modules(self.setup))
+        drop = max((block.rate for block in drop_path_modules(self.setup)), default=0.0)
         top1 = f" top-1 {self.top1}" if self.top1 else ""
         self.bar.set_postfix_str(
             f"loss {loss:.3f}{top1} {rate:.0f} images/s lr {lr:.2e} drop path {drop:.3f}", refresh=False

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from files.durable import save_text
+from models.factory import saved_config
 from models.weights import save_weights, weights_sha256
 from stochastic_depth.report import drop_path_report
 from training.checkpoint import Checkpoint, set_random_states
@@ -213,7 +214,7 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
         "train_loss": loss_sum / samples,
         **metrics,
         "lr": max(group["lr"] for group in setup.optimizer.param_groups),
-        "drop_path_rate": max(block.rate for block in drop_path_modules(setup)),
+        "drop_path_rate": max((block.rate for block in drop_path_modules(setup)), default=0.0),
         "images_per_second": samples / progress.epoch_seconds,
         "seconds": progress.seconds,
     }
@@ -226,8 +227,7 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
         if trained or not folder.drop_path.exists():
             save_text(folder.drop_path, drop_path_report(setup.model).to_csv())
         if better:
-            about = {"model": setup.model.config.model_dump(), "class_names": setup.data.class_names}
-            save_weights(folder.best, setup.evaluated.state_dict(), about)
+            save_weights(folder.best, setup.evaluated.state_dict(), saved_config(setup.model))
     return row
 
 
