@@ -89,7 +89,7 @@ def create_model(
         if foreign:
             lines = _load_foreign(model, Path(str(checkpoint)), class_names, replace, adapt)
         else:
-            lines = _load(model, checkpoint, overrides, class_names, (replace, adapt))
+            lines = _load(name, model, checkpoint, overrides, class_names, (replace, adapt))
     if foreign and drop_path_rate:
         try:
             set_drop_path(model, drop_path_rate, mode=drop_path_mode)
@@ -135,6 +135,7 @@ def _config(name: str | Path | MetaFormerConfig, overrides: Mapping[str, Any]) -
 
 
 def _load(
+    name: object,
     model: MetaFormer,
     checkpoint: str | Path | None,
     overrides: Mapping[str, Any],
@@ -145,7 +146,7 @@ def _load(
     if checkpoint is None:
         saved = published_facts(model.config)
         # before fetching them
-        checks = check_trained_as(model.config, saved, f"published weights of {model.config.name}", overrides)
+        checks = check_trained_as(model.config, saved, f"published weights of {name}", overrides)
         state, origin = load_timm_pretrained(model.config)
         trained = None  # published weights do not name their classes
     else:

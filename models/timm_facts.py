@@ -141,7 +141,8 @@ def foreign_facts(name: str, arguments: Mapping[str, Any]) -> ModelFacts:
         )
     channels, *sides = cfg["input_size"]
     said: dict[str, Any] = {"num_classes": cfg["num_classes"], "in_chans": channels, "image_size": sides}
-    said |= {key: cfg[key] for key in ("crop_pct", "interpolation")} | ({} if size is None else {"image_size": size})
+    said |= {"crop_pct": min(1.0, cfg["crop_pct"]), "interpolation": cfg["interpolation"]}  # nothing is padded here
+    said |= {} if size is None else {"image_size": size}
     said |= {key: value for key, value in given.items() if key in ImageFacts.model_fields}
     count = said["in_chans"] if isinstance(said["in_chans"], int) else channels
     for key in ("mean", "std"):

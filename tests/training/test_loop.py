@@ -21,7 +21,7 @@ from models.factory import class_names_of, create_model
 from models.weights import weights_sha256
 from stochastic_depth.compute import count_macs
 from training import loop
-from training import setup as setup_module
+from training import setup as setup_of_run
 from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.config import dump_config, load_config
 from training.console import StopSignals, drop_path_modules
@@ -413,7 +413,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 def test_the_drop_path_schedule_is_applied_at_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers, rates = [], []
-    real = setup_module.build
+    real = setup_of_run.build
 
     def spying(*arguments: Any, **options: Any) -> Setup:
         setup = real(*arguments, **options)
