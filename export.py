@@ -23,11 +23,11 @@ from models.export import (
     count_classes,
     export_model,
 )
-from models.factory import create_model, set_class_names
-from models.loading import trained_config
+from models.factory import create_model, model_facts, set_class_names
+from models.loading import trained_config, trained_foreign
 from models.metaformer import MetaFormer
-from models.published import published_config
-from models.registry import model_config
+from models.registry import model_config, published_config
+from models.timm_facts import is_foreign
 from models.weights import CONFIG, load_weights
 
 
@@ -71,40 +71,56 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def build(args: argparse.Namespace) -> MetaFormer:
+def build(args: argparse.Namespace) -> MetaFormer | Any:
     """The model to export, with its weights and no classifier but theirs."""
     overrides = parse_overrides(args.overrides)
     names = overrides.pop("class_names", None)  # create_model would replace the classifier where they differ
+    source, described = args.model, {}
     if args.checkpoint is not None:
         state, saved = load_weights(args.checkpoint)
-        config = model_config(args.model) if args.model is not None else _read_config(args.checkpoint, saved)
-        trained, wanted = count_classes(state, config), overrides.get("num_classes")
-    elif args.model is None:
+        if source is None:
+            source, described = _read_config(args.checkpoint, saved)
+            overrides = described | overrides
+        trained, wanted = count_classes(state, _classifier(source, described)), overrides.get("num_classes")
+    elif source is None:
         raise ConfigError("give --model NAME|YAML, or --checkpoint with a run's best folder, which names its model")
     else:
-        config = model_config(args.model)
-        trained = wanted = overrides.get("num_classes", config.num_classes)
-        if overrides.get("pretrained") and config.pretrained:
-            trained = published_config(config, config.pretrained[0]).num_classes
+        published = source
+        if overrides.get("pretrained") and not is_foreign(source) and (config := model_config(source)).pretrained:
+            published = published_config(config, config.pretrained[0])
+        wanted = overrides.get("num_classes")
+        trained = model_facts(published).pretrained_cfg["num_classes"] if overrides.get("pretrained") else wanted
     if wanted and wanted != trained:
         raise ConfigError(
             f"the weights have {trained} classes, a classifier of {wanted} would be untrained; give num_classes={trained}, "
             "or num_classes=0 to export the features before it"
         )
-    model = create_model(args.model or config, checkpoint=args.checkpoint, **overrides)
+    model = create_model(source, checkpoint=args.checkpoint, **overrides)
     if names is not None:
         set_class_names(model, names)
     return model
 
 
-def _read_config(checkpoint: Path, saved: dict[str, Any] | None) -> MetaFormerConfig:
-    """The config of the model that a folder of weights names."""
+def _classifier(source: str | MetaFormerConfig, arguments: dict[str, Any]) -> str:
+    """The name of a model's classifier, the first of several."""
+    found = model_facts(source, **arguments).pretrained_cfg.get("classifier")
+    if found is None:  # torchvision does not tell
+        with torch.device("meta"):
+            found = create_model(source, **arguments).pretrained_cfg["classifier"]
+    return found if isinstance(found, str) else found[0]
+
+
+def _read_config(checkpoint: Path, saved: dict[str, Any] | None) -> tuple[str | MetaFormerConfig, dict[str, Any]]:
+    """The model that a folder of weights is of: what `create_model` takes first, and further arguments."""
     if saved is not None and saved.get("format") == "folded":
         raise ConfigError(f"--checkpoint {checkpoint} is an export (folded); give the weights it was made from")
-    config = trained_config(saved or {}, f"{checkpoint / CONFIG if checkpoint.is_dir() else checkpoint}")
+    origin = f"{checkpoint / CONFIG if checkpoint.is_dir() else checkpoint}"
+    if (foreign := trained_foreign(saved or {})) is not None:
+        return foreign
+    config = trained_config(saved or {}, origin)
     if config is None:
         raise ConfigError(f"--checkpoint {checkpoint} does not say which model it is of; give --model NAME|YAML")
-    return config
+    return config, {}
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:

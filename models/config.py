@@ -1,7 +1,8 @@
 """Schema of configs/models/*.yaml: one MetaFormer as data, strictly checked."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from numbers import Integral, Real
 from pathlib import Path
@@ -121,11 +122,11 @@ class MetaFormerConfig(Section):
     crop_pct: float = Field(1.0, gt=0, le=1, description="Share of the resized image kept by the centre crop.")
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: list[float] = Field(
-        default_factory=lambda data: _spread([0.485, 0.456, 0.406], data.get("in_chans", 3)),
+        default_factory=lambda data: spread([0.485, 0.456, 0.406], data.get("in_chans", 3)),
         description="Mean of the input channels, images in [0, 1]: one value, or one per channel.",
     )
     std: list[float] = Field(
-        default_factory=lambda data: _spread([0.229, 0.224, 0.225], data.get("in_chans", 3)),
+        default_factory=lambda data: spread([0.229, 0.224, 0.225], data.get("in_chans", 3)),
         description="Standard deviation of the input channels: one value, or one per channel.",
     )
     pretrained: list[str] = Field([], description="Tags of published weights, the default first.")
@@ -252,7 +253,7 @@ class MetaFormerConfig(Section):
 
     def channel_stats(self) -> tuple[list[float], list[float]]:
         """Mean and std per input channel."""
-        return _spread(self.mean, self.in_chans), _spread(self.std, self.in_chans)
+        return spread(self.mean, self.in_chans), spread(self.std, self.in_chans)
 
     def published_for(self, tag: str) -> Published | None:
         """What was published about the weights with a tag: the default ones, or those fine-tuned from them at 384."""
@@ -268,7 +269,7 @@ class MetaFormerConfig(Section):
         return self.name
 
 
-def _spread(values: list[float], channels: int) -> list[float]:
+def spread(values: Sequence[float], channels: int) -> list[float]:
     """One value per channel: those given, or where they are of another number, their average."""
     return list(values) if len(values) == channels else [math.fsum(values) / len(values)] * channels
 
@@ -311,7 +312,7 @@ def override_config(config: MetaFormerConfig, overrides: Mapping[str, Any], sour
     overrides = _plain(overrides)
     channels = overrides.get("in_chans", config.in_chans)
     if channels != config.in_chans and isinstance(channels, int):
-        data |= {key: _spread(data[key], channels) for key in ("mean", "std")}
+        data |= {key: spread(data[key], channels) for key in ("mean", "std")}
     _merge(data, overrides)
     changed = validate(MetaFormerConfig, data, source=source)
     _refuse_idle(changed, config, lambda key: f"{source}: {key}: ")
@@ -394,3 +395,18 @@ def make_pretrained_cfg(config: MetaFormerConfig) -> dict[str, Any]:
         "first_conv": "stem.conv",
         "classifier": "head.fc.fc2" if config.head.kind == "mlp" else "head.fc",
     }
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model will be, told from its name and arguments without building it.
+
+    Attributes:
+        pretrained_cfg: timm's description of its input and classifier, as the model will carry it.
+        arguments: Of `create_model`, all that make the same model again, `num_classes` apart.
+        drop_path_rate: That of its authors' training, where it is known.
+    """
+
+    pretrained_cfg: dict[str, Any]
+    arguments: dict[str, Any]
+    drop_path_rate: float | None = None

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from files.durable import make_folder, publish, sync_folder, tidy
 from files.errors import ConfigError, Failure
-from models.config import MetaFormerConfig, make_pretrained_cfg
-from models.factory import class_names_of
+from models.config import MetaFormerConfig
+from models.factory import class_names_of, saved_config
 from models.fold import fold_scales, load_folded
 from models.layouts import timm_head, to_timm
 from models.loading import in_our_layout
@@ -48,9 +48,10 @@ class ExportError(Failure):
     """A model that could not be exported, or an export that does not compute what the model does."""
 
 
-def count_classes(state: dict[str, Tensor], config: MetaFormerConfig) -> int:
-    """Classes of the weights of such a model, in any layout that loads; 0: they hold no classifier."""
-    weight = in_our_layout(state).get(make_pretrained_cfg(config)["classifier"] + ".weight")
+def count_classes(state: dict[str, Tensor], classifier: str) -> int:
+    """Classes of weights, in any layout that loads; 0: they hold no classifier."""
+    key = f"{classifier}.weight"
+    weight = state.get(key, in_our_layout(state).get(key))
     return weight.shape[0] if weight is not None and weight.ndim else 0
 
 
@@ -71,7 +72,7 @@ class Exported:
     run: Runner
 
 
-def export_model(model: MetaFormer, fmt: Format, output: Path, *, force: bool = False) -> Exported:
+def export_model(model: MetaFormer | Any, fmt: Format, output: Path, *, force: bool = False) -> Exported:
     """Writes a model, after reading the export back and comparing its logits at batch 1 and 3.
 
     Args:
@@ -88,11 +89,13 @@ def export_model(model: MetaFormer, fmt: Format, output: Path, *, force: bool = 
     """
     check_output(fmt, output, force=force)
     output = output.resolve()
-    if fmt in ("timm", "folded") and not model.head.global_pool:
+    if not isinstance(model, MetaFormer):
+        _refuse_foreign(model, fmt)
+    elif fmt in ("timm", "folded") and not model.head.global_pool:
         raise ConfigError(f"an unpooled model cannot be had as {fmt}: what is written beside the weights cannot say so")
     model = deepcopy(model).cpu().float().eval()
     with torch.no_grad():
-        pairs = [(x, model(x)) for x in map(example_images(model.config), _BATCHES)]
+        pairs = [(x, model(x)) for x in map(example_images(model), _BATCHES)]
     if not all(logits.isfinite().all() for _, logits in pairs):
         keys = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
         where = f"its weights are not, first {keys[0]}" if keys else "its weights are, so they are too large"
@@ -151,9 +154,18 @@ def check_output(fmt: Format, output: Path, *, force: bool) -> None:
             raise ConfigError(f"format onnx needs {', '.join(missing)}: pip install -e '.[export]'")
 
 
-def example_images(config: MetaFormerConfig) -> Callable[[int], Tensor]:
+def _refuse_foreign(model: Any, fmt: Format) -> None:
+    """Refuses what a model of timm or torchvision cannot be had in."""
+    name = model.zoo_config["name"]
+    if fmt == "folded":
+        raise ConfigError(f"model {name}: format folded is for models of the zoo; use --format onnx or torch")
+    if fmt == "timm" and not name.startswith("timm/"):
+        raise ConfigError(f"model {name}: format timm is for models that timm has; use --format onnx or torch")
+
+
+def example_images(model: Any) -> Callable[[int], Tensor]:
     """Batch -> normalised noise of the model's input size, the same each time."""
-    shape = (config.in_chans, *config.height_width)
+    shape = model.pretrained_cfg["input_size"]
     return lambda batch: torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
 
 
@@ -174,7 +186,11 @@ def _write_folded(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
     return "folder for models.export.load_folded", load_folded(draft)
 
 
-def _write_timm(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
+def _write_timm(model: MetaFormer | Any, draft: Path) -> tuple[str, Runner]:
+    if not isinstance(model, MetaFormer):
+        save_weights(draft, model.state_dict(), saved_config(model))
+        again = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
+        return f'{model.zoo_config["name"]}, for timm.create_model("local-dir:FOLDER", pretrained=True)', again
     config = model.config
     twin = _timm_twin(model)
     cfg = {k: v for k, v in model.pretrained_cfg.items() if k in _DATA_KEYS}
@@ -214,7 +230,7 @@ def _timm_twin(model: MetaFormer) -> Any:
         first = _changed(config) or textwrap.shorten(str(error).splitlines()[1].strip(), 150)
         raise ConfigError(f"timm's {name} is another network than this one: {first}\n{instead}") from None
     with torch.no_grad():
-        images = example_images(config)(_BATCHES[-1])
+        images = example_images(model)(_BATCHES[-1])
         error = relative_error(model(images), twin(images))
     if error <= TOLERANCE["timm"]:
         return twin
@@ -242,12 +258,12 @@ def _changed(config: MetaFormerConfig) -> str:
     return ""
 
 
-def _write_onnx(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
+def _write_onnx(model: MetaFormer | Any, draft: Path) -> tuple[str, Runner]:
     import onnx  # here, because the packages of the export extra may be missing
 
     program = torch.onnx.export(
         model,
-        (example_images(model.config)(2),),
+        (example_images(model)(2),),
         input_names=["images"],
         output_names=["logits"],
         opset_version=OPSET,
@@ -280,9 +296,9 @@ def _onnx_runner(path: Path) -> Runner:
     return run
 
 
-def _write_torch(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
+def _write_torch(model: MetaFormer | Any, draft: Path) -> tuple[str, Runner]:
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (example_images(model.config)(2),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(model, (example_images(model)(2),), dynamic_shapes=({0: batch},))
     extra = {"preprocessing.json": _preprocessing(model)}
     if (names := class_names_of(model)) is not None:
         extra["class_names.json"] = json.dumps(names)
@@ -291,8 +307,8 @@ def _write_torch(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
     return f"torch.export {torch.__version__}, {_shapes(model)}", again
 
 
-def _shapes(model: MetaFormer) -> str:
-    images = example_images(model.config)(1)
+def _shapes(model: MetaFormer | Any) -> str:
+    images = example_images(model)(1)
     with torch.no_grad():
         outputs = model(images)
     what = "logits" if model.num_classes else "features"
@@ -300,12 +316,12 @@ def _shapes(model: MetaFormer) -> str:
     return f"images (batch, {before}) -> {what} (batch, {after})"
 
 
-def _preprocessing(model: MetaFormer) -> str:
+def _preprocessing(model: MetaFormer | Any) -> str:
     """What the images need before they go in, as JSON."""
     return json.dumps({key: model.pretrained_cfg[key] for key in _DATA_KEYS if key != "pool_size"})
 
 
-_WRITERS: dict[Format, Callable[[MetaFormer, Path], tuple[str, Runner]]] = {
+_WRITERS: dict[Format, Callable[[Any, Path], tuple[str, Runner]]] = {
     "timm": _write_timm,
     "onnx": _write_onnx,
     "torch": _write_torch,
@@ -313,9 +329,9 @@ _WRITERS: dict[Format, Callable[[MetaFormer, Path], tuple[str, Runner]]] = {
 }
 
 
-def compare_speed(model: MetaFormer, run: Runner, *, batch: int = 8, rounds: int = 15) -> tuple[float, float]:
+def compare_speed(model: MetaFormer | Any, run: Runner, *, batch: int = 8, rounds: int = 15) -> tuple[float, float]:
     """Images per second of the model and of its export, in turns, by the median round."""
-    images = example_images(model.config)(batch)
+    images = example_images(model)(batch)
     model = deepcopy(model).eval()
     seconds: list[tuple[float, float]] = []
     with torch.inference_mode():

@@ -9,12 +9,15 @@ from torch import nn
 
 from files.errors import ConfigError
 from layers.drop_path import Mode
-from models.config import MetaFormerConfig, override_config
+from models.config import MetaFormerConfig, ModelFacts, make_pretrained_cfg, override_config
 from models.loading import check_trained_as, known_section, load_into, published_facts
 from models.metaformer import MetaFormer
 from models.published import load_timm_pretrained
 from models.registry import model_config
+from models.timm_facts import foreign_facts, is_foreign
+from models.timm_models import build_foreign, check_saved_as, load_foreign, saved_by_timm
 from models.weights import load_weights
+from stochastic_depth.setting import set_drop_path
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +33,14 @@ def create_model(
     drop_path_mode: Mode = "mask",
     class_names: Sequence[str] | None = None,
     **overrides: Any,
-) -> MetaFormer:
+) -> MetaFormer | Any:
     """Builds a model.
 
     Args:
         name: A registered name, a path to a YAML, or a config. A name may carry a tag of published weights, which sets
-            classes and image size to theirs: `caformer_s18.sail_in22k_ft_in1k_384`.
-        pretrained: Load the published weights through timm's hub code.
+            classes and image size to theirs: `caformer_s18.sail_in22k_ft_in1k_384`. Any classifier of timm or torchvision
+            is `timm/NAME[.TAG]` or `torchvision/NAME[.TAG]`.
+        pretrained: Load the published weights through timm's or torchvision's hub code.
         checkpoint: Load weights from a file (safetensors, or of torch.save) or from a folder, such as a run's `best` or
             what timm saved; see `models.weights.load_weights`. Where these or published ones belong to a known config,
             all that their shapes do not tell must be as in it; only keys of `head` named here may differ, with a
@@ -49,57 +53,133 @@ def create_model(
         class_names: Names of the classes in their order, see `set_class_names`; their number is the default of
             `num_classes`. Where the weights' classes are known by other names or in another order, the classifier is
             replaced, whatever their number. Default: the weights', where their classifier is kept.
-        **overrides: Any key of the model's config.
+        **overrides: Any key of the model's config. Of a model of timm or torchvision: the keys of
+            `models.timm_facts.ImageFacts`, and the library's own arguments.
 
     Returns:
-        The model, in training mode as torch builds it.
+        The model, in training mode as torch builds it: a `MetaFormer`, or what timm or torchvision builds, with
+        `pretrained_cfg`, `get_classifier`, `reset_classifier` and `num_classes`.
 
     Raises:
         ConfigError: An unknown name or key, a wrong value, or weights that do not fit; says what is allowed.
     """
     if pretrained and checkpoint is not None:
         raise ConfigError("pretrained=True and checkpoint are two sources of weights; give one")
-    config = model_config(name)
     if num_classes is None and class_names is not None:
         num_classes = len(class_names)
     chosen = {"num_classes": num_classes, "in_chans": in_chans}
     overrides |= {key: value for key, value in chosen.items() if value is not None}
-    if overrides:
-        config = override_config(config, overrides, source=f"model {name}")
-    try:
-        model = MetaFormer(config, 0.0 if drop_path_rate is None else drop_path_rate, drop_path_mode)
-    except ValueError as error:
-        raise ConfigError(f"model {name}: {error}") from None
+    foreign = is_foreign(name)
+    model: Any
+    if foreign:
+        model = build_foreign(str(name), overrides, pretrained=pretrained)
+    else:
+        config = _config(name, overrides)
+        try:
+            model = MetaFormer(config, 0.0 if drop_path_rate is None else drop_path_rate, drop_path_mode)
+        except ValueError as error:
+            raise ConfigError(f"model {name}: {error}") from None
     if class_names is not None:
         set_class_names(model, class_names)
 
-    if pretrained:
-        saved = published_facts(config)
-        checks = check_trained_as(config, saved, f"published weights of {name}", overrides)  # before fetching them
-        state, origin = load_timm_pretrained(config)
+    lines: list[str] = []
+    if checkpoint is not None or (pretrained and not foreign):
+        replace = num_classes is not None or pretrained
+        adapt = in_chans is not None or pretrained
+        if foreign:
+            lines = _load_foreign(model, Path(str(checkpoint)), class_names, replace, adapt)
+        else:
+            lines = _load(name, model, checkpoint, overrides, class_names, (replace, adapt))
+    if foreign and drop_path_rate:
+        try:
+            set_drop_path(model, drop_path_rate, mode=drop_path_mode)
+        except ValueError as error:
+            raise ConfigError(f"model {name}: {error}") from None
+    for i, line in enumerate(lines):
+        # the first says what was loaded; others are seen in plain Python too, where nobody has asked for messages
+        logger.log(logging.WARNING if i else logging.INFO, line)
+    return model
+
+
+def model_facts(name: str | Path | MetaFormerConfig, **arguments: Any) -> ModelFacts:
+    """What `create_model` would build from a name and arguments, without building it.
+
+    Raises:
+        ConfigError: As `create_model`, but for what only shows in building.
+    """
+    if is_foreign(name):
+        return foreign_facts(str(name), arguments)
+    left_open = {key for key in ("num_classes", "in_chans", "image_size") if arguments.get(key) is None}
+    config = _config(name, {key: value for key, value in arguments.items() if key not in left_open})
+    keys = config.model_dump(exclude={"name", "published", "pretrained", "num_classes"})
+    return ModelFacts(make_pretrained_cfg(config), keys, config.published.drop_path_rate if config.published else None)
+
+
+def saved_config(model: MetaFormer | Any) -> dict[str, Any]:
+    """What stands beside a model's weights in config.json, so that `create_model(checkpoint=...)` knows them.
+
+    Of a timm model in timm's own form, with what is needed to build it here under `model`.
+    """
+    names = class_names_of(model)
+    if isinstance(model, MetaFormer):
+        return {"model": model.config.model_dump(), "class_names": names}
+    about: dict[str, Any] = {**model.zoo_config, "num_classes": model.num_classes}
+    if about["name"].startswith("timm/"):
+        return {**saved_by_timm(model, names), "model": about}
+    return {"architecture": about["name"].partition(".")[0], "model": about, "class_names": names}
+
+
+def _config(name: str | Path | MetaFormerConfig, overrides: Mapping[str, Any]) -> MetaFormerConfig:
+    config = model_config(name)
+    return override_config(config, overrides, source=f"model {name}") if overrides else config
+
+
+def _load(
+    name: object,
+    model: MetaFormer,
+    checkpoint: str | Path | None,
+    overrides: Mapping[str, Any],
+    class_names: Sequence[str] | None,
+    allowed: tuple[bool, bool],
+) -> list[str]:
+    """Loads a model of ours, published weights where there is no checkpoint; returns what was done."""
+    if checkpoint is None:
+        saved = published_facts(model.config)
+        # before fetching them
+        checks = check_trained_as(model.config, saved, f"published weights of {name}", overrides)
+        state, origin = load_timm_pretrained(model.config)
         trained = None  # published weights do not name their classes
-    elif checkpoint is not None:
+    else:
         origin = str(checkpoint)
         state, saved = load_weights(Path(checkpoint))
-        checks = check_trained_as(config, saved or {}, origin, overrides)
+        checks = check_trained_as(model.config, saved or {}, origin, overrides)
         trained = trained_class_names(saved or {})
-    else:
-        return model
     renamed = class_difference(trained, class_names) if trained and class_names is not None else None
-    first, *changes = load_into(
-        model,
-        state,
-        origin,
-        replace_classifier=num_classes is not None or pretrained,
-        adapt_input=in_chans is not None or pretrained,
-        renamed=renamed,
-    )
-    if trained and class_names is None and model.num_classes == _trained_classes(saved or {}):
+    replace, adapt = allowed
+    lines = load_into(model, state, origin, replace_classifier=replace, adapt_input=adapt, renamed=renamed)
+    _take_names(model, saved, trained, class_names)
+    return lines + checks
+
+
+def _load_foreign(
+    model: nn.Module, checkpoint: Path, class_names: Sequence[str] | None, replace: bool, adapt: bool
+) -> list[str]:
+    """Loads a model of timm or torchvision; returns what was done."""
+    state, saved = load_weights(checkpoint)
+    origin, trained = str(checkpoint), trained_class_names(saved or {})
+    checks = check_saved_as(model, saved or {}, origin)
+    renamed = class_difference(trained, class_names) if trained and class_names is not None else None
+    lines = load_foreign(model, state, origin, replace_classifier=replace, adapt_input=adapt, renamed=renamed)
+    _take_names(model, saved, trained, class_names)
+    return lines + checks
+
+
+def _take_names(
+    model: nn.Module, saved: Mapping[str, Any] | None, trained: list[str] | None, given: Sequence[str] | None
+) -> None:
+    """Gives a model the names of its weights' classes, where it has their classifier and no names were given."""
+    if trained and given is None and model.num_classes == _trained_classes(saved or {}):
         set_class_names(model, trained)
-    logger.info(first)
-    for line in (*changes, *checks):  # seen in plain Python too, where nobody has asked for messages
-        logger.warning(line)
-    return model
 
 
 def class_names_of(model: nn.Module) -> list[str] | None:
@@ -111,7 +191,7 @@ def class_names_of(model: nn.Module) -> list[str] | None:
     return list(names) if names else None
 
 
-def set_class_names(model: MetaFormer, names: Sequence[str]) -> None:
+def set_class_names(model: MetaFormer | Any, names: Sequence[str]) -> None:
     """Names a model's classes. The names go with its weights: into folders, and into what is exported.
 
     Args:

@@ -23,8 +23,8 @@ from layers.patch_embed import TokenEmbed
 from models.config import MetaFormerConfig, idle_keys, override_config
 from models.layouts import ORIGINALS, StateDict, from_original, from_timm, is_pointwise, original_layout, timm_head
 from models.metaformer import MetaFormer
-from models.published import published_config
-from models.registry import is_model, list_models, model_config
+from models.registry import is_model, list_models, model_config, published_config
+from models.timm_facts import is_foreign
 from models.weights import check_dense
 
 
@@ -221,7 +221,7 @@ def trained_config(saved: Mapping[str, Any], origin: str) -> MetaFormerConfig | 
     Raises:
         ConfigError: The model is not in the zoo, or what is said of it is no config.
     """
-    if isinstance(saved.get("model"), dict):
+    if isinstance(saved.get("model"), dict) and not is_foreign(saved["model"].get("name")):
         return validate(MetaFormerConfig, saved["model"], source=f"{origin}: model")
     architecture = saved.get("architecture")
     if not isinstance(architecture, str):
@@ -247,6 +247,15 @@ def trained_config(saved: Mapping[str, Any], origin: str) -> MetaFormerConfig | 
         if config.class_token and pool in ("avg", "token") and pool != config.head.pool:
             facts["head"] = {"pool": pool, "order": "pool_norm" if pool == "avg" else "norm_pool"}
     return override_config(config, facts, source=f"{origin}: model {architecture}")
+
+
+def trained_foreign(saved: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The model of timm or torchvision that a run's folder says its weights are of: its name and further arguments."""
+    about = known_section(saved, "model")
+    name = about.get("name")
+    if not isinstance(name, str) or not is_foreign(name):
+        return None
+    return name, {key: value for key, value in about.items() if key != "name"}
 
 
 def known_section(saved: Mapping[str, Any], key: str) -> dict[str, Any]:

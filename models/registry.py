@@ -3,10 +3,13 @@
 import fnmatch
 from pathlib import Path
 
+import timm
+from timm.models import get_pretrained_cfg
+
 from configs import CONFIGS
 from files.errors import ConfigError, nearest
 from models.config import MetaFormerConfig, load_model_config, override_config
-from models.published import published_config
+from models.timm_facts import is_foreign, list_foreign, suggest_foreign
 
 _registered: dict[str, MetaFormerConfig] = {}
 
@@ -42,12 +45,16 @@ def unregister_model(name: str) -> None:
 
 
 def list_models(filter: str = "*") -> list[str]:
-    """Registered names in order, those that match a pattern such as `pool*`."""
+    """Names in order, those that match a pattern: of the zoo, or of another library, as in `timm/conv*`."""
+    if is_foreign(filter):
+        return list_foreign(filter)
     return sorted(fnmatch.filter({*_files(), *_registered}, filter))
 
 
 def is_model(name: str) -> bool:
     """Whether `create_model` knows the name."""
+    if is_foreign(name):
+        return bool(list_foreign(name))
     return name in _registered or name in _files()
 
 
@@ -67,6 +74,8 @@ def model_config(name: str | Path | MetaFormerConfig) -> MetaFormerConfig:
     if isinstance(name, MetaFormerConfig):
         return name
     name = str(name)
+    if is_foreign(name):
+        raise ConfigError(f"{name} is no model of the zoo, so that it has no config of ours")
     if is_path(name):
         return load_model_config(Path(name))
     base, _, tag = (name, "", "") if is_model(name) else name.partition(".")
@@ -75,9 +84,38 @@ def model_config(name: str | Path | MetaFormerConfig) -> MetaFormerConfig:
     elif base in (files := _files()):
         config = load_model_config(files[base])
     else:
-        hint = nearest(base, list_models()) or "; `python -m models` lists them"
+        hint = suggest_foreign(name) or nearest(base, list_models()) or "; `python -m models` lists them"
         raise ConfigError(f"unknown model {name!r}{hint} (a model of your own is given as a path ending in .yaml)")
     return published_config(config, tag) if tag else config
+
+
+def published_config(config: MetaFormerConfig, tag: str) -> MetaFormerConfig:
+    """The config with the classes, image size and crop of one of its published weights, which become its default.
+
+    Raises:
+        ConfigError: The model has no weights with that tag.
+    """
+    if tag not in config.pretrained:
+        known = ", ".join(config.pretrained) or "none"
+        raise ConfigError(
+            f"model {config.name!r} has no published weights {tag!r}{nearest(tag, config.pretrained)}; it has: {known}"
+        )
+    facts = get_pretrained_cfg(f"{config.name}.{tag}") if timm.is_model(config.name) else None
+    if facts is None:
+        raise ConfigError(f"model {config.name!r}: timm {timm.__version__} has no weights {config.name}.{tag}")
+    height, width = facts.input_size[1:]
+    return config.model_copy(
+        update={
+            "num_classes": facts.num_classes,
+            "image_size": height if height == width else [height, width],
+            "crop_pct": facts.crop_pct,
+            "interpolation": facts.interpolation,
+            "mean": list(facts.mean),
+            "std": list(facts.std),
+            "pretrained": [tag, *(t for t in config.pretrained if t != tag)],
+            "published": config.published_for(tag),
+        }
+    )
 
 
 def _files() -> dict[str, Path]:

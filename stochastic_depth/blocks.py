@@ -10,6 +10,10 @@ from layers.drop_path import DropPath
 from stochastic_depth.places import block_names, find_owners
 
 
+class NoBlocksError(ValueError):
+    """A model in which nothing can be dropped."""
+
+
 @dataclass(frozen=True)
 class Block:
     """One residual block: the module that holds its DropPath modules."""
@@ -31,7 +35,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """The residual blocks of a model with their DropPath modules, in order of registration.
 
     Raises:
-        ValueError: There is none.
+        NoBlocksError: There is none.
     """
     owners = find_owners(unwrap(model))
     blocks: dict[str, Block] = {}
@@ -43,7 +47,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
                 block.drop_paths[f"{inner}.{key}" if inner else key] = child
     found = [block for block in blocks.values() if block.drop_paths]
     if not found:
-        raise ValueError(
+        raise NoBlocksError(
             f"{type(unwrap(model)).__name__} has no residual block with a DropPath, nor a place for one; "
             "build blocks with layers.drop_path.DropPath, or use a model that takes a drop-path rate"
         )

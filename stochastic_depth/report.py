@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from layers.drop_path import DropPath
-from stochastic_depth.blocks import Block, find_blocks, unwrap
+from stochastic_depth.blocks import Block, NoBlocksError, find_blocks, unwrap
 from stochastic_depth.compute import count_macs
 from stochastic_depth.graft import GraftedDropPath, is_applied, role_of
 from stochastic_depth.law import bounded
@@ -107,7 +107,7 @@ class DropPathReport:
         return out.getvalue()
 
     def __str__(self) -> str:
-        width = max(len("block"), *(len(b.name) for b in self.blocks))
+        width = max(map(len, ["block", *(b.name for b in self.blocks)]))
         lines = [f"{'block':<{width}}  nominal  realised  compute  mode"]
         for b in self.blocks:
             realised = "-" if b.realised_rate is None else f"{b.realised_rate:.4f}"
@@ -128,8 +128,8 @@ def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = Non
         model: As for `set_drop_path`.
         input_size: (C, H, W) for counting compute; where neither it nor the model tells, shares are left out.
 
-    Raises:
-        ValueError: The model has no block with a DropPath.
+    Returns:
+        The report; of a model in which nothing can be dropped, one without blocks that says so.
     """
     inner = unwrap(model)
     problems, notes = [], []
@@ -137,7 +137,10 @@ def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = Non
         blocks, problems = _foreign_blocks(inner)
         notes.append("its own drop-path modules, which are not counted and not skipped; set_drop_path replaces them")
     else:
-        blocks = find_blocks(model)
+        try:
+            blocks = find_blocks(model)
+        except NoBlocksError as error:
+            return DropPathReport([], 0.0, 0.0, [], [str(error)])
     try:
         macs = count_macs(model, input_size)
     except ValueError as error:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from layers.drop_path import BREAK_EVEN, MODES, DropPath, Mode
 from layers.rates import Profile, RateIs, check_drop_prob, check_request, drop_path_rates
 from layers.schedule import DropPathSchedule
-from stochastic_depth.blocks import Block, find_blocks, model_input_size, stage_depths, unwrap
+from stochastic_depth.blocks import Block, NoBlocksError, find_blocks, model_input_size, stage_depths, unwrap
 from stochastic_depth.compute import count_macs
 from stochastic_depth.graft import GraftedDropPath, graft, grafted, is_applied
 from stochastic_depth.places import is_foreign
@@ -40,7 +40,7 @@ class StochasticDepth:
         for block in self.blocks:
             for module in block.drop_paths.values():
                 module.multiplier = multiplier
-        return max(self.rates) * multiplier
+        return max(self.rates, default=0.0) * multiplier
 
 
 def set_drop_path(
@@ -75,8 +75,8 @@ def set_drop_path(
         The blocks, their rates and the schedule, set to step 0.
 
     Raises:
-        ValueError: A setting is wrong or cannot be reached, the model has no block to set, or a module where stochastic
-            depth is expected does something else. The model is as it was then.
+        ValueError: A setting is wrong or cannot be reached, the model has no block to set (`NoBlocksError`), or a module
+            where stochastic depth is expected does something else. The model is as it was then.
     """
     rate, profile = check_request(rate, profile, rate_is)
     if mode is not None and mode not in MODES:
@@ -110,7 +110,8 @@ def _prepare(model: nn.Module, input_size: Sequence[int] | None) -> list[Block]:
     """The blocks of a model, after replacing what is not ours; refuses places where nothing can be dropped.
 
     Raises:
-        ValueError: There is no block to set, or one that is given something else than samples.
+        NoBlocksError: There is no block to set.
+        ValueError: There is one that is given something else than samples.
     """
     inner = unwrap(model)
     if is_foreign(inner):
@@ -118,7 +119,7 @@ def _prepare(model: nn.Module, input_size: Sequence[int] | None) -> list[Block]:
         _try_out(mark_applied, inner, input_size)
     blocks = find_blocks(model)
     if not any(is_applied(m) for block in blocks for m in block.drop_paths.values()):
-        raise ValueError(
+        raise NoBlocksError(
             f"{type(inner).__name__} has places for stochastic depth only in blocks without a shortcut "
             f"({blocks[0].name}{', ...' * (len(blocks) > 1)}), where nothing can be dropped"
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from files.durable import save_text
+from models.factory import saved_config
 from models.weights import save_weights, weights_sha256
 from stochastic_depth.report import drop_path_report
 from training.checkpoint import Checkpoint
@@ -258,8 +259,7 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
         if trained or not folder.drop_path.exists():
             save_text(folder.drop_path, drop_path_report(setup.model).to_csv())
         if better:
-            about = {"model": setup.model.config.model_dump(), "class_names": setup.data.class_names}
-            save_weights(folder.best, setup.evaluated.state_dict(), about)
+            save_weights(folder.best, setup.evaluated.state_dict(), saved_config(setup.model))
     return row
 
 

@@ -16,13 +16,12 @@ from torch.utils.data import DataLoader
 
 from files.errors import ConfigError
 from models.counting import count_parameters
-from models.factory import class_difference, create_model
-from models.metaformer import MetaFormer
-from models.registry import model_config
+from models.factory import class_difference, create_model, model_facts
+from stochastic_depth.blocks import NoBlocksError
 from stochastic_depth.compute import count_macs
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import StochasticDepth, break_even_of, set_drop_path
-from training.config import TrainConfig, build_schedule
+from training.config import DropPathSection, TrainConfig, build_schedule
 from training.data.build import build_datasets
 from training.data.dataset import DataBundle
 from training.data.identity import check_same_data
@@ -42,7 +41,7 @@ class Setup:
 
     config: TrainConfig
     world: World
-    model: MetaFormer
+    model: Any  # what create_model gives: an nn.Module with pretrained_cfg, num_classes and a classifier
     depth: StochasticDepth
     data: DataBundle
     train_loader: DataLoader
@@ -122,16 +121,13 @@ def build(
     for key, instead in elsewhere.items():
         if key in section.overrides:  # create_model takes them, and what is done below would replace them
             raise ConfigError(f"model.{key}: has no effect in a training config; did you mean {instead!r}?")
-    base = model_config(section.name)
-    in_chans = section.overrides.get("in_chans", base.in_chans)
-    size = config.data.image_size or section.overrides.get("image_size", base.image_size)
-
-    seed_everything(config.seed)  # the same weights on every rank
-    overrides = {**section.overrides, "image_size": size, "in_chans": in_chans}
-    described = create_model(section.name, num_classes=section.num_classes, **overrides).config
-    mean, std = described.channel_stats()
-    spec = ImageSpec((in_chans, *described.height_width), tuple(mean), tuple(std), described.interpolation,
-                     described.crop_pct)  # fmt: skip
+    overrides = dict(section.overrides)
+    if config.data.image_size is not None:
+        overrides["image_size"] = config.data.image_size
+    facts = model_facts(section.name, num_classes=section.num_classes, **overrides)
+    cfg = facts.pretrained_cfg
+    overrides |= {key: facts.arguments[key] for key in ("image_size", "in_chans")}
+    spec = ImageSpec(cfg["input_size"], cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"])
     data = build_datasets(config.data, config.augment, spec, seed=config.seed)
     if same_data is not None:
         check_same_data(same_data, data.identity, root=config.data.root)
@@ -146,7 +142,7 @@ def build(
         )
     num_classes = section.num_classes or data.num_classes
 
-    seed_everything(config.seed)
+    seed_everything(config.seed)  # the same weights on every rank
     model = create_model(
         section.name,
         pretrained=section.pretrained and load_checkpoint,
@@ -162,9 +158,9 @@ def build(
     on_main(world, lambda: check_images(data, allowed=config.data.max_skipped or 0))
     assert isinstance(train_loader.batch_sampler, EpochSampler)
     steps_per_epoch = math.ceil(train_loader.batch_sampler.batches_per_epoch / config.optim.accumulate)
+    config = config.model_copy(update={"drop_path": _with_rate(config.drop_path, facts.drop_path_rate)})
     depth = _set_drop_path(model, config, steps_per_epoch)
-
-    config = _resolved(config, model, depth, data)
+    config = _resolved(config, facts.arguments, model.num_classes, depth, data)
     precision = _precision(config, world.device)
     channels_last = (
         world.device.type == "cuda" if config.runtime.channels_last == "auto" else config.runtime.channels_last
@@ -211,39 +207,42 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _set_drop_path(model: MetaFormer, config: TrainConfig, steps_per_epoch: int) -> StochasticDepth:
+def _with_rate(section: DropPathSection, published: float | None) -> DropPathSection:
+    """The section with the rate given, else the model's published one; `None` where a list says all rates."""
+    if section.rate is not None or isinstance(section.profile, list):
+        return section
+    return section.model_copy(update={"rate": published or 0.0})
+
+
+def _set_drop_path(model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> StochasticDepth:
     section = config.drop_path
+    schedule = build_schedule(section, steps_per_epoch, config.optim.epochs)
     try:
         return set_drop_path(
             model,
-            _rate(config, model),
+            section.rate,
             profile=section.profile,
             rate_is=section.rate_is,
             mode=section.mode,
-            schedule=build_schedule(section, steps_per_epoch, config.optim.epochs),
+            schedule=schedule,
             break_even=section.break_even,
         )
+    except NoBlocksError as error:
+        if section.rate == 0 and not isinstance(section.profile, list):
+            return StochasticDepth([], [], schedule, [f"{error}; trained without stochastic depth"])
+        raise ConfigError(f"drop_path: {error}\nto train it without stochastic depth: drop_path.rate=0") from None
     except ValueError as error:
         raise ConfigError(f"drop_path: {error}") from None
 
 
-def _rate(config: TrainConfig, model: MetaFormer) -> float | None:
-    """The rate given, else the model's published one; `None` where a list says all rates."""
-    if config.drop_path.rate is not None or isinstance(config.drop_path.profile, list):
-        return config.drop_path.rate
-    published = model.config.published
-    return (published.drop_path_rate if published else None) or 0.0
-
-
-def _resolved(config: TrainConfig, model: MetaFormer, depth: StochasticDepth, bundle: DataBundle) -> TrainConfig:
+def _resolved(
+    config: TrainConfig, arguments: Mapping[str, Any], num_classes: int, depth: StochasticDepth, bundle: DataBundle
+) -> TrainConfig:
     """The config with what was left open filled in, so that it says all about the run."""
-    keys = model.config.model_dump(exclude={"name", "published", "pretrained", "num_classes"})
     named = {k: getattr(config.model, k) for k in ("name", "pretrained", "checkpoint")}
-    section = type(config.model)(**named, num_classes=model.num_classes, **keys)
-    drop_path = config.drop_path.model_copy(
-        update={"rate": _rate(config, model), "break_even": break_even_of(depth.blocks)}
-    )
-    size = model.config.image_size
+    section = type(config.model)(**named, num_classes=num_classes, **arguments)
+    drop_path = config.drop_path.model_copy(update={"break_even": break_even_of(depth.blocks)})
+    size = arguments["image_size"]
     data = config.data.model_copy(update={"class_names": bundle.class_names})
     if isinstance(size, int):
         data = data.model_copy(update={"image_size": size})
@@ -285,12 +284,12 @@ def describe(setup: Setup) -> str:
     frozen_text = f" + {frozen / 1e6:.2f} M frozen" if frozen else ""
     batch = config.data.batch_size * world.size * config.optim.accumulate
     section = config.drop_path
-    height, width = setup.model.config.height_width
+    channels, height, width = setup.model.pretrained_cfg["input_size"]
     threads = torch.get_num_threads()
     profile = section.profile if isinstance(section.profile, str) else "as listed"
     lines = [
         f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs / 1e9:.3g} GMACs at "
-        f"{setup.model.config.in_chans} x {height} x {width}",
+        f"{channels} x {height} x {width}",
         f"data      {config.data.dataset}: {len(setup.data.train)} training and {len(setup.data.val)} validation images, "
         f"{setup.data.num_classes} classes",
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
@@ -299,8 +298,10 @@ def describe(setup: Setup) -> str:
         f"device    {world.device} x {world.size}, {str(setup.precision).removeprefix('torch.')}"
         f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}, "
         f"{threads} CPU thread{'s' if threads > 1 else ''}{' each' if world.size > 1 else ''}",
-        f"drop path up to {max(setup.depth.rates):.3g}, {profile}, mode {section.mode}, schedule {section.schedule.kind}: "
+        f"drop path up to {max(setup.depth.rates, default=0.0):.3g}, {profile}, mode {section.mode}, "
+        f"schedule {section.schedule.kind}: "
         f"expected depth {report.expected_depth:.2f} of {len(report.blocks)} blocks, "
         f"{report.compute_saved or 0.0:.1%} of training compute saved",
     ]
-    return "\n".join(lines + [f"warning: {w}" for w in report.warnings])
+    notes = setup.depth.notes if not setup.depth.blocks else []
+    return "\n".join(lines + [f"warning: {w}" for w in report.warnings] + [f"note      {note}" for note in notes])

@@ -24,8 +24,7 @@ from models.factory import create_model
 from models.layouts import from_original, from_timm, timm_head, to_timm
 from models.loading import load_into
 from models.metaformer import MetaFormer
-from models.published import published_config
-from models.registry import list_models, model_config
+from models.registry import list_models, model_config, published_config
 
 IN_TIMM = [n for family in ("poolformer_?[0-9]*", "poolformerv2", "convformer", "caformer")
            for n in list_models(f"{family}*") if not n.endswith("_n4")]  # fmt: skip

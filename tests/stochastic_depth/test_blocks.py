@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from layers.rates import drop_path_rates
-from stochastic_depth.blocks import find_blocks, stage_depths, unwrap
+from stochastic_depth.blocks import NoBlocksError, find_blocks, stage_depths, unwrap
 from stochastic_depth.compute import count_macs
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import set_drop_path
@@ -48,10 +48,16 @@ def test_blocks_compiled_one_by_one_are_the_same_blocks() -> None:
     assert set_drop_path(compiled, 0.4, profile="stagewise").rates == [0.0, 0.0, 0.4, 0.4]
 
 
-@pytest.mark.parametrize("use", [find_blocks, drop_path_report, lambda model: set_drop_path(model, 0.1)])
+@pytest.mark.parametrize("use", [find_blocks, lambda model: set_drop_path(model, 0.1)])
 def test_a_model_without_blocks_is_refused(use: Any) -> None:
-    with pytest.raises(ValueError, match="Sequential has no residual block with a DropPath"):
+    with pytest.raises(NoBlocksError, match="Sequential has no residual block with a DropPath"):
         use(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_report_on_a_model_without_blocks_says_so() -> None:
+    report = drop_path_report(nn.Sequential(nn.Linear(2, 2)))
+    assert report.blocks == [] and report.warnings == [] and report.expected_depth == 0
+    assert "Sequential has no residual block" in str(report) and report.to_csv().startswith("block,name,")
 
 
 @pytest.mark.parametrize("wrapping", ["ddp", "compile", "compiled ddp", "ddp of compiled", "compiled in place"])
