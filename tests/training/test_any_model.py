@@ -101,7 +101,7 @@ def test_a_model_without_a_residual_block_trains_at_rate_0_and_says_so(tmp_path:
     assert "has no residual block" in describe(setup) and "trained without stochastic depth" in describe(setup)
     folder = RunFolder(tmp_path / "run")
     folder.make(fresh=True)
-    run_steps(setup, folder, 1, monkeypatch, report=loop.write_report)
+    run_steps(setup, folder, 1, monkeypatch, report=page.write_report)
     assert folder.summary.exists() and (folder.path / "report.html").exists()
 
 
