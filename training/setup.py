@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from files.errors import ConfigError
+from layers.schedule import DropPathSchedule
 from models.counting import count_parameters
 from models.factory import class_difference, create_model, model_facts
 from stochastic_depth.blocks import NoBlocksError
@@ -216,8 +217,9 @@ def _with_rate(section: DropPathSection, published: float | None) -> DropPathSec
 
 def _set_drop_path(model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> StochasticDepth:
     section = config.drop_path
-    schedule = build_schedule(section, steps_per_epoch, config.optim.epochs)
+    schedule = DropPathSchedule()
     try:
+        schedule = build_schedule(section, steps_per_epoch, config.optim.epochs)
         return set_drop_path(
             model,
             section.rate,
