@@ -1,12 +1,9 @@
-"""Stochastic depth in residual blocks that are not ours, timm's and torchvision's: the one file that knows such blocks.
+"""How others' residual blocks skip, tried out and proven: `verify_skip`, and a plan for each structure of block.
 
-Their drop-path modules are found by class name and by attribute name, also where an identity (or nothing) stands for
-rate 0. What such a module does (its rate, scaling, one draw per sample or per batch) is found by running a copy of it, and
-it is replaced by a `GraftedDropPath` that does the same; one that does something else is refused by name. Blocks that have
-no place for one, or a wrong one, get it behind the last module of each branch (`BRANCH_ENDS`). A block's own forward is
-left alone. To skip, the kept samples are selected in a hook in front of the first module of a branch, and the grafted
-module at the branch's end scatters the result into zeros of the full batch. Where a branch begins is found by watching a
-forward pass in training mode, and every conversion is then run against masking with the same kept set, outputs and
+Places for stochastic depth are found by `stochastic_depth.places`, modules put there by `stochastic_depth.graft`, and a
+block's own forward is left alone. To skip, the kept samples are selected in a hook in front of the first module of a branch,
+and the grafted module at the branch's end scatters the result into zeros of the full batch. Where a branch begins is found by
+watching a forward pass in training mode, and every plan is then run against masking with the same kept set, outputs and
 gradients, in float32 on a copy with randomised scales. What does not agree falls back to skipping the whole block, and
 what does not agree then is masked. Nothing is installed that has not agreed exactly as it is installed.
 """
