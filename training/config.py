@@ -37,7 +37,10 @@ class ModelSection(_Section):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field(min_length=1, description="A registered model (see list_models) or the path of a model's YAML.")
+    name: str = Field(
+        min_length=1,
+        description="A registered model (see list_models), the path of a model's YAML, timm/NAME or torchvision/NAME.",
+    )
     num_classes: int | None = Field(default=None, ge=1, description="Classes of the head. Default: those of the data.")
     pretrained: bool = Field(default=False, description="Start from published weights, downloaded through timm.")
     checkpoint: str | None = Field(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from files.errors import ConfigError
-from layers.schedule import DropPathSchedule
 from models.counting import count_parameters
 from models.factory import class_difference, create_model, model_facts
 from stochastic_depth.blocks import NoBlocksError
@@ -217,7 +216,6 @@ def _with_rate(section: DropPathSection, published: float | None) -> DropPathSec
 
 def _set_drop_path(model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> StochasticDepth:
     section = config.drop_path
-    schedule = DropPathSchedule()
     try:
         schedule = build_schedule(section, steps_per_epoch, config.optim.epochs)
         return set_drop_path(
@@ -231,7 +229,7 @@ def _set_drop_path(model: nn.Module, config: TrainConfig, steps_per_epoch: int) 
         )
     except NoBlocksError as error:
         if section.rate == 0 and not isinstance(section.profile, list):
-            return StochasticDepth([], [], schedule, [f"{error}; trained without stochastic depth"])
+            return StochasticDepth([], [], notes=[f"{error}; trained without stochastic depth"])
         raise ConfigError(f"drop_path: {error}\nto train it without stochastic depth: drop_path.rate=0") from None
     except ValueError as error:
         raise ConfigError(f"drop_path: {error}") from None

@@ -3,54 +3,17 @@
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from models.__main__ import find, main, stage_table, zoo_table
 from models.counting import count_parts
 from models.factory import create_model
 from models.registry import list_models, model_config
-from pictures import draw_zoo, families
 
 ROOT = Path(__file__).resolve().parents[2]
-FEW = ["caformer_s18", "poolformer_s12", "randformer_s12", "deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2",
-       "mixer_s16_224", "resmlp_12_224"]  # fmt: skip
-
-
-def whole(name: str) -> tuple[int, int]:
-    """Parameters and multiply-accumulates of a model counted all at once."""
-    with torch.device("meta"):
-        model = create_model(name).eval()
-        images = torch.empty(1, model.config.in_chans, *model.config.height_width)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
-
-
-@pytest.mark.parametrize(
-    "name", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in list_models() if n not in FEW)]
-)
-def test_parts_sum_to_the_whole_model(name: str) -> None:
-    parts = count_parts(model_config(name))
-    assert (sum(p.params for p in parts), sum(p.macs for p in parts)) == whole(name)
-    assert all(p.params >= 0 and p.macs >= 0 for p in parts)
-
-
-def test_parts() -> None:
-    stem, one, two, three, four, head = count_parts(model_config("caformer_s18"))
-    assert [p.blocks for p in (one, two, three, four)] == [3, 3, 9, 3]
-    assert [p.positions for p in (one, two, three, four)] == [(56, 56), (28, 28), (14, 14), (7, 7)]
-    assert [p.channels for p in (stem, one, two, three, four, head)] == [64, 64, 128, 320, 512, 1000]
-    assert [p.mixer for p in (one, four)] == ["sep_conv", "attention"]
-    with torch.device("meta"):
-        model = create_model("caformer_s18")
-    assert three.params == sum(p.numel() for p in model.stages[2].parameters())
-    assert head.params == sum(p.numel() for p in model.head.parameters()) and head.positions is None
-    assert stem.macs == 7 * 7 * 3 * 64 * 56 * 56
 
 
 def test_the_table() -> None:
@@ -139,8 +102,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["cafromer_s1*"], "no model matches 'cafromer_s1*'; did you mean"),
         (["nowhere.yaml"], "no such file"),
         (["caformer_s18.nope"], "has no published weights 'nope'"),
-        (["--picture", "zoo.png"], "a name ending in .svg"),
-        (["caformer_n4", "--picture", "zoo.svg"], "no published top-1"),
     ],
 )
 def test_mistakes(
@@ -155,35 +116,6 @@ def test_mistakes(
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") <= 3
     assert not list(tmp_path.iterdir())
-
-
-def test_families() -> None:
-    found = families(find([]))
-    assert found["caformer"] == [(4.1, 83.6), (8.0, 84.5), (13.2, 85.2), (23.2, 85.5)]
-    best = [max(top1 for _, top1 in points) for points in found.values()]
-    assert best == sorted(best, reverse=True) and len(best) >= 6
-
-
-def test_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "new" / "zoo.svg"
-    assert main(["--picture", str(path)]) == 0
-    assert capsys.readouterr().out.strip() == str(path)
-    root = ElementTree.fromstring(path.read_text())
-    assert root.tag.endswith("svg")
-    assert path.read_text() == draw_zoo(find([])), "the same bytes each time"
-    fewer = draw_zoo(find(["caformer_*", "poolformer_*"]))
-    assert len(fewer) < len(path.read_text())
-
-
-def test_the_picture_in_the_docs_is_up_to_date() -> None:
-    # what is drawn, not the bytes: those change with matplotlib
-    drawn = draw_zoo(find([])).count("<use ")
-    assert (ROOT / "docs/pictures/zoo.svg").read_text().count("<use ") == drawn, "make pictures"
-
-
-def test_make_pictures_draws_it() -> None:
-    recipe = (ROOT / "Makefile").read_text().partition("\npictures:")[2].partition("\n\n")[0]
-    assert "python -m models --picture docs/pictures/zoo.svg" in recipe
 
 
 def test_a_reader_that_stops_is_no_error() -> None:

@@ -3,13 +3,23 @@
 import re
 
 import pytest
+import timm
 import torch
 
 from configs import CONFIGS
 from files.errors import ConfigError
 from models.config import load_model_config
 from models.factory import create_model
-from models.registry import is_model, is_path, list_models, model_config, register_model, unregister_model
+from models.registry import (
+    is_model,
+    is_path,
+    list_models,
+    model_config,
+    published_config,
+    register_model,
+    unregister_model,
+)
+from tests.models.parts import IN_TIMM, ISOTROPIC
 
 S12 = CONFIGS / "models" / "poolformer_s12.yaml"
 
@@ -107,3 +117,46 @@ def test_paths():
     assert model_config(str(S12)) == model_config("poolformer_s12")
     with pytest.raises(ConfigError, match=r"no such file; did you mean 'poolformer_s12.yaml'"):
         model_config(str(S12.with_name("poolfromer_s12.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("tag", "classes", "size"),
+    [("sail_in1k", 1000, 224), ("sail_in22k_ft_in1k_384", 1000, 384), ("sail_in22k", 21841, 224)],
+)
+def test_a_tag_sets_classes_and_image_size(tag, classes, size):
+    with torch.device("meta"):
+        model = create_model(f"convformer_s18.{tag}")
+        other = create_model(f"convformer_s18.{tag}", num_classes=3, image_size=[96, 160])
+    assert model.num_classes == classes and model.pretrained_cfg["input_size"] == (3, size, size)
+    assert model.pretrained_cfg["tag"] == tag
+    assert other.num_classes == 3 and other.pretrained_cfg["input_size"] == (3, 96, 160)
+
+
+def test_every_tag_is_known_to_timm():
+    tags = {f"{n}.{tag}" for n in list_models() for tag in model_config(n).pretrained}
+    published = {t for n in (*IN_TIMM, *ISOTROPIC) for t in timm.list_models(f"{n}.*", pretrained=True)}
+    assert tags == published >= set(timm.list_models(module="metaformer", pretrained=True))
+    for module, left_out in (("mlp_mixer", ("gm",)), ("deit", ("_distilled_", "_384"))):
+        names = [n for n in timm.list_models(module=module) if not any(part in n for part in left_out)]
+        assert names and set(names) <= set(ISOTROPIC)
+    for name in tags:
+        base, _, tag = name.partition(".")
+        config, theirs = model_config(name), timm.models.get_pretrained_cfg(name)
+        assert theirs is not None and config.pretrained[0] == tag
+        assert (3, *config.height_width) == theirs.input_size and config.num_classes == theirs.num_classes
+        assert config.crop_pct == theirs.crop_pct and config.interpolation == theirs.interpolation
+        assert tuple(config.mean) == theirs.mean and tuple(config.std) == theirs.std
+        assert published_config(model_config(base), tag) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("caformer_s18.sail_in1k_348", "did you mean 'sail_in1k_384'"),
+        ("randformer_s12.sail_in1k", "has no published weights 'sail_in1k'; it has: none"),
+        ("caformer_s81.sail_in1k", "unknown model 'caformer_s81.sail_in1k'; did you mean 'caformer_s18'"),
+    ],
+)
+def test_unknown_tags(name, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        create_model(name)

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,11 +14,11 @@ from models.loading import trained_foreign
 from models.weights import load_weights, save_weights
 from stochastic_depth.blocks import find_blocks
 
-SMALL = {"image_size": 32, "in_chans": 1, "num_classes": 5}
+SMALL: dict[str, Any] = {"image_size": 32, "in_chans": 1, "num_classes": 5}
 IMAGES = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def saved(folder: Path, name: str, **arguments):
+def saved(folder: Path, name: str, **arguments: Any) -> tuple[Path, Any]:
     torch.manual_seed(1)
     model = create_model(name, **{**SMALL, **arguments}).eval()
     save_weights(folder / "best", model.state_dict(), saved_config(model))
@@ -38,7 +39,7 @@ def test_what_is_saved_loads_here(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["timm/convnext_atto", "timm/vit_tiny_patch16_224"])
 def test_what_is_saved_loads_in_timm(name: str, tmp_path: Path) -> None:
     folder, model = saved(tmp_path, name, class_names=list("abcde"))
-    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(theirs(IMAGES), model(IMAGES))
     cfg = theirs.pretrained_cfg
     assert tuple(cfg["input_size"]) == (1, 32, 32) and list(cfg["label_names"]) == list("abcde")
@@ -46,7 +47,7 @@ def test_what_is_saved_loads_in_timm(name: str, tmp_path: Path) -> None:
 
 def test_another_number_of_classes_replaces_the_classifier(tmp_path: Path, caplog) -> None:
     folder, model = saved(tmp_path, "timm/resnet18")
-    other = create_model("timm/resnet18", checkpoint=folder, image_size=32, in_chans=3, num_classes=3)
+    other: Any = create_model("timm/resnet18", checkpoint=folder, image_size=32, in_chans=3, num_classes=3)
     assert other.num_classes == 3 and other(torch.randn(2, 3, 32, 32)).shape == (2, 3)
     assert torch.equal(other.layer1[0].conv1.weight, model.layer1[0].conv1.weight)
     assert "classifier of 5 classes replaced by a new one of 3" in caplog.text
@@ -57,13 +58,13 @@ def test_another_number_of_classes_replaces_the_classifier(tmp_path: Path, caplo
 
 def test_renamed_classes_replace_the_classifier(tmp_path: Path, caplog) -> None:
     folder, model = saved(tmp_path, "timm/resnet18", class_names=list("abcde"))
-    other = create_model("timm/resnet18", checkpoint=folder, in_chans=1, class_names=list("abcdf"))
+    other: Any = create_model("timm/resnet18", checkpoint=folder, in_chans=1, class_names=list("abcdf"))
     assert not torch.equal(other.fc.weight, model.fc.weight) and "though of as many" in caplog.text
 
 
 def test_positions_of_another_size_are_resampled(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path, "timm/vit_tiny_patch16_224")
-    other = create_model("timm/vit_tiny_patch16_224", checkpoint=folder, **{**SMALL, "image_size": 64})
+    other: Any = create_model("timm/vit_tiny_patch16_224", checkpoint=folder, **{**SMALL, "image_size": 64})
     assert other.pos_embed.shape[1] == 17 and other(torch.randn(1, 1, 64, 64)).shape == (1, 5)
 
 

@@ -28,8 +28,7 @@ RUN = ["data={dataset: digits, batch_size: 4, eval_batch_size: 64, workers: 0}",
        "ema={enabled: true}", "runtime={device: cpu}", "checkpoint={every_steps: null}"]  # fmt: skip
 FAST = ["timm/convnext_atto"]
 SLOW = ["timm/resnet18", "timm/vit_tiny_patch16_224", "timm/swin_tiny_patch4_window7_224", "timm/efficientnet_b0",
-        "timm/caformer_s18",
-        "torchvision/resnet18", "torchvision/convnext_tiny"]  # fmt: skip
+        "timm/caformer_s18", "torchvision/resnet18", "torchvision/convnext_tiny"]  # fmt: skip
 NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
@@ -37,13 +36,12 @@ def build_run(name: str, *overrides: str) -> Setup:
     return build(load_config(None, [f"model={{name: {name}, in_chans: 1, image_size: 32}}", *RUN, *overrides]), WORLD)
 
 
+def no_report(_: Path) -> None:
+    pass
+
+
 def run_steps(
-    setup: Setup,
-    folder: RunFolder,
-    until: int,
-    monkeypatch: pytest.MonkeyPatch,
-    checkpoint=None,
-    report=lambda _: None,
+    setup: Setup, folder: RunFolder, until: int, monkeypatch: pytest.MonkeyPatch, checkpoint=None, report=no_report
 ) -> None:
     """Trains to a step, where a signal comes."""
     real = loop.train_step
