@@ -9,11 +9,8 @@ from training.threads import wait_passively
 
 wait_passively()  # before torch loads
 
-from files.errors import ConfigError
-from training.checkpoint import CheckpointError
+from files.errors import run_command
 from training.config import dump_config
-from training.data.dataset import ReadError
-from training.loop import NonFiniteError
 from training.run import Resume, describe_result, dry_run, find_config, find_folder, run, with_class_names
 
 
@@ -35,23 +32,21 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done or saved, 1 failed while running, 2 a mistake in what was given."""
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    return run_command(lambda: train(args))
+
+
+def train(args: argparse.Namespace) -> int:
+    """Prints the config, or the plan, or trains."""
     name = args.config.stem if args.config else "digits"
     resume: Resume = args.resume if args.resume in (None, "auto") else Path(args.resume)
-    try:
-        folder = find_folder(args.output, resume=resume, name=name)
-        config = find_config(args.config, args.overrides, folder, resume=resume)
-        if args.print_config:
-            told = dump_config(with_class_names(config)).rstrip("\n")
-        elif args.dry_run:
-            told = dry_run(config, folder, resume=resume, name=name)
-        else:
-            told = describe_result(run(config, folder, resume=resume, name=name))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (NonFiniteError, CheckpointError, ReadError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    folder = find_folder(args.output, resume=resume, name=name)
+    config = find_config(args.config, args.overrides, folder, resume=resume)
+    if args.print_config:
+        told = dump_config(with_class_names(config)).rstrip("\n")
+    elif args.dry_run:
+        told = dry_run(config, folder, resume=resume, name=name)
+    else:
+        told = describe_result(run(config, folder, resume=resume, name=name))
     if told:
         print(told)
     return 0

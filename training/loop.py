@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from files.durable import save_text
+from files.errors import Failure
 from models.factory import saved_config
 from models.weights import save_weights, weights_sha256
 from stochastic_depth.report import drop_path_report
@@ -34,7 +35,7 @@ from training.setup import Setup, seed_everything
 from training.state import Progress, RunState
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(Failure):
     """A loss or gradient that is not finite; raised on all ranks before the optimizer step."""
 
 
