@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from files.errors import ConfigError, FieldError, nearest
+from files.errors import ConfigError, FieldError
 from files.strict_yaml import (
     Document,
     annotation_at,
@@ -119,9 +119,6 @@ def test_billion_laughs_is_refused_at_its_first_alias() -> None:
 def test_a_bad_value_has_no_line() -> None:
     with pytest.raises(ConfigError, match=r"^not valid YAML: expected ',' or"):
         parse_value("[1")
-
-
-# ---- KEY=VALUE --------------------------------------------------------------------------------------------------------
 
 
 class Deep(BaseModel):
@@ -313,8 +310,3 @@ def test_dump_reads_back() -> None:
     assert [type(n) for n in back["numbers"]] == [type(n) for n in data["numbers"]]
     shared = [1, 2]
     assert parse_yaml(dump_yaml({"a": shared, "b": shared})).data == {"a": shared, "b": shared}
-
-
-def test_nearest() -> None:
-    assert nearest("cosin", ["linear", "cosine"]) == "; did you mean 'cosine'?"
-    assert nearest("zzz", ["linear", "cosine"]) == ""
