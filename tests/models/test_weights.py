@@ -18,15 +18,12 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint
 
-from files.durable import CheckpointError, publish, save_text, settled, tidy, together, write_durably
+from files.durable import CheckpointError, save_text, settled, tidy
 from files.errors import ConfigError
 from models import weights as weights_module
 from models.registry import model_config
 from models.weights import load_weights, read_tensors, save_weights, weights_sha256
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())
+from tests.models.parts import make, names
 
 
 def flip(path: Path, position: int) -> None:
@@ -43,9 +40,6 @@ class Evil:
 
     def __reduce__(self):
         return (open, (str(self.target), "w"))
-
-
-# ---- hashes of weights ------------------------------------------------------------------------------------------
 
 
 def test_weights_sha256_changes_with_name_dtype_shape_and_every_bit():
@@ -91,9 +85,6 @@ def test_weights_sha256_is_what_the_description_says():
 def test_weights_sha256_refuses_what_is_not_a_dense_tensor():
     with pytest.raises(ValueError, match="extra"):
         weights_sha256({"extra": 1})  # pyright: ignore[reportArgumentType]
-
-
-# ---- weights ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -319,8 +310,6 @@ def test_other_objects_in_a_checkpoint_are_named_with_what_to_do(tmp_path):
         load_weights(tmp_path / "x.ckpt")
 
 
-# ---- which weights of a checkpoint ------------------------------------------------------------------------------
-
 RAW, AVERAGE = ({"conv.weight": torch.full((2,), value), "conv.bias": torch.zeros(1)} for value in (0.0, 1.0))
 
 
@@ -424,9 +413,6 @@ def test_a_run_folder_is_pointed_to_its_best(tmp_path, weights):
     shutil.rmtree(tmp_path / "best")
     with pytest.raises(ConfigError, match=r"no model\.safetensors in this folder$"):
         load_weights(tmp_path)
-
-
-# ---- folders of others ------------------------------------------------------------------------------------------
 
 
 def plain(weights: dict) -> dict:
@@ -589,9 +575,6 @@ def test_weights_of_any_dtype(tmp_path, dtype):
     assert torch.equal(loaded["w"].view(torch.uint8), state["w"].view(torch.uint8))
 
 
-# ---- kills, lost writes, full disks -----------------------------------------------------------------------------
-
-
 class Killed:
     """For kill_script.py: saves that are killed at any of their operations."""
 
@@ -644,12 +627,6 @@ def test_a_full_disk_leaves_the_old_weights_and_says_so(tmp_path, fill_disk):
     assert load_weights(tmp_path / "best")[1] == {"mark": 2}
 
 
-def test_a_full_disk_leaves_the_old_text_and_says_so(tmp_path, fill_disk):
-    save_text(tmp_path / "a.csv", "old")
-    assert fill_disk(lambda: save_text(tmp_path / "a.csv", "new" * 500), tmp_path) > 10
-    assert (tmp_path / "a.csv").read_text() == "new" * 500
-
-
 def test_weights_that_cannot_be_written_leave_no_rubbish(tmp_path, weights, monkeypatch):
     save_weights(tmp_path / "best", weights, {"mark": 1})
 
@@ -661,66 +638,6 @@ def test_weights_that_cannot_be_written_leave_no_rubbish(tmp_path, weights, monk
         save_weights(tmp_path / "best", weights, {"mark": 2})
     assert names(tmp_path) == ["best"]
     assert load_weights(tmp_path / "best")[1] == {"mark": 1}
-
-
-# ---- texts ------------------------------------------------------------------------------------------------------
-
-
-def test_texts_are_written_as_they_are_and_replaced(tmp_path):
-    for text in ("a,b\n1,2\n", "", "\u00e9\r\n \U0001f600"):
-        save_text(tmp_path / "a.csv", text)
-        assert (tmp_path / "a.csv").read_bytes() == text.encode()
-    assert names(tmp_path) == ["a.csv"]
-
-
-def test_a_text_that_cannot_be_written_leaves_the_old(tmp_path, monkeypatch):
-    path = tmp_path / "a.csv"
-    save_text(path, "old")
-    with pytest.raises(CheckpointError, match=r"a\.csv was not saved.*untouched: UnicodeEncodeError"):
-        save_text(path, "\ud800")
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"untouched: Input/output error$"):
-
-        def broken(descriptor: int) -> None:
-            raise OSError(5, "Input/output error")
-
-        patch.setattr(os, "fsync", broken)
-        save_text(path, "new")
-    assert names(tmp_path) == ["a.csv"] and path.read_text() == "old"
-    save_text(path, "new")
-    assert path.read_text() == "new"
-
-
-def test_a_text_where_no_file_can_be(tmp_path):
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "missing" / "a.csv", tmp_path / "folder"):
-        with pytest.raises(CheckpointError, match=f"{path.name} was not saved"):
-            save_text(path, "x")
-    assert names(tmp_path) == ["folder"]
-
-
-# ---- files and folders ------------------------------------------------------------------------------------------
-
-
-def make(folder: Path, mark: str) -> Path:
-    folder.mkdir()
-    (folder / "mark").write_text(mark)
-    return folder
-
-
-def test_write_durably_syncs_all_of_a_new_file(tmp_path, monkeypatch):
-    synced: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
-    write_durably(tmp_path / "a", lambda file: file.write(b"12345"))
-    assert synced == [5]
-    with pytest.raises(FileExistsError):
-        write_durably(tmp_path / "a", lambda file: file.write(b"other"))
-    assert (tmp_path / "a").read_bytes() == b"12345"
-
-
-def test_publish_replaces_a_folder(tmp_path):
-    publish(make(tmp_path / ".tmp-a", "1"), tmp_path / "a")
-    publish(make(tmp_path / ".tmp-a", "2"), tmp_path / "a")
-    assert names(tmp_path) == ["a"] and (tmp_path / "a" / "mark").read_text() == "2"
 
 
 def test_a_folder_that_was_set_aside_is_found_and_brought_back(tmp_path):
@@ -741,33 +658,6 @@ def test_the_leftovers_of_other_folders_are_left_alone(tmp_path, weights):
     make(tmp_path / ".old-best1", "1")
     save_weights(tmp_path / "best[1]", weights, {})
     assert names(tmp_path) == [".old-best1", ".tmp-best1", "best[1]"]
-
-
-def test_leftovers_that_cannot_be_removed_are_a_warning(tmp_path, monkeypatch):
-    def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    make(tmp_path / "a", "1")
-    monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.warns(UserWarning, match=r"\.old-a: cannot be removed: Permission denied"):
-        publish(make(tmp_path / ".tmp-a", "2"), tmp_path / "a")
-    assert (tmp_path / "a" / "mark").read_text() == "2"
-
-
-def test_a_stage_fails_on_all_ranks_when_it_fails_on_one(tmp_path):
-    told: list[bool] = []
-
-    def alone(failed: bool) -> bool:
-        told.append(failed)
-        return failed
-
-    with together(alone, tmp_path):
-        pass
-    with pytest.raises(CheckpointError, match=r"was not saved.*ValueError: mine"), together(alone, tmp_path):
-        raise ValueError("mine")
-    with pytest.raises(CheckpointError, match="another rank failed"), together(lambda failed: True, tmp_path):
-        pass
-    assert told == [False, True]
 
 
 @pytest.mark.parametrize("container", ["torch", "pickle"])
