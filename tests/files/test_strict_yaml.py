@@ -121,9 +121,6 @@ def test_a_bad_value_has_no_line() -> None:
         parse_value("[1")
 
 
-# ---- KEY=VALUE --------------------------------------------------------------------------------------------------------
-
-
 class Deep(BaseModel):
     root: str | None = None
     title: Annotated[str, Field(min_length=1)] = "x"

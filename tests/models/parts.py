@@ -1,11 +1,13 @@
 """What tests of weights in other layouts share: models moved away from their initial values, and compared."""
 
 import re
+from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from models.factory import create_model
 from models.metaformer import MetaFormer
 from models.registry import list_models
 
@@ -55,3 +57,45 @@ def in_original_layout(model: MetaFormer) -> dict[str, Tensor]:
             key = re.sub(r"^stages\.(\d)\.blocks\.", r"stages.\1.", key)
         out[key] = value
     return out
+
+
+# every mixer, norm and scale; blocks are few, because those of a stage are alike
+SHORT = {"depths": [1, 1, 1, 1], "image_size": 64}
+
+
+def built(name: str, **overrides) -> MetaFormer:
+    """A model whose vectors are all away from their initial values: at those, most folding is invisible."""
+    torch.manual_seed(0)
+    model = create_model(name, **overrides)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.numel() == parameter.shape[-1]:
+                parameter.copy_(torch.rand_like(parameter) + (-0.5 if key.endswith("bias") else 0.5))
+    return model.eval()
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images)
+
+
+KINDS = {
+    "poolformer_s12": SHORT,  # LayerScale behind pooling, group norms with bias
+    "poolformerv2_s12": SHORT,  # ResScale, group norms without
+    "identityformer_s12": SHORT,
+    "randformer_s12": SHORT,
+    "caformer_s18": SHORT,  # separable convolutions, attention, StarReLU
+    "deit3_small_patch16_224": {"depths": [2]},  # LayerScale behind attention with bias
+    "mixer_s16_224": {"depths": [2]},
+    "resmlp_12_224": {"depths": [2]},  # affine instead of norms
+}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def make(folder: Path, mark: str) -> Path:
+    folder.mkdir()
+    (folder / "mark").write_text(mark)
+    return folder

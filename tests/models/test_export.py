@@ -10,12 +10,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
 
 from files.errors import ConfigError
-from layers.mlp import StarReLU
-from layers.norm import Affine, GroupNorm1, LayerNorm
-from layers.scale import Scale
 from models import export
 from models.export import (
     FORMATS,
@@ -30,103 +26,14 @@ from models.export import (
 from models.factory import class_names_of, create_model
 from models.fold import fold_scales, load_folded
 from models.layouts import timm_head
-from models.metaformer import MetaFormer, MetaFormerBlock
-from models.registry import list_models, model_config
+from models.metaformer import MetaFormer
+from models.registry import model_config
 from models.weights import load_weights, save_weights
+from tests.models.parts import KINDS, SHORT, built, logits
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs the export extra")
 OUTPUT: dict[Format, str] = {"timm": "out", "onnx": "out.onnx", "torch": "out.pt2", "folded": "out"}
-# every mixer, norm and scale; blocks are few, because those of a stage are alike
-SHORT = {"depths": [1, 1, 1, 1], "image_size": 64}
-KINDS = {
-    "poolformer_s12": SHORT,  # LayerScale behind pooling, group norms with bias
-    "poolformerv2_s12": SHORT,  # ResScale, group norms without
-    "identityformer_s12": SHORT,
-    "randformer_s12": SHORT,
-    "caformer_s18": SHORT,  # separable convolutions, attention, StarReLU
-    "deit3_small_patch16_224": {"depths": [2]},  # LayerScale behind attention with bias
-    "mixer_s16_224": {"depths": [2]},
-    "resmlp_12_224": {"depths": [2]},  # affine instead of norms
-}
-
-
-def built(name: str, **overrides) -> MetaFormer:
-    """A model whose vectors are all away from their initial values: at those, most folding is invisible."""
-    torch.manual_seed(0)
-    model = create_model(name, **overrides)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.numel() == parameter.shape[-1]:
-                parameter.copy_(torch.rand_like(parameter) + (-0.5 if key.endswith("bias") else 0.5))
-    return model.eval()
-
-
-def left(model: nn.Module) -> dict[str, int]:
-    """How many scales and norms with weights the blocks still hold."""
-    blocks = [m for m in model.modules() if isinstance(m, MetaFormerBlock)]
-    kinds = (Scale, StarReLU, GroupNorm1, LayerNorm, Affine)
-    found = [type(m).__name__ for block in blocks for m in block.modules() if isinstance(m, kinds)]
-    return {name: found.count(name) for name in sorted(set(found))}
-
-
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(images)
-
-
-# ---- folding ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_folded_is_equal(name: str) -> None:
-    model = built(name, **KINDS[name])
-    images = example_images(model)(3)
-    assert relative_error(logits(model, images), logits(fold_scales(model), images)) < 1e-5
-
-
-def test_what_is_folded_and_what_stays() -> None:
-    assert left(fold_scales(built("poolformer_s12", **SHORT))) == {"GroupNorm1": 4}, "norm1 carries LayerScale"
-    assert left(fold_scales(built("caformer_s18", **SHORT))) == {"Scale": 4, "StarReLU": 2}, "ResScale, SepConv's"
-    assert left(fold_scales(built("poolformerv2_s12", **SHORT))) == {"GroupNorm1": 4, "Scale": 4}
-    assert left(fold_scales(built("deit3_small_patch16_224", depths=[2]))) == {}
-    assert left(fold_scales(built("mixer_s16_224", depths=[2]))) == {"LayerNorm": 2}
-
-
-def test_scales_that_cannot_be_folded_stay_and_count() -> None:
-    for overrides in ({"norm": "none", "layer_scale": 0.5}, {"norm": "none", "layer_scale": 0.5, "act": "star_relu"}):
-        model = built("poolformer_s12", **SHORT, **overrides)
-        folded = fold_scales(model)
-        assert left(folded)["Scale"] == 4, "pooling without a norm has nothing to take the scale"
-        images = example_images(model)(2)
-        assert relative_error(logits(model, images), logits(folded, images)) < 1e-5
-
-
-def test_folding_leaves_the_model_alone() -> None:
-    model = built("poolformer_s12", **SHORT).train()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    folded = fold_scales(model)
-    assert model.training and all(p.requires_grad for p in model.parameters())
-    assert list(before) == list(model.state_dict())
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
-    assert not folded.training and not any(p.requires_grad for p in folded.parameters())
-
-
-def test_folding_keeps_the_dtype() -> None:
-    folded = fold_scales(built("caformer_n4").to(torch.float64))
-    assert {p.dtype for p in folded.parameters()} == {torch.float64}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list_models())
-def test_every_model_folds(name: str) -> None:
-    config = model_config(name)
-    model = built(name, depths=[1] * len(config.depths))
-    images = example_images(model)(1)
-    assert relative_error(logits(model, images), logits(fold_scales(model), images)) < 1e-5
-
-
-# ---- formats ----------------------------------------------------------------------------------------------------------
 
 
 def exported(fmt: Format, folder: Path, model: MetaFormer, **options) -> export.Exported:
@@ -251,8 +158,6 @@ def test_timm_folder(name: str, tmp_path: Path) -> None:
     assert relative_error(logits(model, images), logits(ours.eval(), images)) < 1e-6
 
 
-# ---- names of classes -------------------------------------------------------------------------------------------------
-
 NAMES = ["cat", "dog", "fox \N{FOX FACE}"]
 
 
@@ -277,9 +182,6 @@ def test_class_names_of_a_timm_folder(tmp_path: Path) -> None:
     assert list(theirs.pretrained_cfg["label_names"]) == NAMES  # pyright: ignore[reportIndexIssue, reportArgumentType]
     again = create_model("poolformerv2_s12", checkpoint=tmp_path / "out", num_classes=3, image_size=64)
     assert class_names_of(again) == NAMES
-
-
-# ---- refused ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
