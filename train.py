@@ -1,13 +1,13 @@
 """Trains one model from one YAML: `python train.py --config FILE [key=value ...]`, the same under torchrun."""
 
+from training.threads import wait_passively
+
+wait_passively()  # before torch loads
+
 import argparse
 import logging
 import sys
 from pathlib import Path
-
-from training.threads import wait_passively
-
-wait_passively()  # before torch loads
 
 from files.errors import run_command
 from training.config import dump_config
