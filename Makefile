@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Tests run file by file in two processes, of one thread each; PARALLEL= runs them one after the other.
+PARALLEL ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-all check pictures clean
@@ -22,10 +24,10 @@ train: install  ## train on the embedded digits; ARGS="optim.epochs=3 drop_path.
 	$(BIN)/python train.py $(ARGS)
 
 test: install  ## run the tests (a few minutes)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-all: install  ## run the slow and exhaustive tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
 check: install  ## ruff and pyright
 	$(BIN)/ruff check .

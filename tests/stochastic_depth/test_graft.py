@@ -273,8 +273,24 @@ def test_two_ranks_drop_whole_batches_of_their_own(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_ranks_of_a_resnet, (str(tmp_path / "store"),), nprocs=2)
 
 
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("mode", ["mask", "skip"])
+# take long to trace at three batch sizes
+LONG_TO_TRACE = {
+    "davit_tiny",
+    "eva02_tiny_patch14_224",
+    "resnest14d",
+    "swinv2_tiny_window8_256",
+    "tiny_vit_5m_224",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=[pytest.mark.slow] * (mode == "skip" and name in LONG_TO_TRACE))
+        for mode in ("mask", "skip")
+        for name in SMALL
+    ],
+)
 def test_changing_rates_recompiles_nothing(name: str, mode: str, compilations: Callable[[], tuple[int, int]]) -> None:
     """At most four graphs for three batch sizes (one in mask mode at one size), equal to eager."""
     model = quiet_norms(build(name).train())
