@@ -6,13 +6,12 @@ the transforms of their weights. `foreign_facts` tells it from the name and the 
 
 import fnmatch
 from collections.abc import Mapping
-from functools import cache
 from typing import Annotated, Any
 
 import timm
 import torchvision
 from pydantic import Field, model_validator
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, model_entrypoint
 
 from files.errors import ConfigError, FieldError, nearest
 from files.strict_yaml import validate
@@ -101,10 +100,11 @@ def split_name(name: str) -> tuple[str, str, str]:
     return library, base, tag
 
 
-@cache
 def _names(library: str) -> tuple[str, ...]:
+    """The library's own names and those that somebody registered with it; not ours, which have names of their own here."""
     if library == "timm":
-        return tuple(timm.list_models())
+        ours = "models.timm_registry"  # timm knows an entry point by the module it says it is of
+        return tuple(name for name in timm.list_models() if model_entrypoint(name).__module__ != ours)
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 

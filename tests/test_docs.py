@@ -234,4 +234,4 @@ def test_names_and_links() -> None:
 # words of the page that look like names of models
 PAGE_WORDS = {"num_classes", "in_chans", "drop_path_rate", "drop_path_mode", "img_size", "checkpoint_path", "to_timm",
               "from_timm", "global_pool", "head_dim", "class_names", "label_names", "num_heads",
-              "drop_rate", "image_size", "crop_pct", "pretrained_cfg"}  # fmt: skip
+              "drop_rate", "image_size", "crop_pct", "pretrained_cfg", "set_drop_path"}  # fmt: skip
