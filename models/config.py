@@ -81,6 +81,19 @@ class Published(Section):
     source: str = Field(description="Where these figures stand.")
 
 
+def check_channel_stats(in_chans: int, *, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuses a mean or std that has neither one value nor one for each channel, and a std that is not positive.
+
+    Raises:
+        FieldError: Naming the key.
+    """
+    for key, values in {"mean": mean, "std": std}.items():
+        if len(values) not in (1, in_chans):
+            raise FieldError(key, f"must have one value, or one for each of in_chans {in_chans}, got {values}")
+    if any(s <= 0 for s in std):
+        raise FieldError("std", f"must be positive, got {std}")
+
+
 class MetaFormerConfig(Section):
     """One model: everything that its weights and its forward depend on, and what is published about it.
 
@@ -185,12 +198,7 @@ class MetaFormerConfig(Section):
         if self.downsample is None and len(set(self.dims)) > 1:
             raise FieldError("dims", f"change between stages, {self.dims}, but downsample is missing")
         self._check_tokens()
-        for key in ("mean", "std"):
-            if len(getattr(self, key)) not in (1, self.in_chans):
-                got = getattr(self, key)
-                raise FieldError(key, f"must have one value, or one for each of in_chans {self.in_chans}, got {got}")
-        if any(s <= 0 for s in self.std):
-            raise FieldError("std", f"must be positive, got {self.std}")
+        check_channel_stats(self.in_chans, mean=self.mean, std=self.std)
         if min(self.feature_size(stages - 1)) < 1:
             message = f"image_size {self.image_size} is too small for {stages} stages of this stem"
             raise FieldError(self._given("image_size", "stem"), message)

@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 
 from files.errors import ConfigError, FieldError, nearest
 from files.strict_yaml import validate
-from models.config import ModelFacts, Section, Size, spread
+from models.config import ModelFacts, Section, Size, check_channel_stats, spread
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -35,12 +35,7 @@ class ImageFacts(Section):
     def _fits_together(self) -> "ImageFacts":
         if isinstance(self.image_size, list) and len(self.image_size) != 2:
             raise FieldError("image_size", f"must be one number or [height, width], got {self.image_size}")
-        for key in ("mean", "std"):
-            if len(getattr(self, key)) not in (1, self.in_chans):
-                got = getattr(self, key)
-                raise FieldError(key, f"must have one value, or one for each of in_chans {self.in_chans}, got {got}")
-        if any(s <= 0 for s in self.std):
-            raise FieldError("std", f"must be positive, got {self.std}")
+        check_channel_stats(self.in_chans, mean=self.mean, std=self.std)
         return self
 
 
