@@ -138,7 +138,9 @@ def test_commands() -> None:
     found = [line.partition("#")[0] for line in lines if line != TIMM_COMMAND]
     exports = [shlex.split(c)[2:] for c in found if c.startswith("python export.py")]
     assert {parse_args(arguments).format for arguments in exports} == {"timm", "onnx", "torch", "folded"}
-    assert all(c.startswith(("python export.py ", "python -m models")) for c in found)
+    trained = [c for c in found if c.startswith("python train.py ")]
+    assert [load_config(None, shlex.split(c)[2:]).model.name for c in trained] == ["timm/convnext_atto"]
+    assert all(c.startswith(("python export.py ", "python -m models")) for c in found if c not in trained)
 
 
 (TIMM_COMMAND,) = re.findall(r"^python -c .*$", PAGE.replace("\\\n", ""), flags=re.MULTILINE)
