@@ -11,6 +11,7 @@ wait_passively()
 
 import errno
 import io
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,19 @@ def one_thread() -> Iterator[None]:
     """A run sets the number of threads of its process; the next test has one again."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A script sets up logging for its process; the next test, in whatever order, has what was there before."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    logging.disable(logging.NOTSET)
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            root.removeHandler(handler)
 
 
 @pytest.fixture
