@@ -33,15 +33,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """A script sets up logging for its process; the next test, in whatever order, has what was there before."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
+    """A script sets up logging for its process; the next test, in whatever order, has Python's defaults again."""
+    logging.getLogger().setLevel(logging.WARNING)  # also after what a fixture of a whole module has run
     logging.disable(logging.NOTSET)
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            root.removeHandler(handler)
+    yield
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture
