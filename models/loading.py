@@ -25,7 +25,7 @@ from models.layouts import ORIGINALS, StateDict, from_original, from_timm, is_po
 from models.metaformer import MetaFormer
 from models.registry import is_model, list_models, model_config, published_config
 from models.timm_facts import is_foreign
-from models.weights import check_dense
+from models.weights import check_dense, misfits
 
 
 def load_into(
@@ -83,11 +83,7 @@ def load_into(
         if renamed and not other_classes:
             lines[-1] += f", though of as many: {renamed}"
 
-    faults = [f"{k} has shape {_shape(state[k])}, expected {_shape(v)}" for k, v in own.items()
-              if k in state and state[k].shape != v.shape]  # fmt: skip
-    faults += [f"{k} is missing" for k in own if k not in state]
-    faults += [f"{k} is not in the model" for k in state if k not in own]
-    if faults:
+    if faults := misfits(own, state):
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         hint = ""
         if len(faults) <= 2 and old is not None and other_classes and "head.fc." in faults[0]:
@@ -201,10 +197,6 @@ def _replace_classifier(state: StateDict, model: MetaFormer, own: StateDict) -> 
 def _differs_in_channels(weight: Tensor, own: Tensor) -> bool:
     a, b = weight.shape, own.shape
     return len(a) == len(b) and a[1] != b[1] and (a[0], *a[2:]) == (b[0], *b[2:])
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
 
 
 def trained_config(saved: Mapping[str, Any], origin: str) -> MetaFormerConfig | None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from files.errors import ConfigError, nearest
 from models.published import through_hub
 from models.timm_facts import ImageFacts, foreign_facts, published_tags, size_argument, split_name
-from models.weights import check_dense
+from models.weights import check_dense, misfits
 
 
 def build_foreign(name: str, arguments: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
@@ -218,11 +218,7 @@ def load_foreign(
         lines.append(f"{before}{':' if old is None else ''} a new one of {model.num_classes}")
         if renamed and not other_classes:
             lines[-1] += f", though of as many: {renamed}"
-    faults = [f"{k} has shape {list(state[k].shape)}, expected {list(v.shape)}" for k, v in own.items()
-              if k in state and state[k].shape != v.shape]  # fmt: skip
-    faults += [f"{k} is missing" for k in own if k not in state]
-    faults += [f"{k} is not in the model" for k in state if k not in own]
-    if faults:
+    if faults := misfits(own, state):
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         hint = ""
         if old is not None and other_classes and len(faults) <= 2:

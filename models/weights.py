@@ -295,6 +295,14 @@ def _save_alone(path: Path, place: Place) -> str:
     return f"save it alone: python -c {command}"
 
 
+def misfits(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
+    """What keeps weights from fitting a model whose state dict is `own`, a line for each tensor; empty if they fit."""
+    faults = [f"{k} has shape {list(state[k].shape)}, expected {list(v.shape)}" for k, v in own.items()
+              if k in state and state[k].shape != v.shape]  # fmt: skip
+    faults += [f"{k} is missing" for k in own if k not in state]
+    return faults + [f"{k} is not in the model" for k in state if k not in own]
+
+
 def check_dense(state: Mapping[Any, Any], origin: object) -> None:
     """Refuses what is not a dict of dense tensors by name.
 
