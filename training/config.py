@@ -4,15 +4,13 @@ One self-contained file per run. Types are strict (an integer may stand for a nu
 and infinity are refused, and an unknown key, or one without effect where it stands, is an error with its line.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from timm.data.auto_augment import rand_augment_choices
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsage]
 
 from configs import CONFIGS
@@ -20,19 +18,14 @@ from files.errors import ConfigError, FieldError, nearest
 from files.strict_yaml import annotation_at, dump_yaml, known_keys, load_yaml, set_overrides, unknown_key, validate
 from layers.rates import ProfileName, RateIs
 from layers.schedule import SETTINGS, DropPathSchedule, Kind
-from training.data.kinds import KINDS
+from training.data.augment import AugmentSection
+from training.data.section import DataSection
+from training.section import Fraction, Pair, Section
 
 DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """What to train. Any further key overrides the model's own configuration, for example `depths: [1, 1, 1, 1]`."""
 
     model_config = ConfigDict(extra="allow")
@@ -53,7 +46,7 @@ class ModelSection(_Section):
         return dict(self.model_extra or {})
 
 
-class ScheduleSection(_Section):
+class ScheduleSection(Section):
     """How the drop-path rates change over training: a multiplier of every rate, moved at each optimizer step."""
 
     kind: Kind = Field(
@@ -107,7 +100,7 @@ class ScheduleSection(_Section):
             raise FieldError("points", f"multipliers must be in [0, 1], got {[m for _, m in self.points]}")
 
 
-class DropPathSection(_Section):
+class DropPathSection(Section):
     """Stochastic depth: how often which block is dropped."""
 
     rate: Fraction | None = Field(
@@ -148,162 +141,7 @@ def build_schedule(section: DropPathSection, steps_per_epoch: int, epochs: int) 
     return DropPathSchedule(kind=schedule.kind, **{key: value for key, value in given.items() if value is not None})
 
 
-class DataSection(_Section):
-    """What to train on."""
-
-    dataset: str = Field(
-        description=" ".join(f"{name}: {kind.description}." for name, kind in KINDS.items()),
-        json_schema_extra={"enum": list(KINDS)},
-    )
-    root: str | None = Field(
-        default=None,
-        description=f"The folder of dataset {' or '.join(repr(name) for name, kind in KINDS.items() if kind.in_root)}.",
-    )
-    image_size: int | None = Field(
-        default=None,
-        ge=1,
-        description="Pixels, height and width. Default: the model's; where model.image_size is given too, they are equal.",
-    )
-    batch_size: int = Field(default=128, ge=1, description="Samples per process and forward pass.")
-    eval_batch_size: int | None = Field(
-        default=None, ge=1, description="Samples per process in validation. Default: batch_size."
-    )
-    workers: int = Field(
-        default=4, ge=0, description="Loader processes per training process; results do not depend on it."
-    )
-    class_names: list[str] | None = Field(
-        default=None, description="Names of the classes, in order: filled in. Where given, the data must have these."
-    )
-    on_error: Literal["stop", "skip"] = Field(
-        default="stop",
-        description="An image that cannot be read in mid-run. stop: save and stop. skip: another takes its place in "
-        "training, validation leaves it out; the run folder's skipped.csv lists them.",
-    )
-    max_skipped: int | None = Field(
-        default=None, ge=1, description="on_error 'skip' only: files skipped before the run stops. Default 100."
-    )
-
-    @field_validator("dataset")
-    @classmethod
-    def _check_dataset(cls, dataset: str) -> str:
-        if dataset not in KINDS:
-            known = " or ".join(map(repr, KINDS))
-            raise ValueError(f"expected {known}, got {dataset!r}{nearest(dataset, KINDS)}")
-        return dataset
-
-    @model_validator(mode="after")
-    def _check(self) -> "DataSection":
-        in_root = KINDS[self.dataset].in_root
-        if in_root and not self.root:
-            key = "root" if "root" in self.model_fields_set else "dataset"
-            raise FieldError(key, f"dataset {self.dataset!r} needs a root, for example data.root=/path/to/imagenet")
-        if not in_root and self.root is not None:
-            raise FieldError("root", f"has no effect with dataset {self.dataset!r}; leave it out or set it to null")
-        if not in_root and self.on_error == "skip":
-            raise FieldError("on_error", f"'skip' has no effect with dataset {self.dataset!r}, which is in memory")
-        if self.on_error == "skip":
-            self.max_skipped = self.max_skipped or 100
-        elif self.max_skipped is not None:
-            raise FieldError("max_skipped", "has no effect with on_error 'stop'; set data.on_error=skip")
-        return self
-
-
-_WHOLE, _NUMBER = r"[0-9]+", r"[0-9]+(?:\.[0-9]+)?"
-_MSTD = (_NUMBER, 0, 1000)
-# timm passes over a section that it does not understand ('rand-magnitude9'), or fails on it with an assertion, or in
-# training; so this is the one place where policies are checked, and what passes here runs. Name -> its settings, each
-# with the pattern of its value and, of numbers, the smallest and the largest. Alpha of augmix: draws of a Dirichlet
-# distribution far below 0.1 underflow to 0 / 0.
-_POLICIES: dict[str, dict[str, tuple[str, float, float]]] = {
-    "rand": {
-        "m": (_WHOLE, 0, 100),
-        "n": (_WHOLE, 1, 100),
-        "p": (_NUMBER, 0, 1),
-        "mstd": _MSTD,
-        "mmax": (_WHOLE, 1, 100),
-        "inc": (_WHOLE, 0, 1),
-        "t": ("weights|3a|3aw", -math.inf, math.inf),
-    },
-    "augmix": {
-        "m": (_WHOLE, 0, 100),
-        "w": (_WHOLE, 1, 100),
-        "d": (_WHOLE, 1, 100),
-        "a": (_NUMBER, 0.1, 1000),
-        "b": (_WHOLE, 0, 1),
-        "mstd": _MSTD,
-    },
-    **{name: {"mstd": _MSTD} for name in ("original", "originalr", "v0", "v0r", "3a")},
-}
-_POLICIES_HELP = (
-    "allowed: rand[-mN][-nN][-pF][-mstdF][-mmaxN][-inc0|1][-tweights|-t3a|-t3aw] as in rand-m9-mstd0.5-inc1,\n"
-    "augmix[-mN][-wN][-dN][-aF][-b0|1][-mstdF], original|originalr|v0|v0r|3a[-mstdF]; N is whole, F any number"
-)
-
-
-def policy_problem(policy: str) -> str | None:
-    """What is wrong with a policy for `augment.auto_augment`, or None: then it runs on any image."""
-    name, *sections = policy.split("-")
-    if name not in _POLICIES:
-        return f"unknown policy '{name}'{nearest(name, _POLICIES)}"
-    given: dict[str, str] = {}
-    for section in sections:
-        matches = {key: re.fullmatch(f"{key}({setting[0]})", section) for key, setting in _POLICIES[name].items()}
-        found = [(key, match[1]) for key, match in matches.items() if match]
-        if not found:
-            return f"'{section}' is not a setting of {name}"
-        key, value = found[0]
-        _, low, high = _POLICIES[name][key]
-        if key in given:
-            return f"'{key}' is given twice"
-        if math.isfinite(low) and not low <= float(value) <= high:
-            return f"'{key}' must be from {low:g} to {high:g}, got {value}"
-        given[key] = value
-    choices = rand_augment_choices(given.get("t", ""))
-    if isinstance(choices, dict) and int(given.get("n", 1)) > len(choices):  # drawn without replacement
-        return f"'n' must be from 1 to {len(choices)} with t{given['t']}, got {given['n']}"
-    return None
-
-
-class AugmentSection(_Section):
-    """What happens to training images and labels."""
-
-    auto_augment: str | None = Field(default=None, description="A timm policy, for example rand-m9-mstd0.5-inc1.")
-    random_erasing: Fraction = Field(default=0.0, description="Probability per image.")
-    mixup: float = Field(default=0.0, ge=0, description="Alpha of the beta distribution; 0: off.")
-    cutmix: float = Field(default=0.0, ge=0, description="Alpha of the beta distribution; 0: off.")
-    mixup_off_epoch: int = Field(default=0, ge=0, description="Epoch from which mixup and cutmix are off; 0: never.")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Share of the label spread over all classes.")
-    crop_scale: Pair | None = Field(
-        default=None, description="[smallest, largest] area of a random resized crop, in (0, 1]. Default: resize only."
-    )
-    crop_ratio: Pair = Field(default=[3 / 4, 4 / 3], description="[smallest, largest] width over height of that crop.")
-    hflip: Fraction = Field(default=0.5, description="Probability of a horizontal flip.")
-    color_jitter: float = Field(
-        default=0.0, ge=0, description="Strength of brightness, contrast and saturation jitter."
-    )
-    rotate: float = Field(default=0.0, ge=0, description="Largest rotation, degrees either way.")
-    translate: float = Field(
-        default=0.0, ge=0, lt=1, description="Largest shift, as a fraction of the image, either way."
-    )
-    zoom: float = Field(default=0.0, ge=0, lt=1, description="Largest change of scale, as a fraction, either way.")
-
-    @field_validator("auto_augment")
-    @classmethod
-    def _check_policy(cls, policy: str | None) -> str | None:
-        if policy is not None and (problem := policy_problem(policy)):
-            raise ValueError(f"{problem}\n{_POLICIES_HELP}")
-        return policy
-
-    @model_validator(mode="after")
-    def _check_crop(self) -> "AugmentSection":
-        if self.crop_scale and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise FieldError("crop_scale", f"expected 0 < smallest <= largest <= 1, got {self.crop_scale}")
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise FieldError("crop_ratio", f"expected 0 < smallest <= largest, got {self.crop_ratio}")
-        return self
-
-
-class OptimSection(_Section):
+class OptimSection(Section):
     """Optimizer and learning rate; any optimizer of timm."""
 
     name: str = Field(default="adamw", description="A name of timm.optim.list_optimizers().")
@@ -348,7 +186,7 @@ class OptimSection(_Section):
         return self
 
 
-class EmaSection(_Section):
+class EmaSection(Section):
     """A moving average of the weights, evaluated and saved in place of the raw ones."""
 
     enabled: bool = Field(default=False, description="Keep it.")
@@ -358,7 +196,7 @@ class EmaSection(_Section):
     )
 
 
-class RuntimeSection(_Section):
+class RuntimeSection(Section):
     """Where and how to compute; what is learned does not depend on it, but for rounding."""
 
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps. auto: the best there is.")
@@ -384,7 +222,7 @@ class RuntimeSection(_Section):
         return device
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     """When the state of the run is saved; it is also saved on SIGTERM and SIGUSR1."""
 
     every_epochs: int | None = Field(default=1, ge=1, description="Epochs between checkpoints; null: not by epochs.")
@@ -394,7 +232,7 @@ class CheckpointSection(_Section):
     keep: int = Field(default=2, ge=1, description="Checkpoints kept; older ones are deleted.")
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """One training run."""
 
     seed: int = Field(default=0, ge=0, lt=2**32, description="Of weights, order, augmentation and drop path.")

@@ -23,7 +23,7 @@ from files.errors import ConfigError
 from training.data.dataset import DataBundle, TrainDataset, ValDataset
 from training.data.identity import data_identity
 from training.data.images import ImagePipeline
-from training.data.kinds import KINDS
+from training.data.kinds import KINDS, kind_of
 from training.data.source import Batched, Pipeline, Source, Sources
 from training.data.transforms import ImageSpec, check_spec
 
@@ -49,7 +49,7 @@ def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
     if augment.crop_scale is None and not np.allclose(augment.crop_ratio, (3 / 4, 4 / 3)):
         warnings.warn("augment.crop_ratio has no effect without augment.crop_scale", stacklevel=2)
     sources: Sources = _module(data).sources(data)
-    train, val, left_out = sources
+    train, val = sources.train, sources.val
     return DataBundle(
         train=TrainDataset(
             train, _pipeline(train, augment, spec), seed=seed, replace_unreadable=data.on_error == "skip"
@@ -58,7 +58,8 @@ def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
         num_classes=len(train.class_names),
         class_names=list(train.class_names),
         identity=data_identity(data.dataset, sources),
-        left_out=left_out,
+        left_out=sources.left_out,
+        test=None if sources.test is None else ValDataset(sources.test, _pipeline(sources.test, augment, spec)),
     )
 
 
@@ -73,9 +74,10 @@ def class_names_of_data(data: DataSection) -> list[str]:
 
 def _module(data: DataSection) -> Any:
     """The module of a kind of data."""
-    if data.dataset not in KINDS:
+    kind = kind_of(data.dataset)
+    if kind is None:
         raise ConfigError(f"data.dataset: {data.dataset!r} is not one of {', '.join(map(repr, KINDS))}")
-    return import_module(KINDS[data.dataset].module)
+    return import_module(kind.module)
 
 
 def _pipeline(source: Source, augment: AugmentSection, spec: ImageSpec) -> Pipeline:

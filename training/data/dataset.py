@@ -24,11 +24,12 @@ Sample = tuple[Tensor, int, int]
 
 @dataclass(frozen=True)
 class DataBundle:
-    """The two halves of a data set, and its classes in the order of the targets.
+    """The parts of a data set, and its classes in the order of the targets.
 
     Attributes:
         identity: What the data are known by, of `data_identity`.
         left_out: What lies in the folders and is not used, as words; empty for nothing.
+        test: The part that no training run looks at; None where the data have none.
     """
 
     train: TrainDataset
@@ -37,6 +38,7 @@ class DataBundle:
     class_names: list[str]
     identity: dict[str, Any]
     left_out: str = ""
+    test: ValDataset | None = None
 
 
 @dataclass(frozen=True)

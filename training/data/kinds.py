@@ -1,6 +1,6 @@
 """The kinds of data that `data.dataset` names: a line here, and a module.
 
-The module has two functions of the config's section. `sources(data) -> Sources` finds the samples of both parts
+The module has two functions of the config's section. `sources(data) -> Sources` finds the samples of all parts
 (`training.data.source`); `class_names(data) -> list[str]` gives the classes alone, in the order of their targets, and may
 be quicker. It is imported when its kind is asked for, so that nobody waits for what another kind needs.
 """
@@ -17,15 +17,31 @@ class DataKind:
     Attributes:
         module: With `sources` and `class_names`.
         description: For the config's help.
-        in_root: Whether the samples lie in `data.root`; otherwise they are in memory, and a root has no effect.
+        needs: Keys of the section that must be given, such as `root`.
+        takes: Further keys that have an effect with this kind; those of other kinds are refused.
+        in_memory: Nothing can be damaged, so that `on_error: skip` is refused.
+        named: `data.dataset` goes on with / and a name, as in torchvision/CIFAR10.
     """
 
     module: str
     description: str
-    in_root: bool
+    needs: tuple[str, ...] = ("root",)
+    takes: tuple[str, ...] = ()
+    in_memory: bool = False
+    named: bool = False
 
 
 KINDS: dict[str, DataKind] = {
-    "digits": DataKind("training.data.digits", "scikit-learn's, no download", in_root=False),
-    "folder": DataKind("training.data.folder", "images in root/train/CLASS and root/val/CLASS", in_root=True),
+    "digits": DataKind("training.data.digits", "scikit-learn's, no download", needs=(), in_memory=True),
+    "folder": DataKind("training.data.folder", "images in root/train/CLASS and root/val/CLASS"),
 }
+
+EXAMPLES: dict[str, str] = {"root": "/path/to/imagenet"}
+"""A value for each key that a kind needs, as the message shows it."""
+
+
+def kind_of(dataset: str) -> DataKind | None:
+    """The kind that `data.dataset` names; None for none."""
+    name, slash, rest = dataset.partition("/")
+    kind = KINDS.get(name)
+    return kind if kind is not None and bool(slash and rest) == kind.named and (rest or not slash) else None

@@ -60,15 +60,17 @@ class Batched(Protocol):
 
 
 class Sources(NamedTuple):
-    """The two parts of a data set.
+    """The parts of a data set.
 
     Attributes:
         left_out: What lies there and is not used, in words; empty for nothing.
+        test: A third part, which no training run looks at: for `validate.py` and for claims after a search.
     """
 
     train: Source
     val: Source
     left_out: str = ""
+    test: Source | None = None
 
 
 def place(source: Source, index: int) -> str:

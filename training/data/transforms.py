@@ -159,7 +159,7 @@ class _Policy:
     """A timm policy for RGB and grey images alike: timm's operations fill with a colour, so they run in RGB.
 
     Args:
-        text: A policy that the config accepts (`training.config.policy_problem` is None).
+        text: A policy that the config accepts (`training.data.augment.policy_problem` is None).
         spec: The model's input.
     """
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch.utils.data import DataLoader
 
 from files.errors import ConfigError
@@ -121,3 +122,10 @@ def loaders(bundle: DataBundle, **data: Any) -> dict[str, DataLoader]:
 def skipping(root: Path, *, seed: int = 0, **data: Any) -> tuple[DataBundle, SkipList]:
     section = data_section(dataset="folder", root=str(root), on_error="skip", **data)
     return build_datasets(section, augment_section(**EVERYTHING), COLOUR, seed=seed), SkipList(section)
+
+
+def refused(**values: Any) -> str:
+    """Why the section `data` is refused."""
+    with pytest.raises(ValidationError) as caught:
+        DataSection(**values)
+    return str(caught.value)

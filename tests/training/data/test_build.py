@@ -93,9 +93,7 @@ def test_class_names_without_building(image_root: Path) -> None:
 @pytest.fixture
 def zip_root(image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The images of `image_root` in two zip files, which a kind of data reads that this line of the table adds."""
-    monkeypatch.setitem(
-        KINDS, "zipped", DataKind("tests.training.data.zipped", "root/train.zip, val.zip", in_root=True)
-    )
+    monkeypatch.setitem(KINDS, "zipped", DataKind("tests.training.data.zipped", "root/train.zip, val.zip"))
     root = tmp_path / "zips"
     for part in ("train", "val"):
         shutil.make_archive(str(root / part), "zip", image_root / part)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from tests.training.data.parts import COLOUR, EVERYTHING, GREY, POLICIES, folder, paths
-from training import config as config_module
 from training.config import AugmentSection
+from training.data import augment as augment_module
 from training.data import draws as draws_module
 from training.data import transforms
 from training.data.transforms import ImageSpec
@@ -90,7 +90,7 @@ def test_every_policy_runs_at_every_magnitude(text: str) -> None:
 
 def test_a_policy_runs_at_the_ends_of_every_setting() -> None:
     texts = []
-    for name, settings in config_module._POLICIES.items():
+    for name, settings in augment_module._POLICIES.items():
         for key, (pattern, low, high) in settings.items():
             values = [f"{low:g}", f"{high:g}"] if np.isfinite(low) else pattern.split("|")
             texts += [f"{name}-{key}{value}" for value in values]
