@@ -11,7 +11,7 @@ from torch import nn
 
 from layers.drop_path import DropPath
 from stochastic_depth.blocks import Block, NoBlocksError, find_blocks, unwrap
-from stochastic_depth.compute import count_macs
+from stochastic_depth.compute import Macs, count_macs
 from stochastic_depth.graft import GraftedDropPath, is_applied, role_of
 from stochastic_depth.law import bounded
 from stochastic_depth.places import (
@@ -121,12 +121,15 @@ class DropPathReport:
         return "\n".join(lines)
 
 
-def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = None) -> DropPathReport:
+def drop_path_report(
+    model: nn.Module, *, input_size: Sequence[int] | None = None, macs: Macs | None = None
+) -> DropPathReport:
     """Reports nominal and realised rates per block, and what looks wrong.
 
     Args:
         model: As for `set_drop_path`.
         input_size: (C, H, W) for counting compute; where neither it nor the model tells, shares are left out.
+        macs: Of `count_macs`, where they are known: they change with the model and its input only.
 
     Returns:
         The report; of a model in which nothing can be dropped, one without blocks that says so.
@@ -142,7 +145,7 @@ def drop_path_report(model: nn.Module, *, input_size: Sequence[int] | None = Non
         except NoBlocksError as error:
             return DropPathReport([], 0.0, 0.0, [], [str(error)])
     try:
-        macs = count_macs(model, input_size)
+        macs = macs or count_macs(model, input_size)
     except ValueError as error:
         macs = None
         notes.append(f"compute not counted: {error}")

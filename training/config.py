@@ -205,6 +205,11 @@ class RuntimeSection(Section):
     )
     channels_last: Literal["auto"] | bool = Field(default="auto", description="Memory format. auto: on CUDA.")
     compile: bool = Field(default=False, description="torch.compile the model.")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="Of several processes. ddp: each holds the whole model. fsdp: each holds a piece of weights, gradients "
+        "and optimizer state (torch's FSDP2), for models that need it.",
+    )
     deterministic: bool = Field(default=False, description="Deterministic algorithms only; slower on CUDA.")
     tf32: bool = Field(default=True, description="TF32 matrix products for float32 on CUDA.")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(

@@ -5,7 +5,6 @@ drop-path rates, sample order, augmentation, mixing) or part of the checkpoint (
 was killed and resumed ends with the weights of one that was not.
 """
 
-import contextlib
 import math
 import sys
 import time
@@ -32,6 +31,7 @@ from training.metrics import METRICS
 from training.optim import build_loss
 from training.run_folder import RunFolder, describe_environment
 from training.setup import Setup, seed_everything
+from training.sharding import gathered, gradients_exchanged, is_sharded, whole, whole_state
 from training.state import Progress, RunState
 
 
@@ -73,7 +73,7 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     if config.runtime.compile:
         model.compile()
     trained: nn.Module = model
-    if world.size > 1:
+    if world.size > 1 and not is_sharded(model):
         ids = [world.device.index] if world.device.type == "cuda" else None
         trained = DistributedDataParallel(model, device_ids=ids)
     loss_fn = build_loss(config.augment, mixed=setup.mixer.enabled)
@@ -148,8 +148,7 @@ def train_step(
         images, targets = setup.mixer(images, targets, micro_step, epoch=progress.epoch)
         last = i == len(batches) - 1
         # gradients are exchanged between ranks once, with the last batch of the step
-        waiting = isinstance(trained, DistributedDataParallel) and not last
-        with trained.no_sync() if waiting else contextlib.nullcontext():  # type: ignore[operator]
+        with gradients_exchanged(trained, now=last):
             with setup.autocast():
                 logits = trained(images)
             loss = loss_fn(logits.float(), targets) / len(batches)
@@ -158,7 +157,7 @@ def train_step(
         seen.append((loss.detach(), ~torch.isfinite(logits.detach()).all(dim=1), indices))
     setup.scaler.unscale_(setup.optimizer)
     parameters = [p for p in setup.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad or math.inf)
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad or math.inf))
     if (
         setup.scaler.is_enabled()
     ):  # float16 overflows now and then, and the scaler skips that step; elsewhere it is a fault
@@ -255,12 +254,13 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
     better = metrics["val_top1"] > progress.best_top1
     progress.best_top1 = max(progress.best_top1, metrics["val_top1"])
     progress.next_epoch()
+    weights = whole_state(setup.evaluated) if better else {}
     if world.is_main:
         folder.append_metrics(row)
         if trained or not folder.drop_path.exists():
-            save_text(folder.drop_path, drop_path_report(setup.model).to_csv())
+            save_text(folder.drop_path, drop_path_report(setup.model, macs=setup.macs).to_csv())
         if better:
-            save_weights(folder.best, setup.evaluated.state_dict(), saved_config(setup.model))
+            save_weights(folder.best, weights, saved_config(setup.model))
     return row
 
 
@@ -271,7 +271,8 @@ def validate(setup: Setup, batches: int | None = None) -> dict[str, float]:
         ReadError: See `evaluate`.
     """
     images = islice(setup.val_batches(), batches)
-    return evaluate(setup.evaluated, images, METRICS, world=setup.world, autocast=setup.autocast())
+    with gathered(setup.evaluated):
+        return evaluate(setup.evaluated, images, METRICS, world=setup.world, autocast=setup.autocast())
 
 
 def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
@@ -286,6 +287,8 @@ def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
 
 def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics: dict[str, float]) -> dict[str, Any]:
     """summary.json and report.html, on the main process; returns the summary."""
+    weights = whole_state(setup.model)
+    average = None if setup.ema is None else whole_state(setup.ema.module)
     if not setup.world.is_main:
         return {}
     device = setup.world.device
@@ -299,8 +302,8 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "seconds": progress.seconds,
         "images_per_second": metrics.get("images_per_second"),
         "peak_memory_mb": round(peak, 1),
-        "weights_sha256": weights_sha256(setup.model.state_dict()),
-        "ema_sha256": None if setup.ema is None else weights_sha256(setup.ema.module.state_dict()),
+        "weights_sha256": weights_sha256(weights),
+        "ema_sha256": None if average is None else weights_sha256(average),
     }
     folder.write_json(folder.summary, summary)
     from training.report.page import write_report  # matplotlib and jinja2, which nothing else of a run needs
@@ -329,6 +332,5 @@ def dry_run(setup: Setup) -> str:
     loss, _ = train_step(setup, setup.model, group, Progress(), loss_fn=loss_fn, signals=StopSignals())
     seconds = time.perf_counter() - start
     validate(setup, batches=1)
-    return (
-        f"{drop_path_report(setup.model)}\none step: loss {loss:.4f}, {seconds:.2f} s, all finite; nothing was written"
-    )
+    report = drop_path_report(setup.model, macs=setup.macs)
+    return f"{report}\none step: loss {loss:.4f}, {seconds:.2f} s, all finite; nothing was written"

@@ -102,6 +102,7 @@ def _prepared(config: TrainConfig, folder: Path | None, resume: Resume, name: st
         if checkpoint is not None:
             run_folder.check_metrics()
         yield _Prepared(setup, run_folder, checkpoint)
+        world.barrier()  # gloo may abort a process that leaves while another still receives from it
     except RuntimeError as error:
         lost = lost_worker(error)
         if lost is None:

@@ -18,7 +18,7 @@ from files.errors import ConfigError
 from models.counting import count_parameters
 from models.factory import class_difference, create_model, model_facts
 from stochastic_depth.blocks import NoBlocksError
-from stochastic_depth.compute import count_macs
+from stochastic_depth.compute import Macs, count_macs
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import StochasticDepth, break_even_of, set_drop_path
 from training.config import DropPathSection, TrainConfig, build_schedule
@@ -32,6 +32,7 @@ from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
 from training.distributed import World
 from training.optim import build_ema, build_optimizer, build_scheduler
+from training.sharding import shard
 from training.threads import number_of_threads
 
 
@@ -43,6 +44,7 @@ class Setup:
     world: World
     model: Any  # what create_model gives: an nn.Module with pretrained_cfg, num_classes and a classifier
     depth: StochasticDepth
+    macs: Macs | None  # None where the model's own code cannot be counted
     data: DataBundle
     train_loader: DataLoader
     val_loader: DataLoader
@@ -114,6 +116,7 @@ def build(
     """
     threads = number_of_threads(config.runtime.threads, processes=world.local_size)
     torch.set_num_threads(threads)  # first: all that is computed below rounds as the run does
+    _check_parallel(config, world)
     section = config.model
     elsewhere = {
         "drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode", "class_names": "data.class_names"
@@ -167,12 +170,18 @@ def build(
     )
     _set_backends(config, world.device)
     model.to(world.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)  # type: ignore[call-overload]
+    macs = _count(model)
+    ema = build_ema(model, config.ema)
+    if config.runtime.parallel == "fsdp":
+        for each in (model, *([] if ema is None else [ema.module])):
+            shard(each, [block.name for block in depth.blocks])
     optimizer = build_optimizer(model, config.optim, world.device)
     return Setup(
         config=config,
         world=world,
         model=model,
         depth=depth,
+        macs=macs,
         data=data,
         train_loader=train_loader,
         val_loader=val_loader,
@@ -184,8 +193,25 @@ def build(
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, steps_per_epoch),
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
-        ema=build_ema(model, config.ema),
+        ema=ema,
     )
+
+
+def _count(model: nn.Module) -> Macs | None:
+    """Compute of the model, counted before it is sharded; None where its own code does not run on the meta device."""
+    try:
+        return count_macs(model)
+    except ValueError:
+        return None
+
+
+def _check_parallel(config: TrainConfig, world: World) -> None:
+    if config.runtime.parallel == "fsdp" and world.size == 1:
+        raise ConfigError(
+            "runtime.parallel: 'fsdp' shards over several processes, and there is one; start it with torchrun, or use ddp"
+        )
+    if config.runtime.parallel == "fsdp" and config.runtime.compile:
+        raise ConfigError("runtime.compile: does not go with runtime.parallel 'fsdp' here; leave one of them out")
 
 
 def on_main(world: World, check: Callable[[], None]) -> None:
@@ -279,8 +305,8 @@ def describe(setup: Setup) -> str:
     """The plan of a run in a few lines: model, data, schedule, device, and what stochastic depth will do."""
     config, world = setup.config, setup.world
     trainable, frozen = count_parameters(setup.model)
-    macs = count_macs(setup.model).total
-    report = drop_path_report(setup.model)
+    report = drop_path_report(setup.model, macs=setup.macs)
+    macs = "unknown" if setup.macs is None else f"{setup.macs.total / 1e9:.3g}"
     frozen_text = f" + {frozen / 1e6:.2f} M frozen" if frozen else ""
     batch = config.data.batch_size * world.size * config.optim.accumulate
     section = config.drop_path
@@ -288,14 +314,15 @@ def describe(setup: Setup) -> str:
     threads = torch.get_num_threads()
     profile = section.profile if isinstance(section.profile, str) else "as listed"
     lines = [
-        f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs / 1e9:.3g} GMACs at "
+        f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs} GMACs at "
         f"{channels} x {height} x {width}",
         f"data      {config.data.dataset}: {len(setup.data.train)} training and {len(setup.data.val)} validation images, "
         f"{setup.data.num_classes} classes",
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
         f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, {config.optim.schedule}",
-        f"device    {world.device} x {world.size}, {str(setup.precision).removeprefix('torch.')}"
+        f"device    {world.device} x {world.size}{', sharded' if config.runtime.parallel == 'fsdp' else ''}, "
+        f"{str(setup.precision).removeprefix('torch.')}"
         f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}, "
         f"{threads} CPU thread{'s' if threads > 1 else ''}{' each' if world.size > 1 else ''}",
         f"drop path up to {max(setup.depth.rates, default=0.0):.3g}, {profile}, mode {section.mode}, "

@@ -8,6 +8,7 @@ from files.errors import ConfigError
 from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
 from training.run_folder import RunFolder
 from training.setup import Setup
+from training.sharding import Pieces, is_sharded
 
 
 class Stateful(Protocol):
@@ -90,15 +91,14 @@ class RunState:
         progress: Where the run is.
         random: The generators.
         table: Every state by its name in the checkpoint.
+        per_rank: What each process saves for itself; the rest is the same for all, and the main process saves it.
     """
-
-    PER_RANK = ("progress", "random")
-    """What each process saves for itself; the rest is the same for all, and the main process saves it."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.progress = Progress()
         self.random = RandomStates()
+        self.per_rank = ("progress", "random")
         self.table: dict[str, Stateful] = {
             "model": setup.model,
             **({} if setup.ema is None else {"ema": setup.ema.module}),
@@ -107,12 +107,17 @@ class RunState:
             "progress": self.progress,
             "random": self.random,
         }
+        if is_sharded(setup.model):
+            self.table |= {"model": Pieces(setup.model, setup.model), "optimizer": Pieces(setup.optimizer, setup.model)}
+            if setup.ema is not None:
+                self.table["ema"] = Pieces(setup.ema.module, setup.ema.module)
+            self.per_rank = (*self.per_rank, *(name for name in ("model", "ema", "optimizer") if name in self.table))
 
     def save(self, folder: RunFolder) -> Path:
         """Writes a checkpoint; every rank calls it."""
         world = self.setup.world
         states = {name: state.state_dict() for name, state in self.table.items()}
-        own = {name: states.pop(name) for name in self.PER_RANK}
+        own = {name: states.pop(name) for name in self.per_rank}
         return save_checkpoint(
             folder.checkpoints,
             self.progress.step,
