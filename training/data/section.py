@@ -22,6 +22,20 @@ class DataSection(Section):
         + ", ".join(name for name, kind in KINDS.items() if "root" in (*kind.needs, *kind.takes))
         + ".",
     )
+    train_file: str | None = Field(
+        default=None, description="csv: the table of the training part, with a line of column names."
+    )
+    val_file: str | None = Field(
+        default=None, description="csv: that of the validation part; without it, give val_fraction or folds."
+    )
+    test_file: str | None = Field(
+        default=None, description="csv: that of a test part, which training does not look at."
+    )
+    path_column: str | None = Field(
+        default=None,
+        description="csv: the column of paths, relative to root or else to the table's folder. Default: path.",
+    )
+    label_column: str | None = Field(default=None, description="The column of class names or numbers. Default: label.")
     image_size: int | None = Field(
         default=None,
         ge=1,
