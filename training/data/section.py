@@ -1,6 +1,6 @@
 """The config's section `data`: what to train on. Which keys a kind of data has, `training.data.kinds` says."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,6 +22,20 @@ class DataSection(Section):
         + ", ".join(name for name, kind in KINDS.items() if "root" in (*kind.needs, *kind.takes))
         + ".",
     )
+    train_file: str | None = Field(
+        default=None, description="csv: the table of the training part, with a line of column names."
+    )
+    val_file: str | None = Field(
+        default=None, description="csv: that of the validation part; without it, give val_fraction or folds."
+    )
+    test_file: str | None = Field(
+        default=None, description="csv: that of a test part, which training does not look at."
+    )
+    path_column: str | None = Field(
+        default=None,
+        description="csv: the column of paths, relative to root or else to the table's folder. Default: path.",
+    )
+    label_column: str | None = Field(default=None, description="The column of class names or numbers. Default: label.")
     image_size: int | None = Field(
         default=None,
         ge=1,
@@ -36,6 +50,25 @@ class DataSection(Section):
     )
     class_names: list[str] | None = Field(
         default=None, description="Names of the classes, in order: filled in. Where given, the data must have these."
+    )
+    classes: list[str] | None = Field(
+        default=None, min_length=2, description="Classes to keep, in any order; the others are left out. Default: all."
+    )
+    val_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Of data without a part for validation: the share of each class that is held back for it, chosen by "
+        "the samples' names alone.",
+    )
+    folds: int | None = Field(
+        default=None, ge=2, description="As val_fraction, for cross-validation: the number of parts. Needs fold."
+    )
+    fold: int | None = Field(default=None, ge=0, description="Which of the folds validates, from 0.")
+    train_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train on so many samples only, drawn by seed, each class in proportion. Default: all.",
     )
     on_error: Literal["stop", "skip"] = Field(
         default="stop",
@@ -53,6 +86,33 @@ class DataSection(Section):
             known = " or ".join(repr(f"{name}/NAME" if kind.named else name) for name, kind in KINDS.items())
             raise ValueError(f"expected {known}, got {dataset!r}{nearest(dataset, KINDS)}")
         return dataset
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _numbers_are_names(cls, classes: Any) -> Any:
+        if not isinstance(classes, list):
+            return classes
+        return [str(name) if isinstance(name, int) and not isinstance(name, bool) else name for name in classes]
+
+    @field_validator("classes")
+    @classmethod
+    def _check_classes(cls, classes: list[str] | None) -> list[str] | None:
+        for name in classes or []:
+            if (classes or []).count(name) > 1:
+                raise ValueError(f"{name!r} is listed twice")
+        return classes
+
+    @model_validator(mode="after")
+    def _check_split(self) -> "DataSection":
+        if self.folds is not None and self.val_fraction is not None:
+            raise FieldError("folds", "give data.val_fraction or data.folds, not both")
+        if self.folds is not None and self.fold is None:
+            raise FieldError("folds", f"{self.folds} folds need data.fold, 0 to {self.folds - 1}: which one validates")
+        if self.fold is not None and self.folds is None:
+            raise FieldError("fold", "has no effect without data.folds; leave it out or set it to null")
+        if self.fold is not None and self.folds is not None and self.fold >= self.folds:
+            raise FieldError("fold", f"{self.fold} is not one of {self.folds} folds, 0 to {self.folds - 1}")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> "DataSection":

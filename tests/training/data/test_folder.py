@@ -21,7 +21,7 @@ from tests.training.data.parts import (
     write_image,
 )
 from training.config import DataSection
-from training.data.build import build_datasets
+from training.data.build import build_datasets, class_names_of_data
 from training.data.images import check_images
 from training.data.loading import build_val_loader
 
@@ -241,3 +241,98 @@ def test_a_single_class_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "val" / "all" / "0.jpg")
     with fails("one class folder, 'all'", "at least two"):
         folder(tmp_path)
+
+
+def part(root: Path, name: str, **data: Any) -> list[str]:
+    bundle = build_datasets(
+        data_section(dataset="folder", root=str(root), **data), augment_section(), COLOUR, seed=data.get("fold", 0)
+    )
+    dataset = {"train": bundle.train, "val": bundle.val, "test": bundle.test}[name]
+    return [] if dataset is None else [dataset.source.name(i) for i in range(len(dataset))]
+
+
+@pytest.fixture
+def one_folder(tmp_path: Path) -> Path:
+    """ROOT/CLASS without parts, 10 images each."""
+    for name in ("ant", "bee"):
+        for i in range(10):
+            write_image(tmp_path / "insects" / name / f"{i}.png", size=(8, 8), seed=i)
+    return tmp_path / "insects"
+
+
+def test_one_folder_of_classes_is_split_wherever_it_lies(one_folder: Path) -> None:
+    val, train = (part(one_folder, name, val_fraction=0.2) for name in ("val", "train"))
+    assert val == ["ant/4.png", "ant/6.png", "bee/0.png", "bee/6.png"]
+    assert len(train) == 16 and not {*train} & {*val}
+    section = data_section(dataset="folder", root=str(one_folder), val_fraction=0.2)
+    assert class_names_of_data(section) == ["ant", "bee"]
+    (one_folder / "train").mkdir()
+    for name in ("ant", "bee"):
+        (one_folder / name).rename(one_folder / "train" / name)
+    assert part(one_folder, "val", val_fraction=0.2) == val, "ROOT/train alone is the same data"
+    assert part(one_folder.rename(one_folder.parent / "moved"), "val", val_fraction=0.2) == val
+
+
+def test_folds_of_a_folder(one_folder: Path) -> None:
+    vals = [part(one_folder, "val", folds=5, fold=fold) for fold in range(5)]
+    assert sorted(name for val in vals for name in val) == sorted(
+        part(one_folder, "train", folds=5, fold=0) + part(one_folder, "val", folds=5, fold=0)
+    )
+    assert [len(val) for val in vals] == [4] * 5
+
+
+def test_the_order_of_the_file_system_changes_no_split(one_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = part(one_folder, "val", val_fraction=0.3), part(one_folder, "train", val_fraction=0.3, train_samples=5)
+    scandir = os.scandir
+
+    class Backwards:
+        def __init__(self, path: Any) -> None:
+            with scandir(path) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+
+        def __enter__(self) -> Any:
+            return iter(self.entries)
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    after = part(one_folder, "val", val_fraction=0.3), part(one_folder, "train", val_fraction=0.3, train_samples=5)
+    assert after == before and len(before[1]) == 5
+
+
+def test_a_test_folder_beside_the_others_is_the_test_part(image_root: Path) -> None:
+    for name in ("aster", "tulip"):  # a class may be missing there
+        write_image(image_root / "test" / name / "0.jpg")
+    assert part(image_root, "test") == ["aster/0.jpg", "tulip/0.jpg"]
+    assert len(part(image_root, "val")) == 6
+    bundle = folder(image_root)
+    assert bundle.test is not None and bundle.test.targets == [0, 2]
+    (image_root / "val").rename(image_root.parent / "elsewhere")
+    assert part(image_root, "test", val_fraction=0.2) == ["aster/0.jpg", "tulip/0.jpg"], "no substitute for validation"
+    assert len(part(image_root, "val", val_fraction=0.2)) == 3
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [("poppy/0.jpg", "folder 'test' (classes that training has not: 'poppy')"),
+     ("0.jpg", "folder 'test' (no classes with images)")],
+)  # fmt: skip
+def test_a_test_folder_that_is_of_no_use_stops_no_training(image_root: Path, image: str, words: str) -> None:
+    write_image(image_root / "test" / image)
+    bundle = folder(image_root)
+    assert bundle.test is None and bundle.left_out.endswith(f", {words}")
+
+
+def test_a_split_that_cannot_be_is_refused(image_root: Path, one_folder: Path) -> None:
+    with fails("data.val_fraction: has no effect", f"'{image_root / 'val'}'"):
+        part(image_root, "val", val_fraction=0.2)
+    with fails("no folder 'train'", "folders there: 'ant', 'bee'", "data.val_fraction=0.1 splits them"):
+        folder(one_folder)
+    with fails("0.01 leaves class 'ant' without samples for validation: 10 of 10 for training, 0 for validation"):
+        part(one_folder, "val", val_fraction=0.01)
+    write_image(one_folder / "Valid" / "0.png")
+    with fails("no folder 'train'", "expected ROOT/train/CLASS/*.jpg or ROOT/CLASS/*.jpg"):
+        part(one_folder, "val", val_fraction=0.2)
+    (image_root / "val").rename(image_root / "held-out")
+    with fails("no folder for validation", "data.val_fraction=0.1"):
+        folder(image_root)

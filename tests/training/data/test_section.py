@@ -1,8 +1,10 @@
 """The section `data`: keys that a kind needs, takes, or has no use for."""
 
+from typing import Any
+
 import pytest
 
-from tests.training.data.parts import refused
+from tests.training.data.parts import data_section, refused
 from training.data import kinds
 from training.data.kinds import DataKind
 from training.data.section import DataSection
@@ -29,3 +31,28 @@ def test_a_kind_with_a_name_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_in_memory_is_skipped() -> None:
     assert "is in memory" in refused(dataset="digits", on_error="skip")
+
+
+def test_classes_are_names_or_numbers_and_each_once() -> None:
+    assert data_section(classes=[3, "1"]).classes == ["3", "1"]
+    assert "'3' is listed twice" in refused(dataset="digits", classes=[3, "3"])
+    assert "at least 2 items" in refused(dataset="digits", classes=["3"])
+    for wrong in ([True, False], [0.5, 1.5], "3"):
+        assert "valid string" in (words := refused(dataset="digits", classes=wrong)) or "valid list" in words
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"folds": 5}, "5 folds need data.fold, 0 to 4"),
+        ({"fold": 1}, "has no effect without data.folds"),
+        ({"folds": 5, "fold": 5}, "5 is not one of 5 folds, 0 to 4"),
+        ({"folds": 5, "fold": 0, "val_fraction": 0.1}, "not both"),
+        ({"folds": 1, "fold": 0}, "greater than or equal to 2"),
+        ({"val_fraction": 1.0}, "less than 1"),
+        ({"val_fraction": 0.0}, "greater than 0"),
+        ({"train_samples": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_how_data_are_split(values: dict[str, Any], words: str) -> None:
+    assert words in refused(dataset="folder", root="somewhere", **values)

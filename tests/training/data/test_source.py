@@ -7,8 +7,8 @@ import pytest
 
 from tests.training.data.parts import damage, data_section, digits, folder
 from training.data.build import class_names_of_data
-from training.data.digits import DigitsPipeline
 from training.data.images import ImagePipeline
+from training.data.small_images import SmallImagesPipeline
 from training.data.source import Batched, Source, name_below, place
 
 
@@ -30,7 +30,7 @@ def test_a_source_gives_each_sample_by_index(kind: str, image_root: Path) -> Non
 
 def test_a_source_with_a_pipeline_of_its_own_uses_it(image_root: Path) -> None:
     quick, other = digits().train, folder(image_root).train
-    assert isinstance(quick.source, Batched) and isinstance(quick.pipeline, DigitsPipeline)
+    assert isinstance(quick.source, Batched) and isinstance(quick.pipeline, SmallImagesPipeline)
     assert not isinstance(other.source, Batched) and isinstance(other.pipeline, ImagePipeline)
 
 

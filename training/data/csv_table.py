@@ -1,0 +1,247 @@
+"""Images and labels in a table: a CSV file of paths and class names for each part, also separated by tabs or semicolons."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NamedTuple
+
+from files.errors import ConfigError, nearest
+from training.data.source import Sources, name_below
+
+if TYPE_CHECKING:
+    from training.config import DataSection
+
+logger = logging.getLogger(__name__)
+
+# Where the config names no column: the first, or else the only one there is of the others.
+PATH_COLUMNS = ("path", "filename", "file", "image", "filepath", "file_name", "image_path")
+LABEL_COLUMNS = ("label", "class", "target", "category", "class_name", "labels")
+
+
+class Row(NamedTuple):
+    """A sample of a table, and the line it ends on."""
+
+    path: str
+    label: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file that was read.
+
+    Attributes:
+        file: Its path.
+        folder: What its paths are relative to.
+        columns: Names of the columns of paths and of labels.
+    """
+
+    file: Path
+    folder: Path
+    columns: tuple[str, str]
+    rows: list[Row]
+
+
+class CsvSource:
+    """Image files that a table lists, in its order.
+
+    Args:
+        table: The rows.
+        class_names: The classes in the order of their targets; all labels are among them.
+    """
+
+    def __init__(self, table: Table, class_names: list[str]) -> None:
+        self.location = str(table.folder)
+        self.class_names = class_names
+        places = {name: place for place, name in enumerate(class_names)}
+        self.paths = [row.path for row in table.rows]
+        self.targets = [places[row.label] for row in table.rows]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return name_below(self.paths[index], self.location)
+
+    def open(self, index: int) -> IO[bytes]:
+        return open(os.path.join(self.location, self.paths[index]), "rb")
+
+
+def class_names(data: DataSection) -> list[str]:
+    """The labels of the training table, sorted; as numbers, where all are whole numbers.
+
+    Raises:
+        ConfigError: For a table that cannot be used.
+    """
+    return _classes(_table(data, "train_file"))
+
+
+def sources(data: DataSection) -> Sources:
+    """The images that the tables list; without `data.val_file`, a validation part is to be split off.
+
+    Raises:
+        ConfigError: For a table or a row that cannot be used, naming the line.
+    """
+    tables = {key: _table(data, key) for key in ("train_file", "val_file", "test_file") if getattr(data, key)}
+    train = tables["train_file"]
+    names = _classes(train)
+    if len(names) < 2:
+        raise ConfigError(f"data.train_file: '{train.file}' has one class, {names[0]!r}; at least two are needed")
+    known = set(names)
+    for key, table in tables.items():
+        for row in table.rows:
+            if row.label not in known:
+                raise ConfigError(
+                    f"data.{key}: '{table.file}', line {row.line}: label {row.label!r} is none of the training "
+                    f"table's {len(names)} classes{nearest(row.label, names)}"
+                )
+        if data.on_error == "stop":
+            _check_files(key, table)
+    logger.info("table     paths in column %r, labels in column %r of '%s'", *train.columns, train.file)
+    parts = {key: CsvSource(table, names) for key, table in tables.items()}
+    _warn_of_shared(parts)
+    return Sources(parts["train_file"], parts.get("val_file"), test=parts.get("test_file"))
+
+
+def _table(data: DataSection, key: str) -> Table:
+    """Reads a table.
+
+    Raises:
+        ConfigError: Naming the line.
+    """
+    file = Path(getattr(data, key)).expanduser()
+    folder = file.parent if data.root is None else Path(data.root).expanduser()
+    if not file.exists():
+        siblings = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise ConfigError(f"data.{key}: '{file}' does not exist{nearest(file.name, siblings)}")
+    if not folder.is_dir():
+        raise ConfigError(f"data.root: '{folder}' is no folder; the paths in '{file}' are relative to it")
+    where = f"data.{key}: '{file}'"
+    lines = _lines(file, where)
+    header, _ = next(lines, ([], 0))
+    if not header:
+        raise ConfigError(f"{where} is empty; expected a line of column names, such as path,label")
+    columns = (
+        _column(header, "path_column", data.path_column, PATH_COLUMNS, where),
+        _column(header, "label_column", data.label_column, LABEL_COLUMNS, where),
+    )
+    path_at, label_at = (header.index(column) for column in columns)
+    labelled: dict[str, Row] = {}
+    rows = []
+    for cells, line in lines:
+        if len(cells) != len(header):
+            raise ConfigError(
+                f"{where}, line {line}: {len(cells)} cells, but {len(header)} columns in the first line; "
+                "quote what holds a separator"
+            )
+        path, label = cells[path_at], cells[label_at]
+        for column, cell in zip(columns, (path, label), strict=True):
+            if not cell:
+                raise ConfigError(f"{where}, line {line}: column {column!r} is empty")
+        row = Row(name_below(os.path.normpath(path), os.path.abspath(folder)), label, line)
+        first = labelled.setdefault(row.path, row)
+        if first.label != label:
+            raise ConfigError(
+                f"{where}: {path!r} has two labels, {first.label!r} in line {first.line} and {label!r} in line {line}"
+            )
+        rows.append(row)
+    if not rows:
+        raise ConfigError(f"{where} has no rows below its column names")
+    return Table(file, folder, columns, rows)
+
+
+def _lines(file: Path, where: str) -> Iterator[tuple[list[str], int]]:
+    """Cells of each line that is not blank, without spaces around them, and the number of the line it ends on."""
+    reader = None
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as text:  # spreadsheets put a mark in front
+            first = text.readline()
+            text.seek(0)
+            reader = csv.reader(text, delimiter=_separator(file, first), strict=True, skipinitialspace=True)
+            for cells in reader:
+                if any("\0" in cell for cell in cells):
+                    raise ConfigError(f"{where}, line {reader.line_num}: has a null character; is this a text file?")
+                if any(cell.strip() for cell in cells):
+                    yield [cell.strip() for cell in cells], reader.line_num
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not in UTF-8 (byte {error.start}); save it as CSV in UTF-8") from None
+    except csv.Error as error:
+        line = reader.line_num if reader is not None else 1
+        raise ConfigError(f"{where}, line {line}: no valid CSV: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror}") from None
+
+
+def _separator(file: Path, first: str) -> str:
+    if file.suffix.lower() in (".tsv", ".tab"):
+        return "\t"
+    return next((mark for mark in ",;\t" if mark in first), ",")
+
+
+def _column(header: Sequence[str], key: str, given: str | None, usual: Sequence[str], where: str) -> str:
+    """The column that the config names, or a usual one."""
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    there = ", ".join(repr(name) for name in header[:10]) + (" and more" if len(header) > 10 else "")
+    if given is not None:
+        candidates = [name for name in header if name == given]
+        if not candidates:
+            raise ConfigError(f"data.{key}: {where.partition(': ')[2]} has no column {given!r}{nearest(given, header)}")
+    else:
+        lower = {name.lower(): name for name in header}
+        candidates = [lower[name] for name in usual if name in lower]
+        if candidates and candidates[0].lower() == usual[0]:
+            candidates = candidates[:1]
+        if len(candidates) != 1:
+            which = f"several columns that may be meant, {', '.join(map(repr, candidates))}" if candidates else "none"
+            raise ConfigError(
+                f"{where}: expected a column {usual[0]!r}, found {which}; say which by data.{key}\ncolumns: {there}"
+            )
+    if candidates[0] in twice:
+        raise ConfigError(f"{where} has two columns {candidates[0]!r}; rename one")
+    return candidates[0]
+
+
+def _classes(table: Table) -> list[str]:
+    """The labels, sorted; as numbers where all are whole numbers."""
+    labels = sorted({row.label for row in table.rows})
+    try:
+        numbers = {label: int(label) for label in labels}
+    except ValueError:
+        return labels
+    shared = Counter(numbers.values())
+    same = [label for label in labels if shared[numbers[label]] > 1]
+    if same:
+        raise ConfigError(
+            f"data.train_file: '{table.file}': labels {same[0]!r} and {same[1]!r} are one number; write it in one way"
+        )
+    return sorted(labels, key=numbers.__getitem__)
+
+
+def _check_files(key: str, table: Table) -> None:
+    """Refuses a table that lists files that are not there, naming the first."""
+    missing = [row for row in table.rows if not os.path.isfile(table.folder / row.path)]
+    if not missing:
+        return
+    row, place = missing[0], table.folder / missing[0].path
+    what = "is a folder" if place.is_dir() else "does not exist"
+    advice = "paths are relative to the table's folder, or to data.root"
+    if "\\" in row.path and os.sep == "/":
+        advice = "parts of a path are separated by / here, not by \\"
+    more = f" (and {len(missing) - 1:,} more of {len(table.rows):,} rows)" if len(missing) > 1 else ""
+    raise ConfigError(f"data.{key}: '{table.file}', line {row.line}: {str(place)!r} {what}{more}\n{advice}")
+
+
+def _warn_of_shared(parts: dict[str, CsvSource]) -> None:
+    """Says it where a training image is validated or tested on: figures are then too good."""
+    train = parts["train_file"]
+    mine = {os.path.join(train.location, path) for path in train.paths}
+    for key, part in parts.items():
+        shared = 0 if part is train else sum(os.path.join(part.location, path) in mine for path in part.paths)
+        if shared:
+            logger.warning("warning: data.%s: %s of its %s images are training images", key, shared, len(part))
