@@ -44,6 +44,22 @@ def step(setup: Setup, batches: list[Batch], number: int = 0) -> float:
     ).loss
 
 
+def plain_ece(logits: Tensor, targets: Tensor) -> float:
+    """Expected calibration error over 15 bins, sample by sample and bin by bin."""
+    probabilities = logits.double().softmax(dim=1).tolist()
+    error = 0.0
+    told = [
+        (max(row), row.index(max(row)) == target) for row, target in zip(probabilities, targets.tolist(), strict=True)
+    ]
+    for low in range(15):
+        inside = [(sure, right) for sure, right in told if low / 15 < sure <= (low + 1) / 15]
+        if inside:
+            accuracy = sum(right for _, right in inside) / len(inside)
+            confidence = sum(sure for sure, _ in inside) / len(inside)
+            error += len(inside) / len(probabilities) * abs(accuracy - confidence)
+    return error
+
+
 def classifier(setup: Setup) -> nn.Linear:
     layer = setup.model.get_classifier()
     assert isinstance(layer, nn.Linear)
