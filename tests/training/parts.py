@@ -11,7 +11,6 @@ from training.config import load_config
 from training.console import StopSignals
 from training.distributed import World
 from training.loop import train_step
-from training.optim import build_loss
 from training.setup import Setup, build
 from training.state import Progress
 
@@ -38,7 +37,7 @@ def first_batches(setup: Setup, count: int = 1) -> list[Batch]:
 
 
 def step(setup: Setup, batches: list[Batch], number: int = 0) -> float:
-    loss_fn = build_loss(setup.config.augment, setup.mixer.enabled)
+    loss_fn = setup.loss_fn
     return train_step(
         setup, setup.model.train(), batches, Progress(step=number), loss_fn=loss_fn, signals=StopSignals()
     ).loss
