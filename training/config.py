@@ -20,6 +20,7 @@ from layers.rates import ProfileName, RateIs
 from layers.schedule import SETTINGS, DropPathSchedule, Kind
 from training.data.augment import AugmentSection
 from training.data.section import DataSection
+from training.loss import LossSection
 from training.section import Fraction, Pair, Section
 
 DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
@@ -240,6 +241,7 @@ class TrainConfig(Section):
     drop_path: DropPathSection = Field(default_factory=DropPathSection)
     data: DataSection
     augment: AugmentSection = Field(default_factory=AugmentSection)
+    loss: LossSection = Field(default_factory=LossSection)
     optim: OptimSection = Field(default_factory=OptimSection)
     ema: EmaSection = Field(default_factory=EmaSection)
     runtime: RuntimeSection = Field(default_factory=RuntimeSection)

@@ -73,7 +73,7 @@ class ProgressBar:
         self.bar.update()
 
     def epoch(self, row: dict[str, float]) -> None:
-        told = [metric.text(row[metric.column]) for metric in METRICS]
+        told = [metric.text(row[metric.column]) for metric in METRICS if metric.in_line]
         self.measured = "".join(f" {m.label} {f'{row[m.column]:{m.form}}'.strip()}" for m in METRICS if m.in_bar)
         self.write(
             f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  {'  '.join(told)}"

@@ -36,15 +36,17 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    for metric in metrics:
-        metric.reset()
+    gathered = list(dict.fromkeys(metric.gathering for metric in metrics))  # each once, though several share it
+    for gathering in gathered:
+        gathering.reset()
     images_seen, problem = 0, None
     try:
         for images, targets, *_ in batches:
             with autocast or contextlib.nullcontext():
                 logits = model(images)
-            for metric in metrics:
-                metric.update(logits.float(), targets)
+            logits = logits.float()
+            for gathering in gathered:
+                gathering.update(logits, targets)
             images_seen += len(targets)
     except ReadError as error:
         problem = error
@@ -52,6 +54,6 @@ def evaluate(
     stop_together(world, problem)
     if not world.any(images_seen > 0):
         raise ReadError("no image of the validation data could be read, so there is nothing to evaluate on")
-    for metric in metrics:
-        metric.merge(world)
+    for gathering in gathered:
+        gathering.merge(world)
     return {metric.column: metric.value() for metric in metrics}

@@ -29,7 +29,6 @@ from training.data.dataset import ReadError
 from training.distributed import World, stop_together
 from training.evaluation import evaluate
 from training.metrics import METRICS
-from training.optim import build_loss
 from training.run_folder import RunFolder, describe_environment
 from training.setup import Setup, seed_everything
 from training.state import Progress, RunState
@@ -76,7 +75,7 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
         trained = DistributedDataParallel(model, device_ids=ids)
-    loss_fn = build_loss(config.augment, mixed=setup.mixer.enabled)
+    loss_fn = setup.loss_fn
     metrics: dict[str, float] = {}
     start = saved_step = progress.step  # what is known to be on disk; nothing has to be at step 0
 
@@ -325,8 +324,7 @@ def dry_run(setup: Setup) -> str:
     setup.model.train()
     group = next(_groups(setup.skips.read(iter(setup.train_loader)), setup.config.optim.accumulate, setup.world))
     start = time.perf_counter()
-    loss_fn = build_loss(setup.config.augment, setup.mixer.enabled)
-    loss, _ = train_step(setup, setup.model, group, Progress(), loss_fn=loss_fn, signals=StopSignals())
+    loss, _ = train_step(setup, setup.model, group, Progress(), loss_fn=setup.loss_fn, signals=StopSignals())
     seconds = time.perf_counter() - start
     validate(setup, batches=1)
     return (

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate, loss and weight average: timm's and torch's, built from a training config."""
+"""Optimizer, learning rate and weight average: timm's and torch's, built from a training config."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from files.errors import ConfigError
-from training.config import AugmentSection, EmaSection, OptimSection
+from training.config import EmaSection, OptimSection
 
 
 def build_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
@@ -70,16 +70,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimSection, steps
     if optim.schedule == "constant" or warmup >= total:
         return StepLRScheduler(optimizer, decay_t=total + 1, decay_rate=1.0, **common)
     return CosineLRScheduler(optimizer, t_initial=total - warmup, lr_min=min(optim.min_lr, optim.lr), **common)
-
-
-def build_loss(augment: AugmentSection, mixed: bool) -> nn.Module:
-    """Cross entropy of logits (B, K) and targets, (B,) classes or (B, K) shares.
-
-    Args:
-        augment: Says the label smoothing.
-        mixed: Targets come from the mixer, which has smoothed them already.
-    """
-    return nn.CrossEntropyLoss(label_smoothing=0.0 if mixed else augment.label_smoothing)
 
 
 def build_ema(model: nn.Module, ema: EmaSection) -> ModelEmaV3 | None:

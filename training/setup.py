@@ -31,6 +31,7 @@ from training.data.mixing import BatchMixer
 from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
 from training.distributed import World
+from training.loss import build_loss, class_weights
 from training.optim import build_ema, build_optimizer, build_scheduler
 from training.threads import number_of_threads
 
@@ -48,6 +49,7 @@ class Setup:
     val_loader: DataLoader
     skips: SkipList
     mixer: BatchMixer
+    loss_fn: nn.Module
     precision: torch.dtype
     channels_last: bool
     steps_per_epoch: int
@@ -142,6 +144,8 @@ def build(
         )
     num_classes = section.num_classes or data.num_classes
 
+    weights = class_weights(config.loss, data.identity["train"]["samples_per_class"], num_classes)
+
     seed_everything(config.seed)  # the same weights on every rank
     model = create_model(
         section.name,
@@ -168,6 +172,8 @@ def build(
     _set_backends(config, world.device)
     model.to(world.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, config.optim, world.device)
+    mixer = BatchMixer(config.augment, num_classes, seed=config.seed, rank=world.rank)
+    loss_fn = build_loss(config.loss, config.augment, mixed=mixer.enabled, num_classes=num_classes, weights=weights)
     return Setup(
         config=config,
         world=world,
@@ -177,7 +183,8 @@ def build(
         train_loader=train_loader,
         val_loader=val_loader,
         skips=SkipList(config.data),
-        mixer=BatchMixer(config.augment, num_classes, seed=config.seed, rank=world.rank),
+        mixer=mixer,
+        loss_fn=loss_fn.to(world.device),
         precision=precision,
         channels_last=channels_last,
         steps_per_epoch=steps_per_epoch,
@@ -295,6 +302,7 @@ def describe(setup: Setup) -> str:
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
         f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, {config.optim.schedule}",
+        *([f"loss      {words}"] if (words := config.loss.in_words) else []),
         f"device    {world.device} x {world.size}, {str(setup.precision).removeprefix('torch.')}"
         f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}, "
         f"{threads} CPU thread{'s' if threads > 1 else ''}{' each' if world.size > 1 else ''}",

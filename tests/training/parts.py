@@ -11,7 +11,6 @@ from training.config import load_config
 from training.console import StopSignals
 from training.distributed import World
 from training.loop import train_step
-from training.optim import build_loss
 from training.setup import Setup, build
 from training.state import Progress
 
@@ -38,10 +37,26 @@ def first_batches(setup: Setup, count: int = 1) -> list[Batch]:
 
 
 def step(setup: Setup, batches: list[Batch], number: int = 0) -> float:
-    loss_fn = build_loss(setup.config.augment, setup.mixer.enabled)
+    loss_fn = setup.loss_fn
     return train_step(
         setup, setup.model.train(), batches, Progress(step=number), loss_fn=loss_fn, signals=StopSignals()
     ).loss
+
+
+def plain_ece(logits: Tensor, targets: Tensor) -> float:
+    """Expected calibration error over 15 bins, sample by sample and bin by bin."""
+    probabilities = logits.double().softmax(dim=1).tolist()
+    error = 0.0
+    told = [
+        (max(row), row.index(max(row)) == target) for row, target in zip(probabilities, targets.tolist(), strict=True)
+    ]
+    for low in range(15):
+        inside = [(sure, right) for sure, right in told if low / 15 < sure <= (low + 1) / 15]
+        if inside:
+            accuracy = sum(right for _, right in inside) / len(inside)
+            confidence = sum(sure for sure, _ in inside) / len(inside)
+            error += len(inside) / len(probabilities) * abs(accuracy - confidence)
+    return error
 
 
 def classifier(setup: Setup) -> nn.Linear:

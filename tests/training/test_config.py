@@ -125,7 +125,7 @@ def test_further_model_keys_are_overrides_of_the_model(path: Path) -> None:
         ("optim.epocs=3", "unknown key; did you mean 'optim.epochs'?"),
         ("optm.epochs=3", "unknown key; did you mean 'optim.epochs'?"),
         ("epochs=3", "unknown key; did you mean 'optim.epochs'?"),
-        ("xyz.xyz=1", "unknown key; known here: seed, model, drop_path, data, augment, optim, ema, "),
+        ("xyz.xyz=1", "unknown key; known here: seed, model, drop_path, data, augment, loss, optim, ema, "),
         ("model..x=1", "unknown key; did you mean 'model'?"),
         ("optim.epochs=abc", 'expected an integer, got "abc"'),
         ("optim.epochs=3.0", "expected an integer, got 3.0"),

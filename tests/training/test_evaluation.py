@@ -1,16 +1,21 @@
 """The measures of a model over batches, against a computation in other words."""
 
+from typing import Any
+
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from tests.training.parts import build_tiny, first_batches, image_path, step
+from tests.training.parts import build_tiny, first_batches, image_path, plain_ece, step
 from training.data.dataset import ReadError
 from training.evaluation import evaluate
 from training.loop import validate
 from training.metrics import Mean, among_top, summed_loss
 from training.setup import Setup
+
+MACRO: dict[str, Any] = {"average": "macro", "zero_division": 0}
 
 
 def direct(setup: Setup, model: nn.Module) -> dict[str, float]:
@@ -21,7 +26,10 @@ def direct(setup: Setup, model: nn.Module) -> dict[str, float]:
         logits = model.eval()(images)
     place = (logits > logits.gather(1, targets[:, None])).sum(dim=1)  # classes before the right one
     return {"val_loss": cross_entropy(logits, targets).item(), "val_top1": 100 * (place < 1).double().mean().item(),
-            "val_top5": 100 * (place < 5).double().mean().item()}  # fmt: skip
+            "val_top5": 100 * (place < 5).double().mean().item(),
+            "val_balanced": 100 * balanced_accuracy_score(targets, logits.argmax(1)),
+            "val_macro_f1": 100 * f1_score(targets, logits.argmax(1), **MACRO),
+            "val_ece": 100 * plain_ece(logits, targets)}  # fmt: skip
 
 
 def test_evaluation_equals_a_direct_computation() -> None:

@@ -4,22 +4,32 @@ import csv
 import os
 import subprocess
 import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, recall_score
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from files.errors import ConfigError
-from tests.training.parts import TINY
+from tests.training.parts import TINY, plain_ece
 from training.distributed import ALONE, World
-from training.metrics import METRICS, Mean, among_top, summed_loss
+from training.evaluation import evaluate
+from training.metrics import METRICS, Mean, Predictions, among_top, evaluation_metrics, summed_loss
 from training.run_folder import COLUMNS, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 9.0]])
 TARGETS = torch.tensor([0, 1, 2, 2])
+MACRO: dict[str, Any] = {"average": "macro", "zero_division": 0}  # of scikit-learn, whose stubs know strings only
+EACH: dict[str, Any] = {"average": None, "zero_division": float("nan")}
+CLASSWISE = ["val_balanced", "val_macro_f1", "val_ece"]
 
 
 def test_values_over_batches_of_different_sizes() -> None:
@@ -57,7 +67,113 @@ def test_processes_are_merged_by_samples_not_by_means() -> None:
 
 def test_columns_are_distinct_and_stand_between_the_runs_own() -> None:
     assert len(set(COLUMNS)) == len(COLUMNS)
-    assert [m.column for m in METRICS] == ["val_loss", "val_top1", "val_top5"] == list(COLUMNS[3:6])
+    assert [m.column for m in METRICS] == ["val_loss", "val_top1", "val_top5", *CLASSWISE] == list(COLUMNS[3:9])
+
+
+def measured(logits: Tensor, targets: Tensor, sizes: list[int]) -> tuple[dict[str, float], Predictions]:
+    """What `evaluate` says of logits in batches of some sizes."""
+    metrics, predictions = evaluation_metrics()
+    batches = zip(logits.split(sizes), targets.split(sizes), strict=True)
+    return evaluate(nn.Identity(), batches, metrics), predictions
+
+
+@pytest.mark.parametrize(
+    ("classes", "present", "predictable"), [(10, 10, 10), (10, 4, 10), (7, 7, 3), (6, 3, 2), (3, 1, 3), (1, 1, 1)]
+)
+def test_what_is_counted_per_class_equals_scikit_learn_s(classes: int, present: int, predictable: int) -> None:
+    """Also where classes have no samples, are never predicted, or both."""
+    random = torch.Generator().manual_seed(classes + present)
+    logits, targets = torch.randn(211, classes, generator=random), torch.randint(present, (211,), generator=random)
+    logits[:, predictable:] -= 99
+    found, predictions = measured(logits, targets, [100, 1, 110])
+    predicted, every = logits.argmax(dim=1), list(range(classes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn warns of classes that are predicted and have no samples
+        matrix = confusion_matrix(targets, predicted, labels=every).tolist()
+        wanted = {
+            "balanced": 100 * balanced_accuracy_score(targets, predicted),
+            "macro_f1": 100 * f1_score(targets, predicted, **MACRO),
+            "ece": 100 * plain_ece(logits, targets),
+            "nll": cross_entropy(logits, targets).item(),
+        }
+        recalls = recall_score(targets, predicted, labels=every, **EACH)
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    assert list(found) == ["nll", "top1", "top5", "balanced", "macro_f1", "ece"]
+    assert predictions.recall().numpy() == pytest.approx(np.asarray(recalls), nan_ok=True)
+    assert predictions.confusion is not None
+    assert predictions.confusion.tolist() == matrix
+    assert predictions.samples.tolist() == predictions.confusion.sum(1).tolist()
+
+
+@pytest.mark.parametrize(("sure", "wanted"), [(0.5, 50.0), (1.0, 50.0), (8 / 15, 3.3333333)])
+def test_calibration_of_known_confidences(sure: float, wanted: float) -> None:
+    """All right at 0.5: 50 off. Half right at 1: 50 off; half right at 8/15: 1/30 off."""
+    logits = torch.tensor([[sure, 1 - sure]] * 4).log()
+    targets = torch.tensor([0, 0, 0, 0] if sure == 0.5 else [0, 1, 0, 1])
+    assert measured(logits, targets, [4])[0]["ece"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below() -> None:
+    predictions = Predictions()
+    predictions.parts = [(torch.linspace(0, 1, 16)[1:], torch.zeros(15), torch.zeros(15))]
+    predictions.classes = 1
+    predictions.merge(ALONE)
+    assert predictions.bins[0].tolist() == [1.0] * 15
+
+
+class Meeting(World):
+    """One of two processes that are threads: sums are those of both."""
+
+    barrier_of_two = threading.Barrier(2, timeout=30)
+    sent: ClassVar[dict[int, Tensor]] = {}
+
+    def sum(self, values: Tensor) -> Tensor:
+        self.barrier_of_two.wait()
+        self.sent[self.rank] = values.double()
+        self.barrier_of_two.wait()
+        return self.sent[0] + self.sent[1]
+
+
+@pytest.mark.parametrize("shared_out", [(60, 41), (101, 0)])
+def test_counts_of_processes_are_added(shared_out: tuple[int, int]) -> None:
+    """To what one process alone would have found; also where one saw no batch, and knows of no classes."""
+    random = torch.Generator().manual_seed(3)
+    logits, targets = torch.randn(101, 5, generator=random), torch.randint(5, (101,), generator=random)
+    wanted, alone = measured(logits, targets, [101])
+
+    def one(rank: int) -> tuple[dict[str, float], Predictions]:
+        metrics, predictions = evaluation_metrics()
+        for gathering in dict.fromkeys(metric.gathering for metric in metrics):
+            if shared_out[rank]:
+                gathering.update(logits.split(shared_out)[rank], targets.split(shared_out)[rank])
+            gathering.merge(Meeting(rank=rank, local_rank=rank, size=2, device=torch.device("cpu")))
+        return {metric.column: metric.value() for metric in metrics}, predictions
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(one, (0, 1)))
+    for found, predictions in both:
+        assert found == pytest.approx(wanted, rel=1e-6)
+        assert predictions.confusion is not None and alone.confusion is not None
+        assert torch.equal(predictions.confusion, alone.confusion)
+
+
+def test_a_confusion_matrix_is_kept_where_it_is_asked_for_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Predictions, "MOST_CLASSES", 3)
+    for classes, asked, kept in ((3, True, True), (4, True, False), (3, False, False)):
+        predictions = Predictions(confusion=asked)
+        predictions.update(torch.randn(8, classes), torch.zeros(8, dtype=torch.int64))
+        predictions.merge(ALONE)
+        assert (predictions.confusion is not None) == kept
+        assert predictions.samples.tolist() == [8] + [0] * (classes - 1), "counts per class are there in any case"
+
+
+def test_an_evaluation_beside_a_run_leaves_the_run_s_metrics_alone() -> None:
+    METRICS[3].reset()
+    METRICS[3].update(LOGITS, TARGETS)
+    measured(torch.randn(5, 4), torch.zeros(5, dtype=torch.int64), [5])
+    METRICS[3].merge(ALONE)
+    assert METRICS[3].value() == pytest.approx(50.0)
+    assert [metric.column for metric in METRICS][:2] == ["val_loss", "val_top1"]
 
 
 NEW_METRIC = """
@@ -82,7 +198,7 @@ def test_a_new_metric_is_one_entry(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0])[3:8] == ["val_loss", "val_top1", "val_top5", "val_spread", "lr"]
+    assert list(rows[0])[3:11] == ["val_loss", "val_top1", "val_top5", *CLASSWISE, "val_spread", "lr"]
     for row in rows:
         assert f"  logit spread {float(row['val_spread']):.2f}" in done.stdout
     page = (tmp_path / "run" / "report.html").read_text()

@@ -11,8 +11,8 @@ from files.errors import ConfigError
 from models import create_model
 from models.metaformer import MetaFormer
 from training import optim as tested
-from training.config import AugmentSection, EmaSection, OptimSection
-from training.optim import build_ema, build_loss, build_optimizer, build_scheduler
+from training.config import EmaSection, OptimSection
+from training.optim import build_ema, build_optimizer, build_scheduler
 
 CPU = torch.device("cpu")
 STEPS = 10  # per epoch
@@ -178,17 +178,7 @@ def test_fused_where_cuda_offers_it(monkeypatch, name: str, device: str, fused: 
     assert asked == [fused]
 
 
-# ---- loss and average -----------------------------------------------------------------------------------------------
-
-
-def test_label_smoothing_is_applied_once() -> None:
-    """By the loss to classes, or by the mixer to the shares it makes."""
-    logits, targets = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0, 1])
-    augment = AugmentSection(label_smoothing=0.2)
-    smooth = nn.functional.one_hot(targets, 4) * 0.8 + 0.2 / 4
-    expected = -(smooth * logits.log_softmax(dim=1)).sum(dim=1).mean()
-    torch.testing.assert_close(build_loss(augment, mixed=False)(logits, targets), expected)
-    torch.testing.assert_close(build_loss(augment, mixed=True)(logits, smooth), expected)
+# ---- average --------------------------------------------------------------------------------------------------------
 
 
 def test_the_average_follows_the_weights() -> None:

@@ -111,7 +111,7 @@ def run_charts(run: Run) -> list[tuple[str, Markup]]:
         for metric, color in zip(percents, itertools.cycle((SERIES[0], *SERIES[2:])), strict=False):
             _line(axes, epochs, metrics[metric.column], label=metric.label, color=color)
         _focus(axes, [epochs] * len(percents), [metrics[metric.column] for metric in percents])
-        _legend(axes)
+        _legend(axes, handlelength=1.2, columnspacing=1.2)
 
     def alone(metric: Metric) -> Callable[[Axes], None]:
         return lambda axes: _line(axes, epochs, metrics[metric.column], color=SERIES[0])

@@ -62,7 +62,10 @@ def _make_run(path: Path, *, top1: tuple[float, ...] = TOP1, mode: str = "skip",
         "cuda": None,
     }
     (path / "environment.json").write_text(json.dumps(environment))
-    rows = [[i, 11 * i, 2 / i, 1.5 / i, v, 100.0, 1e-3, 0.1 * i, 500.0, 2.5 * i] for i, v in enumerate(top1, start=1)]
+    rows = [
+        [i, 11 * i, 2 / i, 1.5 / i, v, 100.0, v - 1, v - 2, 3.5, 1e-3, 0.1 * i, 500.0, 2.5 * i]
+        for i, v in enumerate(top1, start=1)
+    ]
     _write_csv(path / "metrics.csv", COLUMNS, rows)
     blocks = [[i, f"stages.0.blocks.{i}", 0.15 * i, mode, 0.12 * i] for i in range(3)]
     _write_csv(path / "drop_path.csv", ("block", "name", "nominal_rate", "mode", "realised_rate"), blocks)

@@ -32,7 +32,7 @@ def test_page_says_what_the_run_did(html: str, read_page) -> None:
 
 def test_page_has_its_figures_and_needs_nothing_else(html: str, read_page) -> None:
     page = read_page(html)
-    assert page.tags.count("figure") == page.tags.count("svg") == 6
+    assert page.tags.count("figure") == page.tags.count("svg") == 7
     for label in ("training", "validation", "top-1", "top-5", "Learning rate", "nominal", "realised"):
         assert label in page.text
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
@@ -79,7 +79,7 @@ def test_values_are_escaped(tmp_path: Path, make_run, page_of, write_csv, config
 
 @pytest.mark.parametrize("missing", ["metrics.csv", "summary.json", "drop_path.csv", "environment.json", "all"])
 def test_missing_files_cost_their_part_only(run: Path, missing: str, page_of) -> None:
-    files = {"metrics.csv": 1, "summary.json": 6, "drop_path.csv": 4, "environment.json": 6}
+    files = {"metrics.csv": 1, "summary.json": 7, "drop_path.csv": 5, "environment.json": 7}
     for name in files if missing == "all" else [missing]:
         (run / name).unlink()
     page = page_of(run)

@@ -19,7 +19,7 @@ def test_cut_off_row_is_left_out_and_said(run: Path, rest: str, page_of) -> None
 
 def test_epoch_written_twice_counts_once(run: Path) -> None:
     with (run / "metrics.csv").open("a") as file:
-        file.write("4,44,0.5,0.4,98.5,100,0.001,0.4,500,10\n")
+        file.write("4,44,0.5,0.4,98.5,100,98,98,2,0.001,0.4,500,10\n")
     data = runs.read_run(run)
     assert data.metrics["epoch"] == [1, 2, 3, 4]
     assert data.metrics["val_top1"][-1] == 98.5

@@ -28,7 +28,7 @@ def test_unfinished_run(run: Path, page_of) -> None:
 def test_summary_of_a_run_that_goes_on_is_not_its_end(run: Path, page_of, config_text) -> None:
     (run / "config.yaml").write_text(config_text.replace("epochs: 4", "epochs: 6"))
     with (run / "metrics.csv").open("a") as file:
-        file.write("5,55,0.5,0.4,99.5,100,0.001,0.4,600,12.5\n")
+        file.write("5,55,0.5,0.4,99.5,100,99,99,2,0.001,0.4,600,12.5\n")
     text = page_of(run).text
     assert "Not finished, 5 of 6 epochs in 12 s: latest top-1 99.50 %, best 99.50 % at epoch 5." in text
     assert "Images/s 600" in text
