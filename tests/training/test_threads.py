@@ -13,7 +13,8 @@ import pytest
 from training.threads import number_of_threads, wait_passively
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {"train.py": "--print-config", "export.py": "--help", "benchmark.py": "--help"}
+SCRIPTS = {"train.py": "--print-config", "validate.py": "--help", "predict.py": "--help", "export.py": "--help",
+           "benchmark.py": "--help"}  # fmt: skip
 CORES = joblib.cpu_count(only_physical_cores=True)
 
 

@@ -1,0 +1,120 @@
+"""Predictions on their way out: as a table or file, as a contact sheet, with what could not be read named."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from files.errors import ConfigError, Failure
+from training.evaluating.prediction import NoPrediction, Predictor, PredictRequest
+from training.evaluating.results import check_writable
+from training.evaluating.tables import FORMATS, Format, open_writer
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """In which form.
+
+    Attributes:
+        format: Default: what `output` ends in, else a table.
+        output: A file; None: standard output.
+        contact_sheet: A PNG as well.
+    """
+
+    format: Format | None = None
+    output: Path | None = None
+    contact_sheet: Path | None = None
+
+    @property
+    def chosen(self) -> Format:
+        """The format."""
+        ending = self.output.suffix.removeprefix(".").lower() if self.output is not None else ""
+        endings: dict[str, Format] = {fmt: fmt for fmt in FORMATS}
+        return self.format or endings.get(ending, "table")
+
+    def check(self) -> None:
+        """Finds out now what cannot be written.
+
+        Raises:
+            ConfigError: Naming it.
+        """
+        if self.contact_sheet is not None and self.contact_sheet.suffix.lower() != ".png":
+            raise ConfigError(f"--contact-sheet {self.contact_sheet}: a contact sheet is a .png file")
+        for path, option in ((self.output, "--output"), (self.contact_sheet, "--contact-sheet")):
+            if path is not None:
+                check_writable(path, option)
+
+
+def predict(request: PredictRequest, wanted: Wanted) -> int:
+    """Predicts, and writes each row as it comes.
+
+    Returns:
+        The exit code: 1 where an image could not be read.
+
+    Raises:
+        ConfigError: Whatever was given that cannot work; nothing was written then.
+        Failure: What went wrong while running.
+    """
+    wanted.check()
+    predictor = Predictor(request, _lines(sys.stdin))
+    plan = predictor.plan
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    sheet = None
+    if wanted.contact_sheet is not None:
+        from training.evaluating.contact_sheet import ContactSheet  # needs matplotlib
+
+        sheet = ContactSheet(wanted.contact_sheet, len(plan.paths))
+    unread = 0
+    try:
+        with _opened(wanted.output) as file:
+            writer = open_writer(wanted.chosen, file, plan)
+            try:
+                for row in predictor.predictions():
+                    if isinstance(row, NoPrediction):
+                        unread += 1
+                        tqdm.write(f"skipped: {row.path!r}: {row.reason}", file=sys.stderr)
+                        continue
+                    writer.row(row)
+                    if sheet is not None:
+                        sheet.add(row)
+            finally:
+                writer.end()
+    except BrokenPipeError:  # who reads it, as `head` does, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+    except OSError as error:
+        raise Failure(f"--output {wanted.output}: cannot be written: {error.strerror}") from None
+    if sheet is not None:
+        sheet.end()
+        more = f"; {sheet.left_out:,} images beyond the last page are left out" if sheet.left_out else ""
+        print(f"contact sheet: {', '.join(map(str, sheet.pages)) or 'nothing to draw'}{more}", file=sys.stderr)
+    if unread:
+        print(f"error: {unread:,} of {len(plan.paths):,} images could not be read", file=sys.stderr)
+    return 1 if unread else 0
+
+
+def _lines(stdin: IO[str]) -> Iterable[str]:
+    """Its lines, when they are asked for; names of files may be any bytes."""
+    if hasattr(stdin, "reconfigure"):
+        stdin.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
+    yield from stdin
+
+
+@contextlib.contextmanager
+def _opened(path: Path | None) -> Iterator[IO[str]]:
+    """The file to write to; standard output stays open."""
+    if path is None:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        yield file

@@ -1,0 +1,81 @@
+"""Evaluates models on data: `python validate.py MODEL [MODEL ...] [key=value ...]`, the same under torchrun."""
+
+from training.threads import wait_passively
+
+wait_passively()  # before torch loads
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from files.errors import run_command
+from training.evaluating.corruptions import parse_corruptions
+from training.evaluating.options import add_compute_options, add_weights_options, choice_of, compute_of, split_words
+from training.evaluating.part import WantedData
+from training.evaluating.results import ResultsFile, check_folder, describe, folder_of, write_details
+from training.evaluating.validation import Request, validate
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of validate.py."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("words", nargs="+", metavar="MODEL|key=value", help="runs, weights or names; keys of data")
+    add_weights_options(parser)
+    data = parser.add_argument_group("data; default: those of the model's run")
+    data.add_argument("--config", type=Path, metavar="FILE", help="a training config whose data to take")
+    data.add_argument("--images", type=Path, metavar="FOLDER", help="instead: a folder of CLASS/*.jpg, taken whole")
+    data.add_argument("--split", choices=("val", "test", "train"), default="val", help="which part; default: val")
+    data.add_argument(
+        "--flip", action="store_true", help="mean of the probabilities of each image and its mirror image"
+    )
+    data.add_argument(
+        "--corrupt", action="append", default=[], metavar="NAME[:1-5]", help="make the images worse; or all"
+    )
+    add_compute_options(parser)
+    told = parser.add_argument_group("results")
+    told.add_argument("--output", type=Path, metavar="DIR", help="metrics, classes, confusion and mistakes, as files")
+    told.add_argument("--results", type=Path, metavar="FILE.csv", help="add a row per evaluation, timm's columns first")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0 done, 1 failed while running, 2 a mistake in what was given."""
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    for ours in ("models", "training"):
+        logging.getLogger(ours).setLevel(logging.INFO)
+    return run_command(lambda: evaluate(args))
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluates, prints and writes."""
+    models, overrides = split_words(args.words)
+    request = Request(
+        models,
+        choice_of(args),
+        WantedData(args.config, overrides, args.images, args.split, args.batch_size, args.workers),
+        compute_of(args),
+        flip=args.flip,
+        corruptions=parse_corruptions(args.corrupt),
+    )
+    results = ResultsFile(args.results) if args.results else None
+    alone = len(models) == 1 and len(request.corruptions) <= 1
+
+    def check() -> None:
+        if results is not None:
+            results.check()
+        if args.output is not None:
+            check_folder(args.output)
+
+    for evaluation in validate(request, check=check):
+        print(describe(evaluation), flush=True)
+        if results is not None:
+            results.add(evaluation)
+        if args.output is not None:
+            write_details(evaluation, folder_of(args.output, evaluation, alone=alone))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
