@@ -31,7 +31,8 @@ from training.data.mixing import BatchMixer
 from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
 from training.distributed import World
-from training.optim import build_ema, build_optimizer, build_scheduler
+from training.lr_schedule import build_scheduler
+from training.optim import build_ema, build_optimizer
 from training.threads import number_of_threads
 
 
