@@ -21,6 +21,7 @@ from layers.schedule import SETTINGS, DropPathSchedule, Kind
 from training.data.augment import AugmentSection
 from training.data.section import DataSection
 from training.lr_schedule import LrScheduleName, check_schedule, known_schedule
+from training.recipe import EarlyStoppingSection
 from training.section import Fraction, Pair, Section
 
 DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
@@ -279,6 +280,7 @@ class TrainConfig(Section):
     ema: EmaSection = Field(default_factory=EmaSection)
     runtime: RuntimeSection = Field(default_factory=RuntimeSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
 
     @model_validator(mode="after")
     def _check_one_image_size(self) -> "TrainConfig":

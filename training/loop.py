@@ -27,6 +27,7 @@ from training.config import dump_config
 from training.console import Board, ProgressBar, StopSignals
 from training.data.dataset import ReadError
 from training.distributed import World, stop_together
+from training.early_stopping import note_epoch, stop_reason
 from training.evaluation import evaluate
 from training.metrics import METRICS
 from training.optim import build_loss
@@ -82,7 +83,7 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
 
     with StopSignals() as signals, Board(folder, world, progress) as board, ProgressBar(setup, progress) as bar:
         try:
-            while progress.epoch < config.optim.epochs:
+            while progress.epoch < config.optim.epochs and not stop_reason(config.early_stopping, progress):
                 model.train()
                 setup.sampler.set_position(progress.epoch, progress.batch)
                 batches = setup.skips.read(iter(setup.train_loader))
@@ -110,8 +111,13 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
                     state.save(folder)
                     saved_step = progress.step
                 metrics = _end_epoch(setup, folder, progress, trained=progress.step > start)
+                note_epoch(config.early_stopping, progress, metrics, world)
                 bar.epoch(metrics)
                 board.write(metrics, progress.step)
+            if reason := stop_reason(config.early_stopping, progress):
+                if progress.step > saved_step:
+                    state.save(folder)
+                bar.write(reason)
         except ReadError as error:
             if progress.step > saved_step:
                 state.save(folder)
@@ -300,6 +306,7 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "images_per_second": metrics.get("images_per_second"),
         "peak_memory_mb": round(peak, 1),
         "weights_sha256": weights_sha256(setup.model.state_dict()),
+        "stopped_early": stop_reason(setup.config.early_stopping, progress),
         "ema_sha256": None if setup.ema is None else weights_sha256(setup.ema.module.state_dict()),
     }
     folder.write_json(folder.summary, summary)
