@@ -21,7 +21,7 @@ from layers.schedule import SETTINGS, DropPathSchedule, Kind
 from training.data.augment import AugmentSection
 from training.data.section import DataSection
 from training.lr_schedule import LrScheduleName, check_schedule, known_schedule
-from training.recipe import EarlyStoppingSection
+from training.recipe import EarlyStoppingSection, FreezeSection
 from training.section import Fraction, Pair, Section
 
 DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
@@ -280,6 +280,7 @@ class TrainConfig(Section):
     ema: EmaSection = Field(default_factory=EmaSection)
     runtime: RuntimeSection = Field(default_factory=RuntimeSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    freeze: FreezeSection = Field(default_factory=FreezeSection)
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
 
     @model_validator(mode="after")
@@ -298,6 +299,13 @@ class TrainConfig(Section):
         for key, end in ends.items():
             if end is not None and end > epochs:
                 raise FieldError(f"drop_path.schedule.{key}", f"ends at epoch {end:g}, beyond optim.epochs ({epochs})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_freeze_fits(self) -> "TrainConfig":
+        frozen, epochs = self.freeze.epochs, self.optim.epochs
+        if frozen != "all" and frozen > epochs:
+            raise FieldError("freeze.epochs", f"{frozen} is beyond optim.epochs ({epochs}); all: the whole run")
         return self
 
 

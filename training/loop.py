@@ -74,9 +74,6 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     if config.runtime.compile:
         model.compile()
     trained: nn.Module = model
-    if world.size > 1:
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        trained = DistributedDataParallel(model, device_ids=ids)
     loss_fn = build_loss(config.augment, mixed=setup.mixer.enabled)
     metrics: dict[str, float] = {}
     start = saved_step = progress.step  # what is known to be on disk; nothing has to be at step 0
@@ -85,6 +82,8 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
         try:
             while progress.epoch < config.optim.epochs and not stop_reason(config.early_stopping, progress):
                 model.train()
+                if setup.freezing.set_epoch(progress.epoch):
+                    trained = _wrapped(setup)
                 setup.sampler.set_position(progress.epoch, progress.batch)
                 batches = setup.skips.read(iter(setup.train_loader))
                 state.random.put_back()  # nothing may draw between here and the first step
@@ -126,6 +125,15 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     if not metrics:  # resumed when nothing was left to do
         metrics = validate(setup)
     return _write_results(setup, folder, progress, metrics)
+
+
+def _wrapped(setup: Setup) -> nn.Module:
+    """The model as one of several processes trains it; DDP looks once at which parameters are trained."""
+    world = setup.world
+    if world.size == 1:
+        return setup.model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(setup.model, device_ids=ids)
 
 
 def train_step(
@@ -330,6 +338,7 @@ def dry_run(setup: Setup) -> str:
     """Runs one training step and one validation batch; nothing is kept. Returns what to print."""
     setup.sampler.set_position(0, 0)
     setup.model.train()
+    setup.freezing.set_epoch(0)
     group = next(_groups(setup.skips.read(iter(setup.train_loader)), setup.config.optim.accumulate, setup.world))
     start = time.perf_counter()
     loss_fn = build_loss(setup.config.augment, setup.mixer.enabled)

@@ -1,6 +1,6 @@
-"""Sections of a training config for what is not in every run: early stopping."""
+"""Sections of a training config for what is not in every run: early stopping, freezing."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -41,3 +41,22 @@ class EarlyStoppingSection(Section):
         """1 where more is better, -1 where less is."""
         less = any(word in self.metric for word in ("loss", "nll", "ece", "brier", "error"))
         return {"max": 1, "min": -1, "auto": -1 if less else 1}[self.mode]
+
+
+class FreezeSection(Section):
+    """Parts of the model that are not trained at first: a linear probe, then fine-tuning; or that are never trained."""
+
+    epochs: Literal["all"] | Annotated[int, Field(ge=0)] = Field(
+        default=0, description="The first epochs, in which they are frozen; 0: none. all: the whole run."
+    )
+    stages: Literal["all"] | Annotated[int, Field(ge=0)] | list[str] = Field(
+        default="all",
+        description="What is frozen. all: all but the classifier. A number: the stem and so many stages (blocks, where a "
+        "model has no stages). A list: parts of the model by name, as in [stem, stages.0].",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "FreezeSection":
+        if self.epochs == 0 and self.stages != "all":
+            raise FieldError("stages", "has no effect without freeze.epochs: a number, or all")
+        return self

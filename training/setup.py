@@ -31,6 +31,7 @@ from training.data.mixing import BatchMixer
 from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
 from training.distributed import World
+from training.freezing import Freezing
 from training.lr_schedule import build_scheduler
 from training.optim import build_ema, build_optimizer
 from training.threads import number_of_threads
@@ -56,6 +57,7 @@ class Setup:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
+    freezing: Freezing
 
     @property
     def sampler(self) -> EpochSampler:
@@ -186,6 +188,7 @@ def build(
         scheduler=build_scheduler(optimizer, config.optim, steps_per_epoch),
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
         ema=build_ema(model, config.ema),
+        freezing=Freezing(config.freeze, model, depth),
     )
 
 
@@ -296,6 +299,7 @@ def describe(setup: Setup) -> str:
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
         f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, {config.optim.schedule}",
+        *filter(None, [setup.freezing.describe()]),
         f"device    {world.device} x {world.size}, {str(setup.precision).removeprefix('torch.')}"
         f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}, "
         f"{threads} CPU thread{'s' if threads > 1 else ''}{' each' if world.size > 1 else ''}",

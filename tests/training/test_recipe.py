@@ -49,6 +49,8 @@ FEATURES: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "step": (["optim.schedule=step", "optim.decay_epochs=1.5"], (7, 8)),
     "cycles": (["optim.cycle_limit=2", "optim.cycle_mul=2", "optim.cooldown_epochs=1"], (12,)),
     "early_stopping": (["early_stopping={patience: 1, metric: val_loss, min_delta: 0.5}"], (3, 5, 8)),
+    "probe": (["freeze.epochs=2", "model.drop_rate=0.1"], (3, 10, 13)),
+    "first_stage": (["freeze={epochs: all, stages: 1}"], (7,)),
 }
 
 
