@@ -21,6 +21,8 @@ from layers.schedule import SETTINGS, DropPathSchedule, Kind
 from training.data.augment import AugmentSection
 from training.data.section import DataSection
 from training.loss import LossSection
+from training.lr_schedule import LrScheduleName, check_schedule, known_schedule
+from training.recipe import EarlyStoppingSection, FreezeSection
 from training.section import Fraction, Pair, Section
 
 DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
@@ -151,8 +153,36 @@ class OptimSection(Section):
     epochs: int = Field(default=300, ge=1, description="Passes over the training data.")
     warmup_epochs: float = Field(default=5.0, ge=0, description="Epochs of linear warm-up, part of epochs.")
     warmup_lr: float = Field(default=1e-6, ge=0, description="Learning rate at the first step of the warm-up.")
-    min_lr: float = Field(default=1e-6, ge=0, description="Learning rate at the end of the cosine.")
-    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="After the warm-up.")
+    min_lr: float = Field(default=1e-6, ge=0, description="Learning rate that schedules fall to.")
+    schedule: LrScheduleName = Field(
+        default="cosine",
+        description="After the warm-up, by timm's names: cosine, tanh and poly fall to min_lr; step and "
+        "multistep multiply by decay_rate; wsd and rsqrt hold, then decay; constant.",
+    )
+    decay_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="step: epochs between two decays. wsd, rsqrt: epochs of the decay, default a fifth.",
+    )
+    decay_milestones: list[float] | None = Field(
+        default=None,
+        min_length=1,
+        description="multistep: epochs after which the rate is lowered, from the run's start.",
+    )
+    decay_rate: float | None = Field(
+        default=None, gt=0, description="step, multistep: factor, default 0.1. poly: the power."
+    )
+    cooldown_epochs: float | None = Field(
+        default=None, ge=0, description="Epochs at min_lr at the end, part of epochs. Of schedules that fall to it."
+    )
+    cycle_limit: int | None = Field(
+        default=None, ge=1, description="cosine, tanh, poly: cycles that the run is divided into, default 1."
+    )
+    cycle_mul: float | None = Field(default=None, ge=1, description="Length of a cycle over the one before, default 1.")
+    cycle_decay: float | None = Field(
+        default=None, gt=0, le=1, description="Peak of a cycle over that before, default 1."
+    )
+    k_decay: float | None = Field(default=None, gt=0, description="cosine, poly: k of k-decay, default 1.")
     clip_grad: float | None = Field(
         default=None, gt=0, description="Largest norm of all gradients together. Default: no limit."
     )
@@ -176,6 +206,11 @@ class OptimSection(Section):
             )
         return name
 
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _check_schedule(cls, schedule: Any) -> Any:
+        return known_schedule(schedule)
+
     @model_validator(mode="after")
     def _check(self) -> "OptimSection":
         if self.betas and not all(0 <= b < 1 for b in self.betas):
@@ -184,6 +219,7 @@ class OptimSection(Section):
             raise FieldError(
                 "warmup_epochs", f"must be at most optim.epochs ({self.epochs}), got {self.warmup_epochs:g}"
             )
+        check_schedule(self)
         return self
 
 
@@ -251,6 +287,8 @@ class TrainConfig(Section):
     ema: EmaSection = Field(default_factory=EmaSection)
     runtime: RuntimeSection = Field(default_factory=RuntimeSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    freeze: FreezeSection = Field(default_factory=FreezeSection)
+    early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
 
     @model_validator(mode="after")
     def _check_one_image_size(self) -> "TrainConfig":
@@ -268,6 +306,13 @@ class TrainConfig(Section):
         for key, end in ends.items():
             if end is not None and end > epochs:
                 raise FieldError(f"drop_path.schedule.{key}", f"ends at epoch {end:g}, beyond optim.epochs ({epochs})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_freeze_fits(self) -> "TrainConfig":
+        frozen, epochs = self.freeze.epochs, self.optim.epochs
+        if frozen != "all" and frozen > epochs:
+            raise FieldError("freeze.epochs", f"{frozen} is beyond optim.epochs ({epochs}); all: the whole run")
         return self
 
 

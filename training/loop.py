@@ -26,6 +26,7 @@ from training.config import dump_config
 from training.console import Board, ProgressBar, StopSignals
 from training.data.dataset import ReadError
 from training.distributed import World, stop_together
+from training.early_stopping import note_epoch, stop_reason
 from training.evaluation import evaluate
 from training.metrics import METRICS
 from training.run_folder import RunFolder, describe_environment
@@ -72,17 +73,16 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     if config.runtime.compile:
         model.compile()
     trained: nn.Module = model
-    if world.size > 1 and not is_sharded(model):
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        trained = DistributedDataParallel(model, device_ids=ids)
     loss_fn = setup.loss_fn
     metrics: dict[str, float] = {}
     start = saved_step = progress.step  # what is known to be on disk; nothing has to be at step 0
 
     with StopSignals() as signals, Board(folder, world, progress) as board, ProgressBar(setup, progress) as bar:
         try:
-            while progress.epoch < config.optim.epochs:
+            while progress.epoch < config.optim.epochs and not stop_reason(config.early_stopping, progress):
                 model.train()
+                if setup.freezing.set_epoch(progress.epoch):
+                    trained = _wrapped(setup)
                 setup.sampler.set_position(progress.epoch, progress.batch)
                 batches = setup.skips.read(iter(setup.train_loader))
                 state.random.put_back()  # nothing may draw between here and the first step
@@ -109,8 +109,13 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
                     state.save(folder)
                     saved_step = progress.step
                 metrics = _end_epoch(setup, folder, progress, trained=progress.step > start)
+                note_epoch(config.early_stopping, progress, metrics, world)
                 bar.epoch(metrics)
                 board.write(metrics, progress.step)
+            if reason := stop_reason(config.early_stopping, progress):
+                if progress.step > saved_step:
+                    state.save(folder)
+                bar.write(reason)
         except ReadError as error:
             if progress.step > saved_step:
                 state.save(folder)
@@ -119,6 +124,15 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     if not metrics:  # resumed when nothing was left to do
         metrics = validate(setup)
     return _write_results(setup, folder, progress, metrics)
+
+
+def _wrapped(setup: Setup) -> nn.Module:
+    """The model as one of several processes trains it; DDP looks once at which parameters are trained."""
+    world = setup.world
+    if world.size == 1 or is_sharded(setup.model):
+        return setup.model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(setup.model, device_ids=ids)
 
 
 def train_step(
@@ -303,6 +317,7 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "peak_memory_mb": round(peak, 1),
         "weights_sha256": weights_sha256(weights),
         "ema_sha256": None if average is None else weights_sha256(average),
+        "stopped_early": stop_reason(setup.config.early_stopping, progress),
     }
     folder.write_json(folder.summary, summary)
     from training.report.page import write_report  # matplotlib and jinja2, which nothing else of a run needs
@@ -325,6 +340,7 @@ def dry_run(setup: Setup) -> str:
     """Runs one training step and one validation batch; nothing is kept. Returns what to print."""
     setup.sampler.set_position(0, 0)
     setup.model.train()
+    setup.freezing.set_epoch(0)
     group = next(_groups(setup.skips.read(iter(setup.train_loader)), setup.config.optim.accumulate, setup.world))
     start = time.perf_counter()
     loss, _ = train_step(setup, setup.model, group, Progress(), loss_fn=setup.loss_fn, signals=StopSignals())

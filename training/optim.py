@@ -1,11 +1,9 @@
-"""Optimizer, learning rate and weight average: timm's and torch's, built from a training config."""
+"""Optimizer and weight average: timm's and torch's, built from a training config."""
 
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info
-from timm.scheduler import CosineLRScheduler, StepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -55,21 +53,6 @@ def _check_settings(optim: OptimSection) -> None:
         raise ConfigError(f"optim.betas: a pair has no effect with {optim.name}, which takes {takes}; leave it out")
     if optim.eps is not None and not info.has_eps:
         raise ConfigError(f"optim.eps: has no effect with {optim.name}; leave it out")
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimSection, steps_per_epoch: int) -> Scheduler:
-    """Learning rate as a pure function of the optimizer step, set by `step_update(step)`."""
-    total = optim.epochs * steps_per_epoch
-    warmup = round(optim.warmup_epochs * steps_per_epoch)
-    common: dict[str, Any] = {
-        "warmup_t": warmup,
-        "warmup_lr_init": min(optim.warmup_lr, optim.lr),
-        "warmup_prefix": True,
-        "t_in_epochs": False,
-    }
-    if optim.schedule == "constant" or warmup >= total:
-        return StepLRScheduler(optimizer, decay_t=total + 1, decay_rate=1.0, **common)
-    return CosineLRScheduler(optimizer, t_initial=total - warmup, lr_min=min(optim.min_lr, optim.lr), **common)
 
 
 def build_ema(model: nn.Module, ema: EmaSection) -> ModelEmaV3 | None:

@@ -28,6 +28,7 @@ FREE_TO_CHANGE = {
     "data": {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped"}
     | {"train_file", "val_file", "test_file", "download"},
     "runtime": {"threads"},
+    "early_stopping": {"patience"},  # a run that was stopped may be given more
 }
 
 
@@ -180,7 +181,18 @@ def check_same_run(folder: RunFolder, config: TrainConfig) -> None:
     if not folder.holds_run():
         return
     old, new = load_config(folder.config).model_dump(), config.model_dump()
-    for section in ("seed", "model", "drop_path", "data", "augment", "optim", "ema", "runtime"):
+    for section in (
+        "seed",
+        "model",
+        "drop_path",
+        "data",
+        "augment",
+        "optim",
+        "ema",
+        "runtime",
+        "early_stopping",
+        "freeze",
+    ):
         before, after = old[section], new[section]
         if section in FREE_TO_CHANGE:
             free = FREE_TO_CHANGE[section]

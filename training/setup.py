@@ -31,8 +31,10 @@ from training.data.mixing import BatchMixer
 from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
 from training.distributed import World
+from training.freezing import Freezing
 from training.loss import build_loss, class_weights
-from training.optim import build_ema, build_optimizer, build_scheduler
+from training.lr_schedule import build_scheduler
+from training.optim import build_ema, build_optimizer
 from training.sharding import shard
 from training.threads import number_of_threads
 
@@ -59,6 +61,7 @@ class Setup:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
+    freezing: Freezing
 
     @property
     def sampler(self) -> EpochSampler:
@@ -201,6 +204,7 @@ def build(
         scheduler=build_scheduler(optimizer, config.optim, steps_per_epoch),
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
         ema=ema,
+        freezing=Freezing(config.freeze, model, depth),
     )
 
 
@@ -329,6 +333,7 @@ def describe(setup: Setup) -> str:
         f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, {config.optim.schedule}",
         *([f"loss      {words}"] if (words := config.loss.in_words) else []),
+        *filter(None, [setup.freezing.describe()]),
         f"device    {world.device} x {world.size}{', sharded' if config.runtime.parallel == 'fsdp' else ''}, "
         f"{str(setup.precision).removeprefix('torch.')}"
         f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}, "

@@ -31,6 +31,8 @@ class Progress:
         samples: This rank's samples in the current epoch.
         seconds: Training and validation time so far.
         epoch_seconds: Training time in the current epoch.
+        best_metric: Best value of early stopping's metric so far.
+        bad_epochs: Epochs in a row since then.
     """
 
     epoch: int = 0
@@ -41,6 +43,8 @@ class Progress:
     samples: int = 0
     seconds: float = 0.0
     epoch_seconds: float = 0.0
+    best_metric: float | None = None
+    bad_epochs: int = 0
 
     def advance(self, batches: list[Any], loss: float, seconds: float) -> None:
         """Notes an optimizer step over some batches and its mean loss."""

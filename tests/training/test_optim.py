@@ -1,6 +1,4 @@
-"""Optimizer groups, the learning rate at every step, loss and weight average."""
-
-import math
+"""Optimizer groups, loss and weight average."""
 
 import pytest
 import torch
@@ -12,7 +10,8 @@ from models import create_model
 from models.metaformer import MetaFormer
 from training import optim as tested
 from training.config import EmaSection, OptimSection
-from training.optim import build_ema, build_optimizer, build_scheduler
+from training.lr_schedule import build_scheduler
+from training.optim import build_ema, build_optimizer
 
 CPU = torch.device("cpu")
 STEPS = 10  # per epoch
@@ -28,67 +27,6 @@ def small_model() -> MetaFormer:
 def section(**settings) -> OptimSection:
     return OptimSection.model_validate({"epochs": 6, "warmup_epochs": 2, "lr": 0.1, "warmup_lr": 0.01, "min_lr": 0.001,
                                         **settings})  # fmt: skip
-
-
-def rates(optim: OptimSection) -> list[float]:
-    """The learning rate at each step of a run."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=optim.lr)
-    scheduler = build_scheduler(optimizer, optim, STEPS)
-    found = []
-    for step in range(optim.epochs * STEPS):
-        scheduler.step_update(step)
-        found.append(optimizer.param_groups[0]["lr"])
-    return found
-
-
-# ---- learning rate --------------------------------------------------------------------------------------------------
-
-
-def test_warm_up_then_cosine() -> None:
-    warm_up = [0.01 + (0.1 - 0.01) * step / 20 for step in range(20)]
-    cosine = [0.001 + (0.1 - 0.001) * (1 + math.cos(math.pi * step / 40)) / 2 for step in range(40)]
-    assert rates(section()) == pytest.approx(warm_up + cosine)
-
-
-def test_warm_up_then_constant() -> None:
-    found = rates(section(schedule="constant"))
-    assert found[:20] == pytest.approx([0.01 + 0.09 * step / 20 for step in range(20)])
-    assert found[20:] == pytest.approx([0.1] * 40)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_without_warm_up_the_first_step_has_the_full_rate(schedule: str) -> None:
-    assert rates(section(schedule=schedule, warmup_epochs=0))[0] == pytest.approx(0.1)
-
-
-def test_the_cosine_comes_down_to_min_lr() -> None:
-    assert rates(section(warmup_epochs=0))[-1] == pytest.approx(0.001, abs=1e-4)
-
-
-def test_a_fraction_of_an_epoch_warms_up() -> None:
-    found = rates(section(warmup_epochs=0.5, schedule="constant"))
-    assert found[:6] == pytest.approx([0.01, 0.028, 0.046, 0.064, 0.082, 0.1])
-
-
-def test_warm_up_may_fill_the_run() -> None:
-    found = rates(section(epochs=2, warmup_epochs=2))
-    assert found == pytest.approx([0.01 + 0.09 * step / 20 for step in range(20)])
-
-
-def test_no_part_of_the_schedule_exceeds_lr() -> None:
-    found = rates(section(lr=1e-4, warmup_lr=1e-3, min_lr=1e-2))
-    assert found == pytest.approx([1e-4] * len(found))
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_the_rate_is_a_pure_function_of_the_step(schedule: str) -> None:
-    """A fresh scheduler that jumps to a step has the rate of one that walked there: nothing of it is saved."""
-    optim = section(schedule=schedule)
-    walked = rates(optim)
-    for step in (0, 7, 20, 33, 59):
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=optim.lr)
-        build_scheduler(optimizer, optim, STEPS).step_update(step)
-        assert optimizer.param_groups[0]["lr"] == walked[step]
 
 
 # ---- optimizer ------------------------------------------------------------------------------------------------------

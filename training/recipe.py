@@ -1,0 +1,62 @@
+"""Sections of a training config for what is not in every run: early stopping, freezing."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from files.errors import FieldError, nearest
+from training.metrics import METRICS
+from training.section import Section
+
+
+class EarlyStoppingSection(Section):
+    """Ends a run that no longer improves."""
+
+    patience: int | None = Field(
+        default=None, ge=1, description="Epochs in a row without a better value after which the run ends; null: off."
+    )
+    metric: str = Field(default="val_top1", description="What must improve: a column of metrics.csv that is a metric.")
+    mode: Literal["auto", "max", "min"] = Field(
+        default="auto",
+        description="Whether more is better, or less. auto: less of losses and errors, more of the rest.",
+    )
+    min_delta: float = Field(default=0.0, ge=0, description="Better is by more than this, in the metric's unit.")
+
+    @field_validator("metric")
+    @classmethod
+    def _check_metric(cls, metric: str) -> str:
+        known = [m.column for m in METRICS]
+        if metric not in known:
+            raise ValueError(f"expected {' or '.join(map(repr, known))}, got {metric!r}{nearest(metric, known)}")
+        return metric
+
+    @model_validator(mode="after")
+    def _check(self) -> "EarlyStoppingSection":
+        if self.patience is None and self.min_delta:
+            raise FieldError("min_delta", "has no effect without early_stopping.patience")
+        return self
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, -1 where less is."""
+        less = any(word in self.metric for word in ("loss", "nll", "ece", "brier", "error"))
+        return {"max": 1, "min": -1, "auto": -1 if less else 1}[self.mode]
+
+
+class FreezeSection(Section):
+    """Parts of the model that are not trained at first: a linear probe, then fine-tuning; or that are never trained."""
+
+    epochs: Literal["all"] | Annotated[int, Field(ge=0)] = Field(
+        default=0, description="The first epochs, in which they are frozen; 0: none. all: the whole run."
+    )
+    stages: Literal["all"] | Annotated[int, Field(ge=0)] | list[str] = Field(
+        default="all",
+        description="What is frozen. all: all but the classifier. A number: the stem and so many stages (blocks, where a "
+        "model has no stages). A list: parts of the model by name, as in [stem, stages.0].",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "FreezeSection":
+        if self.epochs == 0 and self.stages != "all":
+            raise FieldError("stages", "has no effect without freeze.epochs: a number, or all")
+        return self
