@@ -49,7 +49,11 @@ def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
     if augment.crop_scale is None and not np.allclose(augment.crop_ratio, (3 / 4, 4 / 3)):
         warnings.warn("augment.crop_ratio has no effect without augment.crop_scale", stacklevel=2)
     sources: Sources = _module(data).sources(data)
+    if sources.val is None:  # a lone test part is the one for validation
+        sources = sources._replace(val=sources.test, test=None)
     train, val = sources.train, sources.val
+    if val is None:
+        raise ConfigError(f"data.dataset: {data.dataset!r} has no part for validation here")
     return DataBundle(
         train=TrainDataset(
             train, _pipeline(train, augment, spec), seed=seed, replace_unreadable=data.on_error == "skip"

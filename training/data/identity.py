@@ -21,6 +21,7 @@ def data_identity(dataset: str, sources: Sources) -> dict[str, Any]:
     class_names = sources.train.class_names
     identity: dict[str, Any] = {"dataset": dataset, "class_names": list(class_names)}
     for part, source in (("train", sources.train), ("val", sources.val)):
+        assert source is not None, "of parts as `divide` leaves them"
         digest = hashlib.sha256()
         for index, target in enumerate(source.targets):
             name = f"{target} {source.name(index)}\0"

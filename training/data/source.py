@@ -63,12 +63,13 @@ class Sources(NamedTuple):
     """The parts of a data set.
 
     Attributes:
+        val: None where the data have no such part: `training.data.split` makes one.
         left_out: What lies there and is not used, in words; empty for nothing.
         test: A third part, which no training run looks at: for `validate.py` and for claims after a search.
     """
 
     train: Source
-    val: Source
+    val: Source | None
     left_out: str = ""
     test: Source | None = None
 
