@@ -29,6 +29,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "training/threads.py": ({"training"}, {"torch", "joblib"}),
     "training/data": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "tqdm", "pydantic"}),
     "training/data/digits.py": ({"training"}, {*_ARRAYS, "PIL", "sklearn"}),
+    "training/data/huggingface.py": ({"files", "training"}, {"datasets"}),
+    "training/data/shards.py": ({"files", "training"}, {"numpy", "tqdm", "braceexpand"}),  # webdataset's braces
     "training/report": ({"files", "layers", "training"}, {"numpy", "pydantic", "jinja2", "markupsafe", "matplotlib"}),
     "benchmarks": ({*_TRAINING, "benchmarks"}, {*_ARRAYS, "PIL", "sklearn"}),
     "train.py": ({"files", "training"}, set()),

@@ -161,7 +161,7 @@ def _load(data: DataSection) -> dict[str, Any]:
         raise ConfigError(f"{key}: {where} cannot be loaded: {text}") from error
     if isinstance(loaded, datasets.Dataset):
         return {data.train_split or "train": loaded}
-    return dict(loaded)
+    return {str(name): rows for name, rows in loaded.items()}
 
 
 def _is_saved(root: Path) -> bool:

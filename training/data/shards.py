@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -138,8 +139,6 @@ def sources(data: DataSection) -> Sources:
     shards, left_out = find_shards(data)
     indexes = _indexed(shards, data)
     names = _class_names(data, shards["train"], indexes["train"])
-    if len(names) < 2:
-        raise ConfigError(f"the training shards have one class, '{names[0]}'; at least two are needed")
     found = {}
     for part, members in shards.items():
         unlabelled = next((index.unlabelled for index in indexes[part] if index.unlabelled), "")
@@ -153,6 +152,8 @@ def sources(data: DataSection) -> Sources:
             class_names=names,
             location=_common([shard.address for shard in members]),
         )
+    if len(names) < 2:
+        raise ConfigError(f"the training shards have one class, '{names[0]}'; at least two are needed")
     kinds: Counter[str] = Counter()
     for index in itertools.chain.from_iterable(indexes.values()):
         kinds.update(index.left_out)
@@ -247,17 +248,17 @@ def _expanded(pattern: str, key: str) -> list[str]:
     """A pattern without its braces, as WebDataset expands them."""
     if "{" not in pattern:
         return [pattern]
+    ends = re.findall(r"\{([0-9]+)\.\.([0-9]+)\}", pattern)
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ends) > _MOST:  # all would be made at once
+        raise ConfigError(f"{key}: '{shown(pattern)}' names more than {_MOST:,} shards")
     try:
         import braceexpand
     except ImportError as error:
         raise ConfigError(f"{key}: braces need the package braceexpand: pip install 'drop-path-zoo[data]'") from error
     try:
-        found = list(itertools.islice(braceexpand.braceexpand(pattern), _MOST + 1))
+        return list(braceexpand.braceexpand(pattern))
     except ValueError as error:
         raise ConfigError(f"{key}: the braces of '{shown(pattern)}' do not match: {error}") from error
-    if len(found) > _MOST:
-        raise ConfigError(f"{key}: '{shown(pattern)}' names more than {_MOST:,} shards")
-    return found
 
 
 def _joined(root: str | None, address: str) -> str:
@@ -363,7 +364,7 @@ def _class_names(data: DataSection, train: Sequence[Shard], indexes: Sequence[Ta
                 return names
     texts = sorted(set().union(*(index.texts for index in indexes)))
     if all(re.fullmatch(r"[+-]?[0-9]+", text) for text in texts):
-        return [str(number) for number in sorted({int(text) for text in texts})]
+        return [str(number) for number in sorted({int(text) for text in texts if int(text) >= 0})]
     return texts
 
 
