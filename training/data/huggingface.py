@@ -40,6 +40,8 @@ class HuggingFaceSource:
         self.targets = targets
         self.class_names = class_names
         self.location = location
+        # a path may be stored in full, or without links, where the root is written otherwise
+        self.roots = (location, os.path.abspath(location), os.path.realpath(location))
         # An Arrow array, no object per row: where the images were files, their paths.
         self.paths = rows.flatten().with_format("arrow")[f"{self.column}.path"]
         files = {os.path.basename(path.as_py() or "") for path in self.paths}
@@ -51,9 +53,9 @@ class HuggingFaceSource:
     def name(self, index: int) -> str:
         """The path below the data's folder; else the file's name, where each row has its own; else the row's number."""
         path = self.paths[index].as_py() or ""
-        below = name_below(path, self.location)
-        if below != path:
-            return below
+        for root in self.roots:
+            if (below := name_below(path, root)) != path:
+                return below
         file = os.path.basename(path)
         return f"{self.split}/{file}" if self.named else "/".join(filter(None, (self.split, str(index), file)))
 
@@ -157,6 +159,8 @@ def _load(data: DataSection) -> dict[str, Any]:
     except Exception as error:  # of a dozen libraries: no connection, no such name, no such config, damaged files
         key = "data.root" if root is not None else "data.dataset"
         text = textwrap.shorten(" ".join(str(error).split()), 300) or type(error).__name__
+        if isinstance(error, IndexError):  # all that load_from_disk says of it
+            text = "has a split no rows?"
         where = f"'{root}'" if root is not None else repr(data.dataset)
         raise ConfigError(f"{key}: {where} cannot be loaded: {text}") from error
     if isinstance(loaded, datasets.Dataset):
@@ -179,8 +183,6 @@ def _parts(splits: Mapping[str, Any], data: DataSection) -> tuple[str, str | Non
             raise ConfigError(
                 f"data.{key}: {_location(data)!r} has no split {split!r}{nearest(split, splits)}\nsplits there: {there}"
             )
-        if split is not None and not len(splits[split]):
-            raise ConfigError(f"data.{key}: split {split!r} has no rows")
     if train == val:
         raise ConfigError(f"data.val_split: {val!r} is the split to train on")
     return train, val
