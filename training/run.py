@@ -25,8 +25,9 @@ path: go on with that run folder, from its newest checkpoint, or from that check
 # Keys that may change when a run goes on, by section: they change nothing that is learned. The data themselves are compared
 # by `build`, and of another number of threads `changed_environment` warns.
 FREE_TO_CHANGE = {
+    # where the data lie is free: that they are the same, their identity says
     "data": {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped"}
-    | {"train_file", "val_file", "test_file", "download"},
+    | {"train_file", "val_file", "test_file", "download", "train_shards", "val_shards", "cache"},
     "runtime": {"threads"},
     "early_stopping": {"patience"},  # a run that was stopped may be given more
 }

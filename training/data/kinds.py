@@ -21,6 +21,7 @@ class DataKind:
         takes: Further keys that have an effect with this kind; those of other kinds are refused.
         in_memory: Nothing can be damaged, so that `on_error: skip` is refused.
         named: `data.dataset` goes on with / and a name, as in torchvision/CIFAR10.
+        unnamed: Of a kind with names: it may also stand without one.
     """
 
     module: str
@@ -29,6 +30,7 @@ class DataKind:
     takes: tuple[str, ...] = ()
     in_memory: bool = False
     named: bool = False
+    unnamed: bool = False
 
 
 KINDS: dict[str, DataKind] = {
@@ -43,6 +45,20 @@ KINDS: dict[str, DataKind] = {
         needs=("train_file",),
         takes=("root", "val_file", "test_file", "path_column", "label_column"),
     ),
+    "huggingface": DataKind(
+        "training.data.huggingface",
+        "a data set of the Hugging Face hub, or in the folder root (save_to_disk, parquet, arrow, imagefolder)",
+        needs=(),
+        takes=("root", "image_column", "label_column", "config_name", "train_split", "val_split"),
+        named=True,
+        unnamed=True,
+    ),
+    "webdataset": DataKind(
+        "training.data.shards",
+        "shards root/train/*.tar and root/val/*.tar, or those that train_shards and val_shards name",
+        needs=(),
+        takes=("root", "train_shards", "val_shards", "label_key", "image_key", "cache"),
+    ),
 }
 
 EXAMPLES: dict[str, str] = {"root": "/path/to/imagenet", "train_file": "/path/to/train.csv"}
@@ -53,4 +69,11 @@ def kind_of(dataset: str) -> DataKind | None:
     """The kind that `data.dataset` names; None for none."""
     name, slash, rest = dataset.partition("/")
     kind = KINDS.get(name)
+    if kind is not None and not slash and kind.unnamed:
+        return kind
     return kind if kind is not None and bool(slash and rest) == kind.named and (rest or not slash) else None
+
+
+def spellings(name: str, kind: DataKind) -> list[str]:
+    """How `data.dataset` may name a kind."""
+    return [name] * (kind.unnamed or not kind.named) + [f"{name}/NAME"] * kind.named

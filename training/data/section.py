@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from files.errors import FieldError, nearest
-from training.data.kinds import EXAMPLES, KINDS, DataKind, kind_of
+from training.data.kinds import EXAMPLES, KINDS, DataKind, kind_of, spellings
 from training.section import Section
 
 
@@ -35,7 +35,36 @@ class DataSection(Section):
         default=None,
         description="csv: the column of paths, relative to root or else to the table's folder. Default: path.",
     )
-    label_column: str | None = Field(default=None, description="The column of class names or numbers. Default: label.")
+    image_column: str | None = Field(
+        default=None, description="huggingface: the column of images. Default: the only one."
+    )
+    label_column: str | None = Field(
+        default=None, description="csv, huggingface: the column of labels. Default: label, or the only one of classes."
+    )
+    config_name: str | None = Field(
+        default=None, description="huggingface: the data set's config, where it has several."
+    )
+    train_split: str | None = Field(default=None, description="huggingface: the split to train on. Default: train.")
+    val_split: str | None = Field(
+        default=None,
+        description="huggingface: the split to validate on. Default: the first of validation, val, valid and test.",
+    )
+    train_shards: str | None = Field(
+        default=None,
+        description="webdataset: shards to train on, as in train-{000..127}.tar, shards/*.tar or https://host/{0..9}.tar; "
+        "relative to root. Default: by their names.",
+    )
+    val_shards: str | None = Field(default=None, description="webdataset: shards to validate on, as train_shards.")
+    label_key: str | None = Field(
+        default=None, description="webdataset: the key of .json that has the label. Default: .cls, or else `label`."
+    )
+    image_key: str | None = Field(
+        default=None, description="webdataset: the end of the image's name, as in jpg. Default: the only image."
+    )
+    cache: str | None = Field(
+        default=None,
+        description="webdataset: the folder that keeps shards fetched from a URL. Default: ~/.cache/drop-path-zoo/shards.",
+    )
     image_size: int | None = Field(
         default=None,
         ge=1,
@@ -83,7 +112,7 @@ class DataSection(Section):
     @classmethod
     def _check_dataset(cls, dataset: str) -> str:
         if kind_of(dataset) is None:
-            known = " or ".join(repr(f"{name}/NAME" if kind.named else name) for name, kind in KINDS.items())
+            known = " or ".join(repr(word) for name, kind in KINDS.items() for word in spellings(name, kind))
             raise ValueError(f"expected {known}, got {dataset!r}{nearest(dataset, KINDS)}")
         return dataset
 

@@ -20,6 +20,7 @@ from training.data.skipping import SkipList
 from training.data.source import place
 from training.data.transforms import ImageSpec
 
+TESTS = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 GREY = ImageSpec((1, 16, 16), (0.3,), (0.35,))
 COLOUR = ImageSpec((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
