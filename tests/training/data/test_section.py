@@ -29,3 +29,11 @@ def test_a_kind_with_a_name_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_in_memory_is_skipped() -> None:
     assert "is in memory" in refused(dataset="digits", on_error="skip")
+
+
+def test_balance_power_belongs_to_the_balanced_sampler() -> None:
+    assert DataSection(dataset="digits", sampler="balanced").balance_power == 1.0
+    assert DataSection(dataset="digits", sampler="balanced", balance_power=0.5).balance_power == 0.5
+    assert DataSection(dataset="digits").balance_power is None
+    assert "has no effect with sampler 'shuffle'" in refused(dataset="digits", balance_power=0.5)
+    assert "less than or equal to 1" in refused(dataset="digits", sampler="balanced", balance_power=1.5)
