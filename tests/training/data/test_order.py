@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.data.parts import EVERYTHING, digits, folder
+from tests.training.data.parts import EVERYTHING, digits, folder, skipping
+from training.data.dataset import Unreadable
 from training.data.loading import EpochSampler
 from training.data.order import Balanced, Shuffled
+from training.data.source import place
 
 TARGETS = np.repeat([0, 1, 3, 4], [70, 20, 9, 1]).tolist()  # 100 samples; class 2 has none
 
@@ -105,3 +107,14 @@ def test_copies_of_a_sample_are_augmented_each_in_its_own_way(kind: str, image_r
     for image, wanted in zip(images, (copies[3][0], train[2, 1][0], plain, copies[1][0]), strict=True):
         torch.testing.assert_close(image, wanted)
     assert not torch.equal(train[3, 7, 1][0], copies[1][0]), "another epoch"
+
+
+def test_a_copy_that_cannot_be_read_is_replaced_as_its_sample_is(image_root: Path) -> None:
+    bundle, _ = skipping(image_root)
+    train = bundle.train
+    Path(place(train.source, 7)).write_bytes(b"")
+    *samples, first, second = train.__getitems__([(2, 7, 0), (2, 1, 2), (2, 7, 1)])
+    assert all(isinstance(fault, Unreadable) and fault.replaced for fault in (first, second))
+    (image, _, index), (other, *_), (again, _, index_again) = (s for s in samples if isinstance(s, tuple))
+    assert index == index_again != 7 and not torch.equal(image, again), "the same stands in, augmented anew"
+    assert torch.equal(other, train[2, 1, 2][0])
