@@ -300,6 +300,14 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_balanced_once(self) -> "TrainConfig":
+        if self.data.sampler == "balanced" and self.loss.class_weights == "auto":
+            raise FieldError(
+                "loss.class_weights", "'auto' would do again what data.sampler 'balanced' does; choose one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_schedule_fits(self) -> "TrainConfig":
         schedule, epochs = self.drop_path.schedule, self.optim.epochs
         ends = {"cutoff_epochs": schedule.cutoff_epochs, "points": schedule.points and schedule.points[-1][0]}

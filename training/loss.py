@@ -51,7 +51,7 @@ class LossSection(Section):
     gamma: float | None = Field(
         default=None,
         ge=0,
-        description="focal only: how strongly what is easy counts less: 0 (not at all), or at least 1. Default 2.",
+        description="focal only: how much less counts what is easy: 0 (as much), or at least 1. Default 2.",
     )
     alpha: float | None = Field(
         default=None,

@@ -288,6 +288,7 @@ def evaluation_metrics() -> tuple[list[Metric], Predictions]:
     metrics, predictions = copy.deepcopy((list(METRICS), PREDICTIONS))  # one copy, so that they still share
     predictions.with_confusion = True
     for metric in metrics:
+        metric.reset()
         metric.column = metric.column.removeprefix("val_")
         if metric.column == "loss":
             metric.column, metric.label = "nll", "NLL"

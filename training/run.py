@@ -182,18 +182,7 @@ def check_same_run(folder: RunFolder, config: TrainConfig) -> None:
     if not folder.holds_run():
         return
     old, new = load_config(folder.config).model_dump(), config.model_dump()
-    for section in (
-        "seed",
-        "model",
-        "drop_path",
-        "data",
-        "augment",
-        "optim",
-        "ema",
-        "runtime",
-        "early_stopping",
-        "freeze",
-    ):
+    for section in (name for name in type(config).model_fields if name != "checkpoint"):
         before, after = old[section], new[section]
         if section in FREE_TO_CHANGE:
             free = FREE_TO_CHANGE[section]

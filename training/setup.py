@@ -328,7 +328,7 @@ def describe(setup: Setup) -> str:
         f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs} GMACs at "
         f"{channels} x {height} x {width}",
         f"data      {config.data.dataset}: {len(setup.data.train)} training and {len(setup.data.val)} validation images, "
-        f"{setup.data.num_classes} classes",
+        f"{setup.data.num_classes} classes{', balanced' if config.data.sampler == 'balanced' else ''}",
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
         f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, {config.optim.schedule}",

@@ -185,6 +185,9 @@ def test_further_model_keys_are_overrides_of_the_model(path: Path) -> None:
         ("data={dataset: folder, root: /x/run #2}", "' #' begins a comment"),
         ("optim.name=adamw #", "unknown optimizer 'adamw #'; did you mean 'adamw'?"),
         ("checkpoint.keep=0", "must be at least 1, got 0"),
+        ("loss.gamma=2", "has no effect with name 'cross_entropy', only with 'focal'"),
+        ("loss.class_weights=[1, -1]", "each must be at least 0, got -1"),
+        ("data.balance_power=0.5", "has no effect with sampler 'shuffle'"),
     ],
 )  # fmt: skip
 def test_override_refused(path: Path, override: str, message: str) -> None:
@@ -196,6 +199,12 @@ def test_a_root_with_a_sharp_sign(path: Path) -> None:
     assert config.data.root == "/x/run #2"
     path.write_text(dump_config(config))
     assert load_config(path).data.root == "/x/run #2"
+
+
+def test_classes_are_balanced_once(path: Path) -> None:
+    told = fault(path, "data.sampler=balanced", "loss.class_weights=auto")
+    assert told.endswith("'auto' would do again what data.sampler 'balanced' does; choose one")
+    assert load_config(path, ["data.sampler=balanced", "loss.class_weights=[1, 2]"]).data.balance_power == 1
 
 
 def test_two_image_sizes(path: Path) -> None:

@@ -174,6 +174,7 @@ def test_an_evaluation_beside_a_run_leaves_the_run_s_metrics_alone() -> None:
     METRICS[3].merge(ALONE)
     assert METRICS[3].value() == pytest.approx(50.0)
     assert [metric.column for metric in METRICS][:2] == ["val_loss", "val_top1"]
+    assert all(metric.samples == 0 for metric in evaluation_metrics()[0] if isinstance(metric, Mean)), "a fresh start"
 
 
 NEW_METRIC = """

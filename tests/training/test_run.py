@@ -1,6 +1,8 @@
 """A run as a callable: from a config to a summary, going on, refusing. tests/test_train.py runs the whole command."""
 
+import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +82,43 @@ def test_the_folder_and_the_config_of_a_run_that_goes_on(finished: tuple, tmp_pa
         find_folder(None, resume=tmp_path, name="x")
     with pytest.raises(ConfigError, match="name two folders; leave --output out"):
         find_folder(tmp_path, resume=folder, name="x")
+
+
+@pytest.mark.slow
+def test_balanced_classes_and_weights_go_on_where_they_were(tmp_path: Path) -> None:
+    """From the middle of an epoch, to the same weights and rows; and another sampler or loss is another run."""
+    settings = ["data.sampler=balanced", "data.balance_power=0.7", "data.workers=1", "optim.epochs=2", "augment.mixup=0.2",
+                "loss={name: bce, class_weights: [1, 2, 1, 1, 1, 1, 1, 1, 1, 3]}", "optim.accumulate=2", "data.batch_size=64",
+                "checkpoint={every_steps: 7, keep: 9}"]  # fmt: skip
+    whole = run(short(*settings), tmp_path / "whole")
+    shuffled = run(short(*settings, "data.sampler=shuffle", "data.balance_power=null"), tmp_path / "shuffled")
+    assert shuffled["weights_sha256"] != whole["weights_sha256"] and shuffled["steps"] == whole["steps"] == 22
+    for step in (7, 14):
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole", folder)
+        again = run(short(*settings, "data.workers=0"), folder, resume=folder / "checkpoints" / f"step-{step:08}")
+        assert again["weights_sha256"] == whole["weights_sha256"]
+        assert rows_of(folder) == rows_of(tmp_path / "whole")
+    for other, key in (
+        ("data.balance_power=0.6", "data.balance_power"),
+        ("loss.bce_sum_classes=true", "loss.bce_sum_cl"),
+    ):
+        with pytest.raises(ConfigError, match=rf"--resume: {key}"):
+            run(short(*settings, other), tmp_path / "whole", resume="auto")
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv but for what is timed."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "seconds")} for row in rows]
+
+
+def test_another_loss_is_another_run(finished: tuple) -> None:
+    folder, _ = finished
+    for override, key in (("loss.class_weights=auto", "loss.class_weights"), ("data.sampler=balanced", "data.sampler")):
+        with pytest.raises(ConfigError, match=f"--resume: {key} is "):
+            run(short(override), folder, resume="auto")
 
 
 def test_an_unknown_column_is_refused_in_one_line_before_anything_is_written(tmp_path: Path) -> None:

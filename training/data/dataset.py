@@ -1,4 +1,4 @@
-"""Samples by address: (epoch, index) in training, index in validation."""
+"""Samples by address: (epoch, index) in training, and where it comes several times which time; index in validation."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ MAX_REPLACEMENTS = 100
 
 Sample = tuple[Tensor, int, int]
 """Image (C, H, W), target, index."""
+
+Position = tuple[int, ...]
+"""Address of a training sample: (epoch, index), or (epoch, index, n) for the n-th time, from 0, that an epoch has it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class ReadError(Failure):
 class TrainDataset(Dataset[Sample]):
     """Augmented samples, addressed by (epoch, index): the same address always gives the same image.
 
+    Where an epoch has a sample several times, (epoch, index, 1), (epoch, index, 2), ... are augmented each in its own way;
+    (epoch, index, 0) is (epoch, index).
+
     With `replace_unreadable`, a sample that cannot be read is replaced by another, drawn by (seed, epoch, index): so the
     address still decides alone what comes, in any process and after any resume.
     """
@@ -82,13 +88,15 @@ class TrainDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, position: tuple[int, int]) -> Sample:
+    def __getitem__(self, position: Position) -> Sample:
         return _readable(self.__getitems__([position])[0])
 
-    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Sample | Unreadable]:
+    def __getitems__(self, positions: Sequence[Position]) -> list[Sample | Unreadable]:
         """A whole batch at once, so that the global generators are saved and put back once per batch."""
-        epochs, indices = zip(*positions, strict=True)
+        epochs, indices, *times = zip(*positions, strict=True)
         streams = hash_words(self.seed, SAMPLE, epochs, indices)
+        for which in times:
+            streams = np.where(np.asarray(which) > 0, hash_words(streams, which), streams)
         with global_generators_kept():
             try:
                 images = self.pipeline.augmented(indices, streams)
@@ -98,10 +106,10 @@ class TrainDataset(Dataset[Sample]):
                 return self._one_by_one(positions, streams)
         return [(image, self.targets[i], i) for image, i in zip(images.unbind(), indices, strict=True)]
 
-    def _one_by_one(self, positions: Sequence[tuple[int, int]], streams: np.ndarray) -> list[Sample | Unreadable]:
+    def _one_by_one(self, positions: Sequence[Position], streams: np.ndarray) -> list[Sample | Unreadable]:
         """A batch in which a sample cannot be read: as many samples as addresses, then what had to be replaced."""
         samples, replaced = [], []
-        for row, (epoch, index) in enumerate(positions):
+        for row, (epoch, index, *_) in enumerate(positions):
             stream = streams[row : row + 1]
             faults: list[Unreadable] = []
             for candidate in self._candidates(epoch, index):

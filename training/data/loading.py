@@ -10,27 +10,44 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from files.errors import ConfigError
-from training.data.dataset import DataBundle
-from training.data.draws import ORDER, hash_words
+from training.data.dataset import DataBundle, Position
+from training.data.order import Balanced, Order, Shuffled
 from training.data.skipping import collate
 
 if TYPE_CHECKING:
     from training.config import DataSection
 
 
-class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index): a permutation that is a pure function of (seed, epoch), dealt out to the ranks.
+class EpochSampler(Sampler[list[Position]]):
+    """Batches of (epoch, index): an order that is a pure function of (seed, epoch), dealt out to the ranks.
 
     Every rank gets the same number of whole batches and what is left over is dropped, so that no rank waits for
     another. Give it to a DataLoader as `batch_sampler`. It lives in the main process: setting its position before
     `iter(loader)` works with persistent workers too. It does not go to the next epoch by itself, since workers run
     ahead of the loop, which alone knows where it is.
+
+    Args:
+        length: Samples of an epoch.
+        batch_size: Of each process.
+        seed: Of the run.
+        rank: Of this process.
+        world_size: Number of processes.
+        order: The samples of an epoch. Default: all of them, shuffled.
     """
 
-    def __init__(self, length: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        order: Order | None = None,
+    ) -> None:
         self.length = length
         self.batch_size = batch_size
-        self.seed = seed
+        self.order = order or Shuffled(length, seed=seed)
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
@@ -51,14 +68,15 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         """Batches that `iter()` will give: fewer than `batches_per_epoch` when it starts in mid-epoch."""
         return self.batches_per_epoch - self.start_batch
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Position]]:
         # No generator function: the position is read now and not when the first batch is asked for.
-        generator = torch.Generator().manual_seed(int(hash_words(self.seed, ORDER, self.epoch)[0]))
-        order = torch.randperm(self.length, generator=generator)
-        whole = order[: self.batches_per_epoch * self.world_size * self.batch_size]
-        mine = whole.reshape(self.batches_per_epoch, self.world_size, self.batch_size)[self.start_batch :, self.rank]
+        samples = self.order(self.epoch)  # (N, 1 or 2)
+        whole = samples[: self.batches_per_epoch * self.world_size * self.batch_size]
+        mine = whole.unflatten(0, (self.batches_per_epoch, self.world_size, self.batch_size))[
+            self.start_batch :, self.rank
+        ]
         epoch = self.epoch
-        return ([(epoch, index) for index in batch.tolist()] for batch in mine)
+        return ([(epoch, *sample) for sample in batch.tolist()] for batch in mine)
 
 
 def build_train_loader(
@@ -69,7 +87,11 @@ def build_train_loader(
     Raises:
         ConfigError: If the training set does not fill one batch on every process.
     """
-    sampler = EpochSampler(len(bundle.train), data.batch_size, seed=seed, rank=rank, world_size=world_size)
+    order = None
+    if data.sampler == "balanced":
+        assert data.balance_power is not None
+        order = Balanced(bundle.train.targets, power=data.balance_power, seed=seed)
+    sampler = EpochSampler(len(bundle.train), data.batch_size, seed=seed, rank=rank, world_size=world_size, order=order)
     if sampler.batches_per_epoch == 0:
         processes = f" x {world_size} processes = {data.batch_size * world_size}" if world_size > 1 else ""
         most = len(bundle.train) // world_size

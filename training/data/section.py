@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from files.errors import FieldError, nearest
 from training.data.kinds import EXAMPLES, KINDS, DataKind, kind_of, spellings
-from training.section import Section
+from training.section import Fraction, Section
 
 
 class DataSection(Section):
@@ -76,6 +76,16 @@ class DataSection(Section):
     )
     workers: int = Field(
         default=4, ge=0, description="Loader processes per training process; results do not depend on it."
+    )
+    sampler: Literal["shuffle", "balanced"] = Field(
+        default="shuffle",
+        description="What an epoch trains on. shuffle: every image once. balanced: as many images, every class equally "
+        "often: images of small classes come several times, each time augmented anew.",
+    )
+    balance_power: Fraction | None = Field(
+        default=None,
+        description="sampler 'balanced' only: how far. 1: equally often. 0.5: by the square root of a class's size. "
+        "0: as they are. Default 1.",
     )
     class_names: list[str] | None = Field(
         default=None, description="Names of the classes, in order: filled in. Where given, the data must have these."
@@ -155,6 +165,10 @@ class DataSection(Section):
                 raise FieldError(key, f"has no effect with dataset {self.dataset!r}; leave it out or set it to null")
         if kind.in_memory and self.on_error == "skip":
             raise FieldError("on_error", f"'skip' has no effect with dataset {self.dataset!r}, which is in memory")
+        if self.sampler == "balanced":
+            self.balance_power = 1.0 if self.balance_power is None else self.balance_power
+        elif self.balance_power is not None:
+            raise FieldError("balance_power", "has no effect with sampler 'shuffle'; set data.sampler=balanced")
         if self.on_error == "skip":
             self.max_skipped = self.max_skipped or 100
         elif self.max_skipped is not None:

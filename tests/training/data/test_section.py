@@ -56,3 +56,11 @@ def test_classes_are_names_or_numbers_and_each_once() -> None:
 )
 def test_how_data_are_split(values: dict[str, Any], words: str) -> None:
     assert words in refused(dataset="folder", root="somewhere", **values)
+
+
+def test_balance_power_belongs_to_the_balanced_sampler() -> None:
+    assert DataSection(dataset="digits", sampler="balanced").balance_power == 1.0
+    assert DataSection(dataset="digits", sampler="balanced", balance_power=0.5).balance_power == 0.5
+    assert DataSection(dataset="digits").balance_power is None
+    assert "has no effect with sampler 'shuffle'" in refused(dataset="digits", balance_power=0.5)
+    assert "less than or equal to 1" in refused(dataset="digits", sampler="balanced", balance_power=1.5)
