@@ -21,7 +21,7 @@ from layers.schedule import SETTINGS, DropPathSchedule, Kind
 from training.data.augment import AugmentSection
 from training.data.section import DataSection
 from training.lr_schedule import LrScheduleName, check_schedule, known_schedule
-from training.recipe import EarlyStoppingSection, FreezeSection
+from training.recipe import DistillSection, EarlyStoppingSection, FreezeSection
 from training.section import Fraction, Pair, Section
 
 DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
@@ -280,6 +280,7 @@ class TrainConfig(Section):
     ema: EmaSection = Field(default_factory=EmaSection)
     runtime: RuntimeSection = Field(default_factory=RuntimeSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    distill: DistillSection = Field(default_factory=DistillSection)
     freeze: FreezeSection = Field(default_factory=FreezeSection)
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
 

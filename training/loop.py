@@ -166,7 +166,7 @@ def train_step(
         with trained.no_sync() if waiting else contextlib.nullcontext():  # type: ignore[operator]
             with setup.autocast():
                 logits = trained(images)
-            loss = loss_fn(logits.float(), targets) / len(batches)
+            loss = setup.distillation(loss_fn, images, logits.float(), targets) / len(batches)
             setup.scaler.scale(loss).backward()
         total += loss.detach()
         seen.append((loss.detach(), ~torch.isfinite(logits.detach()).all(dim=1), indices))
@@ -295,7 +295,9 @@ def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
     folder.cut_metrics(progress.epoch)
     save_text(folder.config, dump_config(setup.config))
     folder.write_json(folder.data, setup.data.identity)
-    folder.write_json(folder.environment, describe_environment(setup.world))
+    teacher = setup.distillation.identity
+    environment = describe_environment(setup.world) | ({} if teacher is None else {"teacher": teacher})
+    folder.write_json(folder.environment, environment)
 
 
 def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics: dict[str, float]) -> dict[str, Any]:

@@ -22,11 +22,18 @@ Resume = None | Literal["auto"] | Path
 """None: a new run. "auto": go on with the folder, or else with the newest run of the name; begin where there is none. A
 path: go on with that run folder, from its newest checkpoint, or from that checkpoint in one."""
 
+COMPARED = (
+    *("seed", "model", "drop_path", "data", "augment", "optim", "ema", "runtime"),
+    *("distill", "freeze", "early_stopping"),
+)
+"""Sections that must be as they were when a run goes on."""
+
 # Keys that may change when a run goes on, by section: they change nothing that is learned. The data themselves are compared
 # by `build`, and of another number of threads `changed_environment` warns.
 FREE_TO_CHANGE = {
     "data": {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped"},
     "runtime": {"threads"},
+    "distill": {"teacher", "pretrained", "checkpoint"},  # compared by the weights themselves
     "early_stopping": {"patience"},  # a run that was stopped may be given more
 }
 
@@ -179,18 +186,7 @@ def check_same_run(folder: RunFolder, config: TrainConfig) -> None:
     if not folder.holds_run():
         return
     old, new = load_config(folder.config).model_dump(), config.model_dump()
-    for section in (
-        "seed",
-        "model",
-        "drop_path",
-        "data",
-        "augment",
-        "optim",
-        "ema",
-        "runtime",
-        "early_stopping",
-        "freeze",
-    ):
+    for section in COMPARED:
         before, after = old[section], new[section]
         if section in FREE_TO_CHANGE:
             free = FREE_TO_CHANGE[section]

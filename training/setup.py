@@ -30,6 +30,7 @@ from training.data.loading import EpochSampler, build_train_loader, build_val_lo
 from training.data.mixing import BatchMixer
 from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
+from training.distillation import Distillation, NoTeacher, build_distillation
 from training.distributed import World
 from training.freezing import Freezing
 from training.lr_schedule import build_scheduler
@@ -58,6 +59,7 @@ class Setup:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     freezing: Freezing
+    distillation: Distillation | NoTeacher
 
     @property
     def sampler(self) -> EpochSampler:
@@ -169,7 +171,8 @@ def build(
         world.device.type == "cuda" if config.runtime.channels_last == "auto" else config.runtime.channels_last
     )
     _set_backends(config, world.device)
-    model.to(world.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)  # type: ignore[call-overload]
+    memory_format = torch.channels_last if channels_last else torch.preserve_format
+    model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, config.optim, world.device)
     return Setup(
         config=config,
@@ -189,6 +192,14 @@ def build(
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
         ema=build_ema(model, config.ema),
         freezing=Freezing(config.freeze, model, depth),
+        distillation=build_distillation(
+            config.distill,
+            model,
+            data.class_names,
+            device=world.device,
+            memory_format=memory_format,
+            autocast=torch.autocast(world.device.type, dtype=precision, enabled=precision != torch.float32),
+        ),
     )
 
 
@@ -299,7 +310,7 @@ def describe(setup: Setup) -> str:
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
         f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, {config.optim.schedule}",
-        *filter(None, [setup.freezing.describe()]),
+        *filter(None, [setup.distillation.describe(), setup.freezing.describe()]),
         f"device    {world.device} x {world.size}, {str(setup.precision).removeprefix('torch.')}"
         f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}, "
         f"{threads} CPU thread{'s' if threads > 1 else ''}{' each' if world.size > 1 else ''}",
