@@ -31,6 +31,7 @@ from training.early_stopping import note_epoch, stop_reason
 from training.evaluation import evaluate
 from training.metrics import METRICS
 from training.optim import build_loss
+from training.overfit import overfit
 from training.run_folder import RunFolder, describe_environment
 from training.setup import Setup, seed_everything
 from training.state import Progress, RunState
@@ -337,7 +338,11 @@ def _peak_rss_mb() -> float:
 
 
 def dry_run(setup: Setup) -> str:
-    """Runs one training step and one validation batch; nothing is kept. Returns what to print."""
+    """Runs one training step and one validation batch, and learns one batch by heart; nothing is kept.
+
+    Returns:
+        What to print.
+    """
     setup.sampler.set_position(0, 0)
     setup.model.train()
     setup.freezing.set_epoch(0)
@@ -346,7 +351,9 @@ def dry_run(setup: Setup) -> str:
     loss_fn = build_loss(setup.config.augment, setup.mixer.enabled)
     loss, _ = train_step(setup, setup.model, group, Progress(), loss_fn=loss_fn, signals=StopSignals())
     seconds = time.perf_counter() - start
+    learned = overfit(setup) if setup.world.is_main else ""
     validate(setup, batches=1)
     return (
-        f"{drop_path_report(setup.model)}\none step: loss {loss:.4f}, {seconds:.2f} s, all finite; nothing was written"
+        f"{drop_path_report(setup.model)}\none step: loss {loss:.4f}, {seconds:.2f} s, all finite\n"
+        f"{learned}\nnothing was written"
     )
