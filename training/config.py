@@ -303,6 +303,13 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_sizes_fit(self) -> "TrainConfig":
+        last, epochs = (self.data.image_size_schedule or [[0, 0]])[-1][0], self.optim.epochs
+        if last >= epochs:
+            raise FieldError("data.image_size_schedule", f"epoch {last} is none of this run's, 0 to {epochs - 1}")
+        return self
+
+    @model_validator(mode="after")
     def _check_freeze_fits(self) -> "TrainConfig":
         frozen, epochs = self.freeze.epochs, self.optim.epochs
         if frozen != "all" and frozen > epochs:

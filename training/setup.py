@@ -33,6 +33,7 @@ from training.data.transforms import ImageSpec
 from training.distillation import Distillation, NoTeacher, build_distillation
 from training.distributed import World
 from training.freezing import Freezing
+from training.image_sizes import check_sizes
 from training.lr_schedule import build_scheduler
 from training.optim import build_ema, build_optimizer
 from training.threads import number_of_threads
@@ -156,6 +157,7 @@ def build(
         class_names=data.class_names,
         **overrides,
     )
+    check_sizes(model, config.data.image_size_schedule)
     train_loader = build_train_loader(
         data, config.data, seed=config.seed, rank=world.rank, world_size=world.size, device=world.device
     )
@@ -302,12 +304,14 @@ def describe(setup: Setup) -> str:
     channels, height, width = setup.model.pretrained_cfg["input_size"]
     threads = torch.get_num_threads()
     profile = section.profile if isinstance(section.profile, str) else "as listed"
+    sizes = ", ".join(f"{size} from epoch {epoch + 1}" for epoch, size in config.data.image_size_schedule or ())
     lines = [
         f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs / 1e9:.3g} GMACs at "
         f"{channels} x {height} x {width}",
         f"data      {config.data.dataset}: {len(setup.data.train)} training and {len(setup.data.val)} validation images, "
         f"{setup.data.num_classes} classes",
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
+        *([f"sizes     {sizes}"] if sizes else []),
         f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, {config.optim.schedule}",
         *filter(None, [setup.distillation.describe(), setup.freezing.describe()]),

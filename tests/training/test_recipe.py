@@ -51,6 +51,7 @@ FEATURES: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "early_stopping": (["early_stopping={patience: 1, metric: val_loss, min_delta: 0.5}"], (3, 5, 8)),
     "soft": (["distill={teacher: TEACHER, alpha: 0.7, temperature: 2.0}"], (3, 5)),
     "hard": (["distill={teacher: TEACHER, kind: hard}"], (8,)),
+    "sizes": (["data.image_size_schedule=[[0, 6], [2, 8]]", "data.workers=1"], (3, 10, 13)),
     "probe": (["freeze.epochs=2", "model.drop_rate=0.1"], (3, 10, 13)),
     "first_stage": (["freeze={epochs: all, stages: 1}"], (7,)),
 }
