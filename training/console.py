@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
@@ -35,14 +36,57 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
 
+class PlainLines:
+    """What of tqdm is used here, for logs: now and then a line, without control characters.
+
+    Args:
+        total: Steps of the whole run.
+        initial: Those that were done before.
+        disable: Write no such lines.
+        mininterval: Seconds between two lines.
+    """
+
+    def __init__(self, *, total: int, initial: int, disable: bool, mininterval: float, **_: Any) -> None:
+        self.total, self.done, self.initial = total, initial, initial
+        self.disable, self.mininterval = disable, mininterval
+        self.description = self.postfix = ""
+        self.started = self.last = time.monotonic()
+
+    def set_description(self, text: str, refresh: bool = True) -> None:
+        self.description = text
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self.postfix = text
+
+    def update(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if self.disable or now - self.last < self.mininterval:
+            return
+        self.last = now
+        passed = now - self.started
+        left = passed / (self.done - self.initial) * (self.total - self.done)
+        times = f"{tqdm.format_interval(passed)} passed, {tqdm.format_interval(left)} left"
+        print(
+            f"{self.description}  step {self.done}/{self.total}  {self.postfix}  {times}", file=sys.stderr, flush=True
+        )
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class ProgressBar:
-    """A bar over all steps of the run on the main process, and a line per epoch."""
+    """A bar over all steps of the run on the main process, in a log a line now and then; and a line per epoch."""
 
     def __init__(self, setup: Setup, progress: Progress) -> None:
         self.setup = setup
         self.epochs = setup.config.optim.epochs
         self.measured = ""
-        self.bar = tqdm(
+        make = tqdm if sys.stderr.isatty() else PlainLines
+        self.bar: Any = make(
             total=setup.total_steps,
             initial=progress.step,
             disable=not setup.world.is_main,
