@@ -21,7 +21,7 @@ from layers.schedule import SETTINGS, DropPathSchedule, Kind
 from training.data.augment import AugmentSection
 from training.data.section import DataSection
 from training.lr_schedule import LrScheduleName, check_schedule, known_schedule
-from training.recipe import DistillSection, EarlyStoppingSection, FreezeSection
+from training.recipe import DistillSection, EarlyStoppingSection, FreezeSection, LogSection
 from training.section import Fraction, Pair, Section
 
 DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
@@ -283,6 +283,7 @@ class TrainConfig(Section):
     distill: DistillSection = Field(default_factory=DistillSection)
     freeze: FreezeSection = Field(default_factory=FreezeSection)
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
+    log: LogSection = Field(default_factory=LogSection)
 
     @model_validator(mode="after")
     def _check_one_image_size(self) -> "TrainConfig":

@@ -7,11 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.distributed import World
 from training.metrics import METRICS
 from training.run_folder import RunFolder
 from training.setup import Setup
 from training.state import Progress
+from training.tracking import open_tracker
 
 
 class StopSignals:
@@ -127,13 +127,14 @@ class ProgressBar:
 
 
 class Board:
-    """TensorBoard scalars of the main process."""
+    """Scalars of the main process, for TensorBoard and what else section `log` names."""
 
-    def __init__(self, folder: RunFolder, world: World, progress: Progress) -> None:
+    def __init__(self, setup: Setup, folder: RunFolder, progress: Progress) -> None:
         # purge_step hides what was written from the step on that a run is resumed from: that of a checkpoint at the end of
         # an epoch, saved before its validation, is written again
         self.writer = None
-        if world.is_main:
+        self.tracker = open_tracker(setup.config, folder, setup.world)
+        if setup.world.is_main:
             from torch.utils.tensorboard.writer import (
                 SummaryWriter,  # half a second that other processes need not spend
             )
@@ -143,13 +144,15 @@ class Board:
     def __enter__(self) -> "Board":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self.writer is not None:
             self.writer.close()
+        self.tracker.finish(failed=kind is not None)
 
     def write(self, row: dict[str, float], step: int) -> None:
+        scalars = {key: value for key, value in row.items() if key not in ("epoch", "step")}
         if self.writer is not None:
-            for key, value in row.items():
-                if key not in ("epoch", "step"):
-                    self.writer.add_scalar(key, value, step)
+            for key, value in scalars.items():
+                self.writer.add_scalar(key, value, step)
             self.writer.flush()
+        self.tracker.write(scalars, step)

@@ -79,7 +79,7 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     metrics: dict[str, float] = {}
     start = saved_step = progress.step  # what is known to be on disk; nothing has to be at step 0
 
-    with StopSignals() as signals, Board(folder, world, progress) as board, ProgressBar(setup, progress) as bar:
+    with StopSignals() as signals, Board(setup, folder, progress) as board, ProgressBar(setup, progress) as bar:
         try:
             while progress.epoch < config.optim.epochs and not stop_reason(config.early_stopping, progress):
                 model.train()

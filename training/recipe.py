@@ -1,4 +1,4 @@
-"""Sections of a training config for what is not in every run: distillation, freezing, early stopping."""
+"""Sections of a training config for what is not in every run: distillation, freezing, early stopping, logs."""
 
 from typing import Annotated, Literal
 
@@ -91,3 +91,11 @@ class DistillSection(Section):
         if self.kind == "hard" and self.temperature != 1:
             raise FieldError("temperature", "has no effect with kind 'hard'")
         return self
+
+
+class LogSection(Section):
+    """Where the figures of each epoch go, besides metrics.csv, TensorBoard and the report."""
+
+    wandb: str | None = Field(
+        default=None, min_length=1, description="A project of Weights & Biases (extra wandb); null: not there."
+    )

@@ -37,6 +37,7 @@ from training.image_sizes import check_sizes
 from training.lr_schedule import build_scheduler
 from training.optim import build_ema, build_optimizer
 from training.threads import number_of_threads
+from training.tracking import check_log
 
 
 @dataclass
@@ -120,6 +121,7 @@ def build(
     """
     threads = number_of_threads(config.runtime.threads, processes=world.local_size)
     torch.set_num_threads(threads)  # first: all that is computed below rounds as the run does
+    check_log(config.log)
     section = config.model
     elsewhere = {
         "drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode", "class_names": "data.class_names"
