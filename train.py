@@ -5,12 +5,13 @@ from training.threads import wait_passively
 wait_passively()  # before torch loads
 
 import argparse
+import json
 import logging
 import sys
 from pathlib import Path
 
 from files.errors import run_command
-from training.config import dump_config
+from training.config import dump_config, json_schema
 from training.run import Resume, describe_result, dry_run, find_config, find_folder, run, with_class_names
 
 
@@ -23,7 +24,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", metavar="auto|PATH", help="go on: from --output or the newest run, or from a path")
     parser.add_argument("--print-config", action="store_true", help="print the whole config and stop")
     parser.add_argument(
-        "--dry-run", action="store_true", help="build all, run one batch, print the plan, leave nothing behind"
+        "--json-schema", action="store_true", help="print the JSON schema of a config, for editors, and stop"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build all, run one batch, learn it by heart, print the plan, leave nothing behind",
     )
     return parser.parse_intermixed_args(argv)
 
@@ -36,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Prints the config, or the plan, or trains."""
+    """Prints the config, its schema, or the plan, or trains."""
+    if args.json_schema:
+        print(json.dumps(json_schema(), indent=2))
+        return 0
     name = args.config.stem if args.config else "digits"
     resume: Resume = args.resume if args.resume in (None, "auto") else Path(args.resume)
     folder = find_folder(args.output, resume=resume, name=name)

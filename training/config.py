@@ -22,7 +22,7 @@ from training.data.augment import AugmentSection
 from training.data.section import DataSection
 from training.loss import LossSection
 from training.lr_schedule import LrScheduleName, check_schedule, known_schedule
-from training.recipe import EarlyStoppingSection, FreezeSection
+from training.recipe import DistillSection, EarlyStoppingSection, FreezeSection, LogSection
 from training.section import Fraction, Pair, Section
 
 DEFAULT_CONFIG: Path = CONFIGS / "train" / "digits.yaml"
@@ -287,8 +287,10 @@ class TrainConfig(Section):
     ema: EmaSection = Field(default_factory=EmaSection)
     runtime: RuntimeSection = Field(default_factory=RuntimeSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    distill: DistillSection = Field(default_factory=DistillSection)
     freeze: FreezeSection = Field(default_factory=FreezeSection)
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
+    log: LogSection = Field(default_factory=LogSection)
 
     @model_validator(mode="after")
     def _check_one_image_size(self) -> "TrainConfig":
@@ -314,6 +316,13 @@ class TrainConfig(Section):
         for key, end in ends.items():
             if end is not None and end > epochs:
                 raise FieldError(f"drop_path.schedule.{key}", f"ends at epoch {end:g}, beyond optim.epochs ({epochs})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sizes_fit(self) -> "TrainConfig":
+        last, epochs = (self.data.image_size_schedule or [[0, 0]])[-1][0], self.optim.epochs
+        if last >= epochs:
+            raise FieldError("data.image_size_schedule", f"epoch {last} is none of this run's, 0 to {epochs - 1}")
         return self
 
     @model_validator(mode="after")

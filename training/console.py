@@ -2,15 +2,16 @@
 
 import signal
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
 
-from training.distributed import World
 from training.metrics import METRICS
 from training.run_folder import RunFolder
 from training.setup import Setup
 from training.state import Progress
+from training.tracking import open_tracker
 
 
 class StopSignals:
@@ -35,14 +36,57 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
 
+class PlainLines:
+    """What of tqdm is used here, for logs: now and then a line, without control characters.
+
+    Args:
+        total: Steps of the whole run.
+        initial: Those that were done before.
+        disable: Write no such lines.
+        mininterval: Seconds between two lines.
+    """
+
+    def __init__(self, *, total: int, initial: int, disable: bool, mininterval: float, **_: Any) -> None:
+        self.total, self.done, self.initial = total, initial, initial
+        self.disable, self.mininterval = disable, mininterval
+        self.description = self.postfix = ""
+        self.started = self.last = time.monotonic()
+
+    def set_description(self, text: str, refresh: bool = True) -> None:
+        self.description = text
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self.postfix = text
+
+    def update(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if self.disable or now - self.last < self.mininterval:
+            return
+        self.last = now
+        passed = now - self.started
+        left = passed / (self.done - self.initial) * (self.total - self.done)
+        times = f"{tqdm.format_interval(passed)} passed, {tqdm.format_interval(left)} left"
+        print(
+            f"{self.description}  step {self.done}/{self.total}  {self.postfix}  {times}", file=sys.stderr, flush=True
+        )
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class ProgressBar:
-    """A bar over all steps of the run on the main process, and a line per epoch."""
+    """A bar over all steps of the run on the main process, in a log a line now and then; and a line per epoch."""
 
     def __init__(self, setup: Setup, progress: Progress) -> None:
         self.setup = setup
         self.epochs = setup.config.optim.epochs
         self.measured = ""
-        self.bar = tqdm(
+        make = tqdm if sys.stderr.isatty() else PlainLines
+        self.bar: Any = make(
             total=setup.total_steps,
             initial=progress.step,
             disable=not setup.world.is_main,
@@ -83,13 +127,14 @@ class ProgressBar:
 
 
 class Board:
-    """TensorBoard scalars of the main process."""
+    """Scalars of the main process, for TensorBoard and what else section `log` names."""
 
-    def __init__(self, folder: RunFolder, world: World, progress: Progress) -> None:
+    def __init__(self, setup: Setup, folder: RunFolder, progress: Progress) -> None:
         # purge_step hides what was written from the step on that a run is resumed from: that of a checkpoint at the end of
         # an epoch, saved before its validation, is written again
         self.writer = None
-        if world.is_main:
+        self.tracker = open_tracker(setup.config, folder, setup.world)
+        if setup.world.is_main:
             from torch.utils.tensorboard.writer import (
                 SummaryWriter,  # half a second that other processes need not spend
             )
@@ -99,13 +144,15 @@ class Board:
     def __enter__(self) -> "Board":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self.writer is not None:
             self.writer.close()
+        self.tracker.finish(failed=kind is not None)
 
     def write(self, row: dict[str, float], step: int) -> None:
+        scalars = {key: value for key, value in row.items() if key not in ("epoch", "step")}
         if self.writer is not None:
-            for key, value in row.items():
-                if key not in ("epoch", "step"):
-                    self.writer.add_scalar(key, value, step)
+            for key, value in scalars.items():
+                self.writer.add_scalar(key, value, step)
             self.writer.flush()
+        self.tracker.write(scalars, step)

@@ -29,6 +29,7 @@ from training.distributed import World, stop_together
 from training.early_stopping import note_epoch, stop_reason
 from training.evaluation import evaluate
 from training.metrics import METRICS
+from training.overfit import overfit
 from training.run_folder import RunFolder, describe_environment
 from training.setup import Setup, seed_everything
 from training.sharding import gathered, gradients_exchanged, is_sharded, whole, whole_state
@@ -77,7 +78,7 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     metrics: dict[str, float] = {}
     start = saved_step = progress.step  # what is known to be on disk; nothing has to be at step 0
 
-    with StopSignals() as signals, Board(folder, world, progress) as board, ProgressBar(setup, progress) as bar:
+    with StopSignals() as signals, Board(setup, folder, progress) as board, ProgressBar(setup, progress) as bar:
         try:
             while progress.epoch < config.optim.epochs and not stop_reason(config.early_stopping, progress):
                 model.train()
@@ -164,7 +165,7 @@ def train_step(
         with gradients_exchanged(trained, now=last):
             with setup.autocast():
                 logits = trained(images)
-            loss = loss_fn(logits.float(), targets) / len(batches)
+            loss = setup.distillation(loss_fn, images, logits.float(), targets) / len(batches)
             setup.scaler.scale(loss).backward()
         total += loss.detach()
         seen.append((loss.detach(), ~torch.isfinite(logits.detach()).all(dim=1), indices))
@@ -295,7 +296,9 @@ def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
     folder.cut_metrics(progress.epoch)
     save_text(folder.config, dump_config(setup.config))
     folder.write_json(folder.data, setup.data.identity)
-    folder.write_json(folder.environment, describe_environment(setup.world))
+    teacher = setup.distillation.identity
+    environment = describe_environment(setup.world) | ({} if teacher is None else {"teacher": teacher})
+    folder.write_json(folder.environment, environment)
 
 
 def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics: dict[str, float]) -> dict[str, Any]:
@@ -337,7 +340,11 @@ def _peak_rss_mb() -> float:
 
 
 def dry_run(setup: Setup) -> str:
-    """Runs one training step and one validation batch; nothing is kept. Returns what to print."""
+    """Runs one training step and one validation batch, and learns one batch by heart; nothing is kept.
+
+    Returns:
+        What to print.
+    """
     setup.sampler.set_position(0, 0)
     setup.model.train()
     setup.freezing.set_epoch(0)
@@ -345,6 +352,7 @@ def dry_run(setup: Setup) -> str:
     start = time.perf_counter()
     loss, _ = train_step(setup, setup.model, group, Progress(), loss_fn=setup.loss_fn, signals=StopSignals())
     seconds = time.perf_counter() - start
+    learned = overfit(setup) if setup.world.is_main and not is_sharded(setup.model) else ""
     validate(setup, batches=1)
     report = drop_path_report(setup.model, macs=setup.macs)
-    return f"{report}\none step: loss {loss:.4f}, {seconds:.2f} s, all finite; nothing was written"
+    return f"{report}\none step: loss {loss:.4f}, {seconds:.2f} s, all finite\n{learned}\nnothing was written"

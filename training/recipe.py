@@ -1,4 +1,4 @@
-"""Sections of a training config for what is not in every run: early stopping, freezing."""
+"""Sections of a training config for what is not in every run: distillation, freezing, early stopping, logs."""
 
 from typing import Annotated, Literal
 
@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from files.errors import FieldError, nearest
 from training.metrics import METRICS
-from training.section import Section
+from training.section import Fraction, Section
 
 
 class EarlyStoppingSection(Section):
@@ -60,3 +60,42 @@ class FreezeSection(Section):
         if self.epochs == 0 and self.stages != "all":
             raise FieldError("stages", "has no effect without freeze.epochs: a number, or all")
         return self
+
+
+class DistillSection(Section):
+    """A trained teacher whose opinion is part of the loss: (1 - alpha) * loss + alpha * distance from the teacher."""
+
+    teacher: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A run's folder, weights beside their config.json, or a model's name as in model.name; null: off.",
+    )
+    pretrained: bool = Field(default=False, description="A name's published weights, downloaded through timm.")
+    checkpoint: str | None = Field(default=None, description="A name's weights: a folder or a file.")
+    kind: Literal["soft", "hard"] = Field(
+        default="soft", description="soft: the teacher's probabilities (Hinton). hard: the class it gives (DeiT)."
+    )
+    alpha: Fraction = Field(default=0.5, gt=0, description="The teacher's share of the loss, in (0, 1].")
+    temperature: float = Field(
+        default=1.0, gt=0, description="soft only: softens both; the distance is times its square."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "DistillSection":
+        if self.teacher is None:
+            for name, field in type(self).model_fields.items():
+                if getattr(self, name) != field.default:
+                    raise FieldError(name, "has no effect without distill.teacher")
+        if self.pretrained and self.checkpoint is not None:
+            raise FieldError("checkpoint", "and pretrained are two sources of weights; give one")
+        if self.kind == "hard" and self.temperature != 1:
+            raise FieldError("temperature", "has no effect with kind 'hard'")
+        return self
+
+
+class LogSection(Section):
+    """Where the figures of each epoch go, besides metrics.csv, TensorBoard and the report."""
+
+    wandb: str | None = Field(
+        default=None, min_length=1, description="A project of Weights & Biases (extra wandb); null: not there."
+    )

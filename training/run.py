@@ -22,6 +22,9 @@ Resume = None | Literal["auto"] | Path
 """None: a new run. "auto": go on with the folder, or else with the newest run of the name; begin where there is none. A
 path: go on with that run folder, from its newest checkpoint, or from that checkpoint in one."""
 
+COMPARED = tuple(name for name in TrainConfig.model_fields if name not in ("checkpoint", "log"))
+"""Sections that must be as they were when a run goes on."""
+
 # Keys that may change when a run goes on, by section: they change nothing that is learned. The data themselves are compared
 # by `build`, and of another number of threads `changed_environment` warns.
 FREE_TO_CHANGE = {
@@ -29,6 +32,7 @@ FREE_TO_CHANGE = {
     "data": {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped"}
     | {"train_file", "val_file", "test_file", "download", "train_shards", "val_shards", "cache"},
     "runtime": {"threads"},
+    "distill": {"teacher", "pretrained", "checkpoint"},  # compared by the weights themselves
     "early_stopping": {"patience"},  # a run that was stopped may be given more
 }
 
@@ -182,7 +186,7 @@ def check_same_run(folder: RunFolder, config: TrainConfig) -> None:
     if not folder.holds_run():
         return
     old, new = load_config(folder.config).model_dump(), config.model_dump()
-    for section in (name for name in type(config).model_fields if name != "checkpoint"):
+    for section in COMPARED:
         before, after = old[section], new[section]
         if section in FREE_TO_CHANGE:
             free = FREE_TO_CHANGE[section]

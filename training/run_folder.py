@@ -54,6 +54,7 @@ class RunFolder:
         self.best = path / "best"
         self.tensorboard = path / "tensorboard"
         self.report = path / "report.html"
+        self.wandb = path / "wandb.json"
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""

@@ -30,13 +30,16 @@ from training.data.loading import EpochSampler, build_train_loader, build_val_lo
 from training.data.mixing import BatchMixer
 from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
+from training.distillation import Distillation, NoTeacher, build_distillation
 from training.distributed import World
 from training.freezing import Freezing
+from training.image_sizes import check_sizes
 from training.loss import build_loss, class_weights
 from training.lr_schedule import build_scheduler
 from training.optim import build_ema, build_optimizer
 from training.sharding import shard
 from training.threads import number_of_threads
+from training.tracking import check_log
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Setup:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     freezing: Freezing
+    distillation: Distillation | NoTeacher
 
     @property
     def sampler(self) -> EpochSampler:
@@ -122,6 +126,7 @@ def build(
     threads = number_of_threads(config.runtime.threads, processes=world.local_size)
     torch.set_num_threads(threads)  # first: all that is computed below rounds as the run does
     _check_parallel(config, world)
+    check_log(config.log)
     section = config.model
     elsewhere = {
         "drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode", "class_names": "data.class_names"
@@ -161,6 +166,7 @@ def build(
         class_names=data.class_names,
         **overrides,
     )
+    check_sizes(model, config.data.image_size_schedule)
     train_loader = build_train_loader(
         data, config.data, seed=config.seed, rank=world.rank, world_size=world.size, device=world.device
     )
@@ -176,7 +182,8 @@ def build(
         world.device.type == "cuda" if config.runtime.channels_last == "auto" else config.runtime.channels_last
     )
     _set_backends(config, world.device)
-    model.to(world.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)  # type: ignore[call-overload]
+    memory_format = torch.channels_last if channels_last else torch.preserve_format
+    model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     macs = _count(model)
     ema = build_ema(model, config.ema)
     if config.runtime.parallel == "fsdp":
@@ -205,6 +212,14 @@ def build(
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
         ema=ema,
         freezing=Freezing(config.freeze, model, depth),
+        distillation=build_distillation(
+            config.distill,
+            model,
+            data.class_names,
+            device=world.device,
+            memory_format=memory_format,
+            autocast=torch.autocast(world.device.type, dtype=precision, enabled=precision != torch.float32),
+        ),
     )
 
 
@@ -324,16 +339,18 @@ def describe(setup: Setup) -> str:
     channels, height, width = setup.model.pretrained_cfg["input_size"]
     threads = torch.get_num_threads()
     profile = section.profile if isinstance(section.profile, str) else "as listed"
+    sizes = ", ".join(f"{size} from epoch {epoch + 1}" for epoch, size in config.data.image_size_schedule or ())
     lines = [
         f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs} GMACs at "
         f"{channels} x {height} x {width}",
         f"data      {config.data.dataset}: {len(setup.data.train)} training and {len(setup.data.val)} validation images, "
         f"{setup.data.num_classes} classes{', balanced' if config.data.sampler == 'balanced' else ''}",
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
+        *([f"sizes     {sizes}"] if sizes else []),
         f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
         f"lr {config.optim.lr:g}, {config.optim.schedule}",
         *([f"loss      {words}"] if (words := config.loss.in_words) else []),
-        *filter(None, [setup.freezing.describe()]),
+        *filter(None, [setup.distillation.describe(), setup.freezing.describe()]),
         f"device    {world.device} x {world.size}{', sharded' if config.runtime.parallel == 'fsdp' else ''}, "
         f"{str(setup.precision).removeprefix('torch.')}"
         f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}, "

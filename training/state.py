@@ -125,7 +125,8 @@ class RunState:
         return save_checkpoint(
             folder.checkpoints,
             self.progress.step,
-            shared=states | {"data": self.setup.data.identity},  # compared before a run is built, never loaded
+            # compared, never loaded
+            shared=states | {"data": self.setup.data.identity, "teacher": self.setup.distillation.identity},
             rank_state=own,
             keep=self.setup.config.checkpoint.keep,
             rank=world.rank,
@@ -139,6 +140,7 @@ class RunState:
         Raises:
             ConfigError: It belongs to a run with another model or optimizer.
         """
+        _check_same_teacher(checkpoint, self.setup.distillation.identity)
         saved = checkpoint.shared | checkpoint.rank_state
         try:
             for name, state in self.table.items():
@@ -153,3 +155,18 @@ class RunState:
             )
         # a checkpoint of the end of an epoch goes on with its evaluation, which notes the rates of that step
         self.setup.depth.set_step(max(0, self.progress.step - 1))
+
+
+def _check_same_teacher(checkpoint: Checkpoint, now: dict[str, Any] | None) -> None:
+    """Refuses to go on with another teacher, whatever it is called.
+
+    Raises:
+        ConfigError: Naming both.
+    """
+    before = checkpoint.shared.get("teacher")
+    if (before or {}).get("weights_sha256") != (now or {}).get("weights_sha256"):
+        told = [f"{t['name']} with weights {t['weights_sha256'][:12]}" if t else "none" for t in (before, now)]
+        raise ConfigError(
+            f"--resume: distill.teacher was {told[0]}, is now {told[1]}; go on with the same, or start a new run from the "
+            "weights of this one (model.checkpoint)"
+        )

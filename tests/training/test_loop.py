@@ -433,6 +433,7 @@ def test_the_data_is_noted_beside_the_config_and_in_checkpoints(images: list[str
 
 def test_a_dry_run_takes_one_step_and_one_validation_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "overfit", lambda _: "learned by heart")
     setup = build_tiny("optim.accumulate=2", "data.eval_batch_size=90")
     seen: list[tuple[bool, int]] = []
 
@@ -443,6 +444,7 @@ def test_a_dry_run_takes_one_step_and_one_validation_batch(tmp_path: Path, monke
     setup.model.register_forward_hook(note)
     before = weights(setup)
     told = dry_run(setup)
+    assert "learned by heart" in told
     assert seen == [(True, 256), (True, 256), (False, 90)]
     assert weights(setup) != before
     assert "stages.1.blocks.0" in told and re.search(r"one step: loss \d\.\d{4}", told)

@@ -49,6 +49,9 @@ FEATURES: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "step": (["optim.schedule=step", "optim.decay_epochs=1.5"], (7, 8)),
     "cycles": (["optim.cycle_limit=2", "optim.cycle_mul=2", "optim.cooldown_epochs=1"], (12,)),
     "early_stopping": (["early_stopping={patience: 1, metric: val_loss, min_delta: 0.5}"], (3, 5, 8)),
+    "soft": (["distill={teacher: TEACHER, alpha: 0.7, temperature: 2.0}"], (3, 5)),
+    "hard": (["distill={teacher: TEACHER, kind: hard}"], (8,)),
+    "sizes": (["data.image_size_schedule=[[0, 6], [2, 8]]", "data.workers=1"], (3, 10, 13)),
     "probe": (["freeze.epochs=2", "model.drop_rate=0.1"], (3, 10, 13)),
     "first_stage": (["freeze={epochs: all, stages: 1}"], (7,)),
 }
@@ -60,8 +63,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(feature: str, tmp_path: Pa
     """At steps in mid-epoch and at the boundaries where the feature changes something."""
     monkeypatch.setattr(page, "write_report", lambda _: None)
     settings, steps = FEATURES[feature]
-    config = load_config(None, [*FULL, *settings])
     plain = run(load_config(None, FULL), tmp_path / "plain")
+    config = load_config(None, [*FULL, *(s.replace("TEACHER", str(tmp_path / "plain")) for s in settings)])
     whole = run(config, tmp_path / "whole")
     assert whole["weights_sha256"] != plain["weights_sha256"], "the feature does something"
     for step in steps:

@@ -14,6 +14,7 @@ zoom and flip: those draws come from a counter-based hash and one affine map tra
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,17 @@ def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
     sources = divide(_module(data).sources(data), data, seed=seed)
     train, val = sources.train, sources.val
     assert val is not None
+    sizes = [
+        (epoch, _pipeline(train, augment, replace(spec, input_size=(spec.input_size[0], size, size))))
+        for epoch, size in data.image_size_schedule or ()
+    ]
     return DataBundle(
         train=TrainDataset(
-            train, _pipeline(train, augment, spec), seed=seed, replace_unreadable=data.on_error == "skip"
+            train,
+            _pipeline(train, augment, spec),
+            seed=seed,
+            replace_unreadable=data.on_error == "skip",
+            from_epochs=sizes,
         ),
         val=ValDataset(val, _pipeline(val, augment, spec)),
         num_classes=len(train.class_names),

@@ -76,11 +76,23 @@ class TrainDataset(Dataset[Sample]):
 
     With `replace_unreadable`, a sample that cannot be read is replaced by another, drawn by (seed, epoch, index): so the
     address still decides alone what comes, in any process and after any resume.
+
+    Args:
+        from_epochs: Other pipelines than `pipeline`, each with the epoch from which it makes the images.
     """
 
-    def __init__(self, source: Source, pipeline: Pipeline, *, seed: int, replace_unreadable: bool = False) -> None:
+    def __init__(
+        self,
+        source: Source,
+        pipeline: Pipeline,
+        *,
+        seed: int,
+        replace_unreadable: bool = False,
+        from_epochs: Sequence[tuple[int, Pipeline]] = (),
+    ) -> None:
         self.source = source
         self.pipeline = pipeline
+        self.from_epochs = from_epochs
         self.targets = list(source.targets)
         self.seed = seed
         self.replace_unreadable = replace_unreadable
@@ -99,7 +111,7 @@ class TrainDataset(Dataset[Sample]):
             streams = np.where(np.asarray(which) > 0, hash_words(streams, which), streams)
         with global_generators_kept():
             try:
-                images = self.pipeline.augmented(indices, streams)
+                images = self._pipeline_of(epochs[0]).augmented(indices, streams)
             except Exception:
                 if not self.source.location:
                     raise
@@ -110,10 +122,10 @@ class TrainDataset(Dataset[Sample]):
         """A batch in which a sample cannot be read: as many samples as addresses, then what had to be replaced."""
         samples, replaced = [], []
         for row, (epoch, index, *_) in enumerate(positions):
-            stream = streams[row : row + 1]
+            stream, pipeline = streams[row : row + 1], self._pipeline_of(epoch)
             faults: list[Unreadable] = []
             for candidate in self._candidates(epoch, index):
-                image = _attempt(lambda c=candidate, s=stream: self.pipeline.augmented([c], s)[0], self, candidate)
+                image = _attempt(lambda c=candidate, s=stream, p=pipeline: p.augmented([c], s)[0], self, candidate)
                 if isinstance(image, Tensor):
                     samples.append((image, self.targets[candidate], candidate))
                     replaced += [replace(fault, replaced=True) for fault in faults]
@@ -122,6 +134,10 @@ class TrainDataset(Dataset[Sample]):
             else:
                 samples.append(faults[0])
         return samples + replaced
+
+    def _pipeline_of(self, epoch: int) -> Pipeline:
+        """What makes the images of an epoch, of which a batch has one: the address says it, in any worker."""
+        return next((pipeline for start, pipeline in reversed(self.from_epochs) if start <= epoch), self.pipeline)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         """The sample itself, then those that may stand in for it."""

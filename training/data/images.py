@@ -206,7 +206,7 @@ def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what Pillow only warns of is refused here
         look = _damage if full else _obvious_damage
         checked = pool.map(lambda sample: look(*sample), samples)
-        bar = tqdm(checked, total=total, desc="checking images", unit="", leave=False, disable=full)
+        bar = tqdm(checked, total=total, desc="checking images", unit="", leave=False, disable=full or None)
         damaged = [(sample, reason) for sample, reason in zip(samples, bar, strict=True) if reason]
     if damaged:
         sample, reason = damaged[0]

@@ -1,12 +1,15 @@
 """The config's section `data`: what to train on. Which keys a kind of data has, `training.data.kinds` says."""
 
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from files.errors import FieldError, nearest
 from training.data.kinds import EXAMPLES, KINDS, DataKind, kind_of, spellings
 from training.section import Fraction, Section
+
+EpochAndSize = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
 class DataSection(Section):
@@ -69,6 +72,12 @@ class DataSection(Section):
         default=None,
         ge=1,
         description="Pixels, height and width. Default: the model's; where model.image_size is given too, they are equal.",
+    )
+    image_size_schedule: list[EpochAndSize] | None = Field(
+        default=None,
+        min_length=1,
+        description="[epoch, pixels] pairs, epochs rising from 0: image sizes of training, as in [[0, 128], [5, 160]]. "
+        "Validation is at image_size. Default: all at image_size.",
     )
     batch_size: int = Field(default=128, ge=1, description="Samples per process and forward pass.")
     eval_batch_size: int | None = Field(
@@ -163,6 +172,12 @@ class DataSection(Section):
         for key in sorted({key for other in KINDS.values() for key in (*other.needs, *other.takes)}):
             if getattr(self, key) is not None and key not in (*kind.needs, *kind.takes):
                 raise FieldError(key, f"has no effect with dataset {self.dataset!r}; leave it out or set it to null")
+        if self.image_size_schedule is not None:
+            epochs = [epoch for epoch, _ in self.image_size_schedule]
+            if epochs[0] != 0 or any(b <= a for a, b in pairwise(epochs)):
+                raise FieldError("image_size_schedule", f"epochs must rise strictly from 0, got {epochs}")
+            if any(size < 1 for _, size in self.image_size_schedule):
+                raise FieldError("image_size_schedule", f"sizes must be at least 1, got {self.image_size_schedule}")
         if kind.in_memory and self.on_error == "skip":
             raise FieldError("on_error", f"'skip' has no effect with dataset {self.dataset!r}, which is in memory")
         if self.sampler == "balanced":
