@@ -14,7 +14,12 @@ class DataSection(Section):
 
     dataset: str = Field(
         description=" ".join(f"{name}: {kind.description}." for name, kind in KINDS.items()),
-        json_schema_extra={"enum": list(KINDS)},
+        json_schema_extra={
+            "anyOf": [
+                {"enum": [name for name, kind in KINDS.items() if not kind.named]},
+                *({"pattern": f"^{name}/.+$"} for name, kind in KINDS.items() if kind.named),
+            ]
+        },
     )
     root: str | None = Field(
         default=None,
@@ -36,6 +41,9 @@ class DataSection(Section):
         description="csv: the column of paths, relative to root or else to the table's folder. Default: path.",
     )
     label_column: str | None = Field(default=None, description="The column of class names or numbers. Default: label.")
+    download: bool | None = Field(
+        default=None, description="torchvision: download what is not in root. Default: never; such data are refused."
+    )
     image_size: int | None = Field(
         default=None,
         ge=1,
