@@ -91,8 +91,8 @@ class DataSection(Section):
     @classmethod
     def _check_dataset(cls, dataset: str) -> str:
         if kind_of(dataset) is None:
-            known = " or ".join(repr(f"{name}/NAME" if kind.named else name) for name, kind in KINDS.items())
-            raise ValueError(f"expected {known}, got {dataset!r}{nearest(dataset, KINDS)}")
+            known = [f"{name}/NAME" if kind.named else name for name, kind in KINDS.items()]
+            raise ValueError(f"expected {' or '.join(map(repr, known))}, got {dataset!r}{nearest(dataset, known)}")
         return dataset
 
     @field_validator("classes", mode="before")
