@@ -43,7 +43,7 @@ class HuggingFaceSource:
         # a path may be stored in full, or without links, where the root is written otherwise
         self.roots = (location, os.path.abspath(location), os.path.realpath(location))
         # An Arrow array, no object per row: where the images were files, their paths.
-        self.paths = rows.flatten().with_format("arrow")[f"{self.column}.path"]
+        self.paths = _arrow(rows.flatten(), f"{self.column}.path")
         files = {os.path.basename(path.as_py() or "") for path in self.paths}
         self.named = len(files) == len(targets) and "" not in files
 
@@ -251,7 +251,12 @@ def _is_label(feature: Any) -> bool:
 
 
 def _values(rows: Any, column: str) -> list[Any]:
-    return rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+    return _arrow(rows, column).to_pylist()
+
+
+def _arrow(rows: Any, column: str) -> Any:
+    """A column as an Arrow array in memory."""
+    return rows.select_columns([column]).with_format("arrow")[:].column(column)
 
 
 def _classes(rows: Any, split: str, column: str) -> list[str]:
