@@ -6,6 +6,7 @@ Rows are read by their index, and pictures as the bytes that were stored: our ow
 from __future__ import annotations
 
 import io
+import logging
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -151,6 +152,9 @@ def _load(data: DataSection) -> dict[str, Any]:
         raise ConfigError(f"data.root: '{root}' {what}{nearest_beside(root)}")
     if root is not None and (left := data.config_name) is not None and _is_saved(root):
         raise ConfigError(f"data.config_name: {left!r} has no effect with a folder of save_to_disk; leave it out")
+    chatter = logging.getLogger("huggingface_hub.utils._http")  # ten lines on retries, before the error says it in one
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
     try:
         if root is not None and _is_saved(root):
             loaded = datasets.load_from_disk(str(root))
@@ -163,6 +167,8 @@ def _load(data: DataSection) -> dict[str, Any]:
             text = "has a split no rows?"
         where = f"'{root}'" if root is not None else repr(data.dataset)
         raise ConfigError(f"{key}: {where} cannot be loaded: {text}") from error
+    finally:
+        chatter.setLevel(level)
     if isinstance(loaded, datasets.Dataset):
         return {data.train_split or "train": loaded}
     return {str(name): rows for name, rows in loaded.items()}
