@@ -124,6 +124,8 @@ def _fetch(url: str, final: Path, bar: tqdm, stop: threading.Event, key: str, pa
             try:
                 _receive(url, part, bar, stop)
                 break
+            except ConfigError:  # of this disk
+                raise
             except HTTPError as error:
                 reason, again = f"{error.code} {error.reason}", error.code in _AGAIN
                 if error.code == 416:  # there is no more of it: what is here may be whole, or of another file
@@ -168,7 +170,7 @@ def _receive(url: str, part: Path, bar: tqdm, stop: threading.Event) -> None:
         expected = have + int(length) if length else None
         with _writable(part, "ab" if have else "wb") as file:
             if not have:
-                _validator_of(part).write_text(_validator(response.headers))
+                _note(_validator_of(part), _validator(response.headers))
             size = have
             while not stop.is_set() and (block := response.read(_BLOCK)):
                 _write(file, block, part)
@@ -190,6 +192,12 @@ def _validator(headers: Message) -> str:
 
 def _validator_of(part: Path) -> Path:
     return part.with_name(part.name + ".etag")
+
+
+def _note(path: Path, text: str) -> None:
+    with contextlib.suppress(OSError):  # a later try begins again then; of a full disk the file itself will tell
+        path.unlink(missing_ok=True)
+        path.write_text(text)
 
 
 def _writable(part: Path, mode: str) -> BinaryIO:

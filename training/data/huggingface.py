@@ -6,6 +6,7 @@ Rows are read by their index, and pictures as the bytes that were stored: our ow
 from __future__ import annotations
 
 import io
+import logging
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ class HuggingFaceSource:
         # a path may be stored in full, or without links, where the root is written otherwise
         self.roots = (location, os.path.abspath(location), os.path.realpath(location))
         # An Arrow array, no object per row: where the images were files, their paths.
-        self.paths = rows.flatten().with_format("arrow")[f"{self.column}.path"]
+        self.paths = _arrow(rows.flatten(), f"{self.column}.path")
         files = {os.path.basename(path.as_py() or "") for path in self.paths}
         self.named = len(files) == len(targets) and "" not in files
 
@@ -151,6 +152,9 @@ def _load(data: DataSection) -> dict[str, Any]:
         raise ConfigError(f"data.root: '{root}' {what}{nearest_beside(root)}")
     if root is not None and (left := data.config_name) is not None and _is_saved(root):
         raise ConfigError(f"data.config_name: {left!r} has no effect with a folder of save_to_disk; leave it out")
+    chatter = logging.getLogger("huggingface_hub.utils._http")  # ten lines on retries, before the error says it in one
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
     try:
         if root is not None and _is_saved(root):
             loaded = datasets.load_from_disk(str(root))
@@ -163,6 +167,8 @@ def _load(data: DataSection) -> dict[str, Any]:
             text = "has a split no rows?"
         where = f"'{root}'" if root is not None else repr(data.dataset)
         raise ConfigError(f"{key}: {where} cannot be loaded: {text}") from error
+    finally:
+        chatter.setLevel(level)
     if isinstance(loaded, datasets.Dataset):
         return {data.train_split or "train": loaded}
     return {str(name): rows for name, rows in loaded.items()}
@@ -251,7 +257,12 @@ def _is_label(feature: Any) -> bool:
 
 
 def _values(rows: Any, column: str) -> list[Any]:
-    return rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+    return _arrow(rows, column).to_pylist()
+
+
+def _arrow(rows: Any, column: str) -> Any:
+    """A column as an Arrow array in memory."""
+    return rows.select_columns([column]).with_format("arrow")[:].column(column)
 
 
 def _classes(rows: Any, split: str, column: str) -> list[str]:

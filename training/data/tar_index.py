@@ -178,17 +178,21 @@ def _members(shard: Path, file: IO[bytes], size: int) -> Iterator[tarfile.TarInf
         if start.startswith(magic):
             raise packed(shard, tool)
     cut = "copy it again, or write it again"
-    at = 0
+    at, last = 0, ""
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep them all
                 if member.isreg() and member.offset_data + member.size > size:
                     raise ConfigError(f"shard '{shard}' is cut short, in its member '{member.name}'\n{cut}")
-                at = archive.offset
+                at, last = archive.offset, member.name
                 yield member
             at = archive.offset
+    except ConfigError:
+        raise
     except (tarfile.TarError, ValueError) as error:
+        if at > size:
+            raise ConfigError(f"shard '{shard}' is cut short, at the end of its member '{last}'\n{cut}") from error
         what = "is no tar file" if at == 0 else f"is damaged at byte {at:,}"
         raise ConfigError(f"shard '{shard}' {what}: {error}\n{cut}") from error
     file.seek(at)
@@ -287,8 +291,9 @@ class _Builder:
             self.unlabelled = self.unlabelled or f"sample '{self.key}' has no {wanted} (its members: {there})"
             return None
         name = self.keys.label or "label"
+        content = self.content("json")
         try:
-            found = json.loads(self.content("json"))
+            found = json.loads(content)
         except ValueError as error:
             raise self.error(self.key, f"has a .json that cannot be read: {error}") from error
         if not isinstance(found, dict):

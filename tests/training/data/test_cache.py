@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 
+from files.errors import ConfigError
 from tests.training.data.parts import fails
 from training.data import cache
 from training.data.cache import cache_folder, fetch, locked, save, shown
@@ -137,7 +138,7 @@ def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path, monkeypa
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache, "_writable", lambda part, mode: Full())
-    with fails("data.cache: '", "cannot be written: No space left on device", "make room"):
+    with pytest.raises(ConfigError, match=r"^data.cache: '.*' cannot be written: No space left on device\nchoose"):
         get(server, tmp_path / "a.tar")
 
 

@@ -30,6 +30,13 @@ def test_a_kind_with_a_name_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "did you mean 'shop/NAME'?" in refused(dataset="shop"), "not what was given"
 
 
+def test_a_kind_with_or_without_a_name_behind_it() -> None:
+    for dataset in ("huggingface", "huggingface/food101", "huggingface/user/name"):
+        assert DataSection(dataset=dataset).kind is kinds.KINDS["huggingface"]
+    assert "'huggingface' or 'huggingface/NAME'" in refused(dataset="huggingface/")
+    assert "has no effect with dataset 'huggingface'; leave it out" in refused(dataset="huggingface", label_key="a")
+
+
 def test_nothing_in_memory_is_skipped() -> None:
     assert "is in memory" in refused(dataset="digits", on_error="skip")
 
