@@ -27,7 +27,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "models/export.py": (_MODELS, {"torch", "timm", "onnx", "onnxruntime"}),
     "training": (_TRAINING, {*_ARRAYS, "pydantic", "tqdm"}),
     "training/threads.py": ({"training"}, {"torch", "joblib"}),
-    "training/data": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "tqdm", "pydantic"}),
+    "training/data": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "torchcodec", "tqdm", "pydantic"}),
     "training/data/digits.py": ({"training"}, {*_ARRAYS, "PIL", "sklearn"}),
     "training/report": ({"files", "layers", "training"}, {"numpy", "pydantic", "jinja2", "markupsafe", "matplotlib"}),
     "benchmarks": ({*_TRAINING, "benchmarks"}, {*_ARRAYS, "PIL", "sklearn"}),

@@ -85,12 +85,12 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
             while progress.epoch < config.optim.epochs:
                 model.train()
                 setup.sampler.set_position(progress.epoch, progress.batch)
-                batches = setup.skips.read(iter(setup.train_loader))
+                batches = setup.feed.read(setup.skips.read(iter(setup.train_loader)))
                 state.random.put_back()  # nothing may draw between here and the first step
                 clock = time.perf_counter()
                 for group in _groups(batches, config.optim.accumulate, world):
                     loss, stop = train_step(setup, trained, group, progress, loss_fn=loss_fn, signals=signals)
-                    progress.advance(group, loss, time.perf_counter() - clock)
+                    progress.advance(group, loss, time.perf_counter() - clock, waited=setup.feed.waited())
                     bar.step(progress, loss)
                     if stop:
                         saved = state.save(folder)
@@ -144,6 +144,7 @@ def train_step(
     seen: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, (B,) rows of logits that are not finite, (B,) sample indices
     for i, (images, targets, indices) in enumerate(batches):
         images, targets = setup.to_device(images), targets.to(world.device, non_blocking=True)
+        images = setup.data.erase(images, indices, epoch=progress.epoch)
         micro_step = progress.epoch * setup.sampler.batches_per_epoch + progress.batch + i
         images, targets = setup.mixer(images, targets, micro_step, epoch=progress.epoch)
         last = i == len(batches) - 1
@@ -240,6 +241,8 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
     world = setup.world
     clock = time.perf_counter()
     loss_sum, samples = world.sum(torch.tensor([progress.loss_sum, progress.samples], dtype=torch.float64)).tolist()
+    times = torch.tensor([progress.epoch_data_seconds, progress.epoch_seconds], dtype=torch.float64)
+    data_seconds, train_seconds = world.sum(times).tolist()
     metrics = validate(setup)
     progress.seconds += time.perf_counter() - clock
     row: dict[str, float] = {
@@ -251,6 +254,7 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
         "drop_path_rate": setup.drop_path_rate,
         "images_per_second": samples / progress.epoch_seconds,
         "seconds": progress.seconds,
+        "data_share": data_seconds / train_seconds,  # no column of metrics.csv
     }
     better = metrics["val_top1"] > progress.best_top1
     progress.best_top1 = max(progress.best_top1, metrics["val_top1"])
@@ -281,7 +285,7 @@ def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
     folder.cut_metrics(progress.epoch)
     save_text(folder.config, dump_config(setup.config))
     folder.write_json(folder.data, setup.data.identity)
-    folder.write_json(folder.environment, describe_environment(setup.world))
+    folder.write_json(folder.environment, describe_environment(setup.world, decoder=setup.data.decoder))
 
 
 def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics: dict[str, float]) -> dict[str, Any]:
@@ -298,6 +302,7 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "skipped_images": {part: setup.skips.count(part) for part in ("train", "val")},
         "seconds": progress.seconds,
         "images_per_second": metrics.get("images_per_second"),
+        "data_share": round(progress.data_seconds / progress.train_seconds, 4) if progress.train_seconds else None,
         "peak_memory_mb": round(peak, 1),
         "weights_sha256": weights_sha256(setup.model.state_dict()),
         "ema_sha256": None if setup.ema is None else weights_sha256(setup.ema.module.state_dict()),
@@ -323,7 +328,8 @@ def dry_run(setup: Setup) -> str:
     """Runs one training step and one validation batch; nothing is kept. Returns what to print."""
     setup.sampler.set_position(0, 0)
     setup.model.train()
-    group = next(_groups(setup.skips.read(iter(setup.train_loader)), setup.config.optim.accumulate, setup.world))
+    batches = setup.feed.read(setup.skips.read(iter(setup.train_loader)))
+    group = next(_groups(batches, setup.config.optim.accumulate, setup.world))
     start = time.perf_counter()
     loss_fn = build_loss(setup.config.augment, setup.mixer.enabled)
     loss, _ = train_step(setup, setup.model, group, Progress(), loss_fn=loss_fn, signals=StopSignals())

@@ -32,6 +32,7 @@ from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
 from training.distributed import World
 from training.optim import build_ema, build_optimizer, build_scheduler
+from training.prefetch import Feed, build_feed
 from training.threads import number_of_threads
 
 
@@ -55,6 +56,9 @@ class Setup:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
+
+    def __post_init__(self) -> None:
+        self.feed: Feed = build_feed(self.to_device, self.world.device)
 
     @property
     def sampler(self) -> EpochSampler:
@@ -84,8 +88,8 @@ class Setup:
 
     def val_batches(self) -> Iterator[tuple[Tensor, ...]]:
         """Images and targets of this process for validation, on its device; what cannot be read is skipped, or stops it."""
-        for images, targets, _ in self.skips.read(self.val_loader):
-            yield self.to_device(images), targets.to(self.world.device, non_blocking=True)
+        for images, targets, _ in self.feed.read(self.skips.read(self.val_loader)):
+            yield images, targets
 
     def autocast(self) -> torch.autocast:
         """Mixed precision where the config asks for it; does nothing in float32."""
@@ -93,9 +97,9 @@ class Setup:
         return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
 
     def to_device(self, images: Tensor) -> Tensor:
-        """A batch of images on the device, without waiting for it, in the layout the model runs in."""
-        images = images.to(self.world.device, non_blocking=True)
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        """A loader's batch of images as the model's input: on the device without waiting, normalised, in its layout."""
+        images = self.data.normalise(images.to(self.world.device, non_blocking=True))
+        return images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
 
 def build(

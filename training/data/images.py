@@ -12,15 +12,17 @@ from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from files.errors import ConfigError
+from training.data.cropping import stacked
 from training.data.dataset import DataBundle
+from training.data.decoding import DecoderName, decode_plain_jpeg, is_plain_jpeg, pixels_of
+from training.data.draws import uniform
 from training.data.source import Source, place
-from training.data.transforms import ImageSpec, apply_seeded, train_transform, val_transform
+from training.data.transforms import TRAIN_DRAWS, ImageSpec, TrainTransform, ValTransform
 
 if TYPE_CHECKING:
     from training.config import AugmentSection
@@ -33,24 +35,40 @@ FULL_CHECK_LIMIT = 2000
 
 
 class ImagePipeline:
-    """Images of any source, decoded and transformed one by one."""
+    """Images of any source, decoded and transformed one by one; raw, in uint8 (see `training.data.normalise`).
 
-    def __init__(self, source: Source, augment: AugmentSection, spec: ImageSpec) -> None:
+    Args:
+        source: The samples.
+        augment: How training images are changed.
+        spec: The model's input.
+        decoder: Of `choose_decoder`.
+    """
+
+    def __init__(
+        self, source: Source, augment: AugmentSection, spec: ImageSpec, *, decoder: DecoderName = "pillow"
+    ) -> None:
         self.source = source
         self.channels = spec.input_size[0]
-        self.train_transform = train_transform(augment, spec)
-        self.val_transform = val_transform(spec)
+        self.decoder: DecoderName = decoder
+        self.train_transform = TrainTransform(augment, spec)
+        self.val_transform = ValTransform(spec)
 
     def plain(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self.val_transform(self._load(i)) for i in indices])
+        return stacked([self.val_transform(self._load(i)) for i in indices])
 
-    def augmented(self, indices: Sequence[int], streams: np.ndarray) -> Tensor:
-        pairs = zip(indices, streams.tolist(), strict=True)
-        return torch.stack([apply_seeded(self.train_transform, self._load(i), stream) for i, stream in pairs])
+    def augmented(self, indices: Sequence[int], streams: np.ndarray, *, size: Sequence[int] | None = None) -> Tensor:
+        """Images as training sees them, of the model's size or another (height, width)."""
+        draws = uniform(streams, TRAIN_DRAWS)
+        return stacked(
+            [
+                self.train_transform(self._load(index), stream, row, size)
+                for index, stream, row in zip(indices, streams.tolist(), draws, strict=True)
+            ]
+        )
 
-    def _load(self, index: int) -> Image.Image:
+    def _load(self, index: int) -> Tensor:
         try:
-            return read_image(self.source.open(index), self.channels)
+            return read_pixels(self.source.open(index), self.channels, self.decoder)
         except Exception as error:  # Pillow raises half a dozen types for a damaged file
             where = place(self.source, index)
             raise RuntimeError(f"cannot read image '{where}': {error or type(error).__name__}") from error
@@ -111,6 +129,15 @@ def read_image(raw: IO[bytes] | Image.Image, channels: int) -> Image.Image:
     """A raw sample as the data pipeline takes it: `open_image`, then `to_rgb`."""
     with open_image(raw) as image:
         return to_rgb(image, channels)
+
+
+def read_pixels(raw: IO[bytes] | Image.Image, channels: int, decoder: DecoderName) -> Tensor:
+    """A raw sample as `read_image` gives it, as a tensor (C, H, W) in uint8; by torchcodec where that does the same."""
+    with open_image(raw) as image:
+        pixels = None
+        if decoder == "torchcodec" and channels == 3 and not isinstance(raw, Image.Image) and is_plain_jpeg(image):
+            pixels = decode_plain_jpeg(raw)
+        return pixels_of(to_rgb(image, channels)) if pixels is None else pixels
 
 
 def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:

@@ -34,6 +34,10 @@ class DataSection(Section):
     workers: int = Field(
         default=4, ge=0, description="Loader processes per training process; results do not depend on it."
     )
+    decoder: Literal["auto", "torchcodec", "pillow"] = Field(
+        default="auto",
+        description="What decodes JPEG files; all else Pillow does. auto: torchcodec where it is installed, else Pillow.",
+    )
     class_names: list[str] | None = Field(
         default=None, description="Names of the classes, in order: filled in. Where given, the data must have these."
     )
@@ -66,6 +70,10 @@ class DataSection(Section):
                 raise FieldError(key, f"has no effect with dataset {self.dataset!r}; leave it out or set it to null")
         if kind.in_memory and self.on_error == "skip":
             raise FieldError("on_error", f"'skip' has no effect with dataset {self.dataset!r}, which is in memory")
+        if kind.in_memory and self.decoder != "auto":
+            raise FieldError(
+                "decoder", f"has no effect with dataset {self.dataset!r}, which is in memory; leave it out"
+            )
         if self.on_error == "skip":
             self.max_skipped = self.max_skipped or 100
         elif self.max_skipped is not None:

@@ -27,7 +27,11 @@ def test_validation_images_are_those_of_timm(image_root: Path) -> None:
         )
         for index in (0, 3, 5):
             with Image.open(paths(bundle.val)[index]) as image:
-                torch.testing.assert_close(bundle.val[index][0], reference(image.convert("RGB")))
+                expected = reference(image.convert("RGB"))
+            # Torch resizes bytes by Pillow's method; the passes over rows and columns round otherwise.
+            level = 1 / 255 / torch.tensor(spec.std).reshape(3, 1, 1)
+            difference = (bundle.normalise(bundle.val[index][0][None])[0] - expected).abs() / level
+            assert difference.max() < 1.01 and difference.mean() < 0.3
 
 
 def test_oblong_validation_images_are_covered(image_root: Path) -> None:
@@ -42,9 +46,8 @@ def test_grey_models_get_grey_images(image_root: Path) -> None:
 
 def test_each_augmentation_of_a_folder_changes_images(image_root: Path) -> None:
     plain = folder(image_root).train
-    settings: list[dict[str, Any]] = [{key: EVERYTHING[key]} for key in EVERYTHING] + [
-        {"auto_augment": p} for p in POLICIES
-    ]
+    settings: list[dict[str, Any]] = [{"auto_augment": p} for p in POLICIES]
+    settings += [{key: EVERYTHING[key]} for key in EVERYTHING if key != "random_erasing"]  # done by the batch
     for augment in settings:
         train = folder(image_root, **augment).train
         changed = [not torch.equal(train[e, 0][0], plain[e, 0][0]) for e in range(10)]
