@@ -137,7 +137,11 @@ def read_pixels(raw: IO[bytes] | Image.Image, channels: int, decoder: DecoderNam
         pixels = None
         if decoder == "torchcodec" and channels == 3 and not isinstance(raw, Image.Image) and is_plain_jpeg(image):
             pixels = decode_plain_jpeg(raw)
-        return pixels_of(to_rgb(image, channels)) if pixels is None else pixels
+        if pixels is None:
+            upright = _in_8_bits(image)
+            mode = _mode(channels)
+            pixels = pixels_of(upright if upright.mode == mode else upright.convert(mode))  # either copies once
+        return pixels
 
 
 def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
@@ -150,6 +154,15 @@ def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
         image: As `open_image` gives it: brightness of more than 8 bits is scaled by what the file says of its range.
         channels: 3 for mode RGB, 1 for mode L.
     """
+    return _in_8_bits(image).convert(_mode(channels))
+
+
+def _mode(channels: int) -> str:
+    return "L" if channels == 1 else "RGB"
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """As `to_rgb`, in whatever mode of 8 bits that leaves; perhaps the image itself."""
     upright = _upright(image)
     if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
         upright = _to_8_bits(upright, image)
@@ -162,7 +175,7 @@ def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
         if upright.mode == "La":  # premultiplied: Pillow knows one way out
             upright = upright.convert("LA")
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
-    return upright.convert("L" if channels == 1 else "RGB")
+    return upright
 
 
 def _upright(image: Image.Image) -> Image.Image:
