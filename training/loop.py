@@ -85,12 +85,12 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
                 if setup.freezing.set_epoch(progress.epoch):
                     trained = _wrapped(setup)
                 setup.sampler.set_position(progress.epoch, progress.batch)
-                batches = setup.skips.read(iter(setup.train_loader))
+                batches = setup.feed.read(setup.skips.read(iter(setup.train_loader)))
                 state.random.put_back()  # nothing may draw between here and the first step
                 clock = time.perf_counter()
                 for group in _groups(batches, config.optim.accumulate, world):
                     loss, stop = train_step(setup, trained, group, progress, loss_fn=loss_fn, signals=signals)
-                    progress.advance(group, loss, time.perf_counter() - clock)
+                    progress.advance(group, loss, time.perf_counter() - clock, waited=setup.feed.waited())
                     bar.step(progress, loss)
                     if stop:
                         saved = state.save(folder)
@@ -159,6 +159,7 @@ def train_step(
     for i, (images, targets, indices) in enumerate(batches):
         images, targets = setup.to_device(images), targets.to(world.device, non_blocking=True)
         micro_step = progress.epoch * setup.sampler.batches_per_epoch + progress.batch + i
+        images = setup.data.erase(images, indices, epoch=progress.epoch, batch=micro_step)
         images, targets = setup.mixer(images, targets, micro_step, epoch=progress.epoch)
         last = i == len(batches) - 1
         # gradients are exchanged between ranks once, with the last batch of the step
@@ -253,6 +254,8 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
     world = setup.world
     clock = time.perf_counter()
     loss_sum, samples = world.sum(torch.tensor([progress.loss_sum, progress.samples], dtype=torch.float64)).tolist()
+    times = torch.tensor([progress.epoch_data_seconds, progress.epoch_seconds], dtype=torch.float64)
+    data_seconds, train_seconds = world.sum(times).tolist()
     metrics = validate(setup)
     progress.seconds += time.perf_counter() - clock
     row: dict[str, float] = {
@@ -264,6 +267,7 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
         "drop_path_rate": setup.drop_path_rate,
         "images_per_second": samples / progress.epoch_seconds,
         "seconds": progress.seconds,
+        "data_share": data_seconds / train_seconds,  # no column of metrics.csv
     }
     better = metrics["val_top1"] > progress.best_top1
     progress.best_top1 = max(progress.best_top1, metrics["val_top1"])
@@ -297,8 +301,8 @@ def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
     save_text(folder.config, dump_config(setup.config))
     folder.write_json(folder.data, setup.data.identity)
     teacher = setup.distillation.identity
-    environment = describe_environment(setup.world) | ({} if teacher is None else {"teacher": teacher})
-    folder.write_json(folder.environment, environment)
+    environment = describe_environment(setup.world, decoder=setup.data.decoder)
+    folder.write_json(folder.environment, environment | ({} if teacher is None else {"teacher": teacher}))
 
 
 def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics: dict[str, float]) -> dict[str, Any]:
@@ -317,6 +321,7 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "skipped_images": {part: setup.skips.count(part) for part in ("train", "val")},
         "seconds": progress.seconds,
         "images_per_second": metrics.get("images_per_second"),
+        "data_share": round(progress.data_seconds / progress.train_seconds, 4) if progress.train_seconds else None,
         "peak_memory_mb": round(peak, 1),
         "weights_sha256": weights_sha256(weights),
         "ema_sha256": None if average is None else weights_sha256(average),
@@ -348,7 +353,8 @@ def dry_run(setup: Setup) -> str:
     setup.sampler.set_position(0, 0)
     setup.model.train()
     setup.freezing.set_epoch(0)
-    group = next(_groups(setup.skips.read(iter(setup.train_loader)), setup.config.optim.accumulate, setup.world))
+    batches = setup.feed.read(setup.skips.read(iter(setup.train_loader)))
+    group = next(_groups(batches, setup.config.optim.accumulate, setup.world))
     start = time.perf_counter()
     loss, _ = train_step(setup, setup.model, group, Progress(), loss_fn=setup.loss_fn, signals=StopSignals())
     seconds = time.perf_counter() - start

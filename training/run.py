@@ -26,10 +26,10 @@ COMPARED = tuple(name for name in TrainConfig.model_fields if name not in ("chec
 """Sections that must be as they were when a run goes on."""
 
 # Keys that may change when a run goes on, by section: they change nothing that is learned. The data themselves are compared
-# by `build`, and of another number of threads `changed_environment` warns.
+# by `build`, and of another number of threads or another decoder `changed_environment` warns.
 FREE_TO_CHANGE = {
     # where the data lie is free: that they are the same, their identity says
-    "data": {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped"}
+    "data": {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped", "decoder"}
     | {"train_file", "val_file", "test_file", "download", "train_shards", "val_shards", "cache"},
     "runtime": {"threads"},
     "distill": {"teacher", "pretrained", "checkpoint"},  # compared by the weights themselves
@@ -101,7 +101,7 @@ def _prepared(config: TrainConfig, folder: Path | None, resume: Resume, name: st
             same_data = checkpoint.shared.get("data") if checkpoint is not None else RunFolder(path).read_data()
         setup = build(config, world, load_checkpoint=checkpoint is None, same_data=same_data)
         if checkpoint is not None and path is not None and world.is_main:
-            for change in changed_environment(RunFolder(path), world):
+            for change in changed_environment(RunFolder(path), world, decoder=setup.data.decoder):
                 warn(f"{change}; the result will not be bit-equal to an uninterrupted run's")
         run_folder = RunFolder(path or new_run_path(name, world))
         if resume is not None:

@@ -177,8 +177,8 @@ def latest_run(name: str) -> Path | None:
     return max(runs, key=lambda p: RunFolder(p).config.stat().st_mtime, default=None)
 
 
-def describe_environment(world: World) -> dict[str, Any]:
-    """Machine, versions, commit and command of this process, for environment.json."""
+def describe_environment(world: World, *, decoder: str | None = None) -> dict[str, Any]:
+    """Machine, versions, commit and command of this process, and what decodes its images, for environment.json."""
     import numpy
     import timm
     import torchvision
@@ -199,6 +199,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
         "numpy": numpy.__version__,
+        "decoder": decoder,
         "cuda": torch.version.cuda if on_cuda else None,
     }
 
@@ -212,14 +213,14 @@ def describe_processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def changed_environment(folder: RunFolder, world: World) -> list[str]:
-    """What differs from where a run was started and may change its rounding: device, processor, threads, versions."""
+def changed_environment(folder: RunFolder, world: World, *, decoder: str | None = None) -> list[str]:
+    """What differs from where a run was started and may change its rounding or pixels: device, versions, decoder, ..."""
     try:
         before = json.loads(folder.environment.read_text())
     except (OSError, ValueError):
         return []
-    now = describe_environment(world)
-    keys = ("device", "processor", "threads", "torch", "torchvision", "timm", "numpy", "cuda")
+    now = describe_environment(world, decoder=decoder)
+    keys = ("device", "processor", "threads", "torch", "torchvision", "timm", "numpy", "decoder", "cuda")
     return [f"{key} was {before[key]}, is now {now[key]}" for key in keys if key in before and before[key] != now[key]]
 
 

@@ -37,6 +37,7 @@ from training.image_sizes import check_sizes
 from training.loss import build_loss, class_weights
 from training.lr_schedule import build_scheduler
 from training.optim import build_ema, build_optimizer
+from training.prefetch import Feed, build_feed
 from training.sharding import shard
 from training.threads import number_of_threads
 from training.tracking import check_log
@@ -67,6 +68,9 @@ class Setup:
     freezing: Freezing
     distillation: Distillation | NoTeacher
 
+    def __post_init__(self) -> None:
+        self.feed: Feed = build_feed(self.to_device, self.world.device)
+
     @property
     def sampler(self) -> EpochSampler:
         """The training loader's sampler, which knows the position in the epoch."""
@@ -95,8 +99,8 @@ class Setup:
 
     def val_batches(self) -> Iterator[tuple[Tensor, ...]]:
         """Images and targets of this process for validation, on its device; what cannot be read is skipped, or stops it."""
-        for images, targets, _ in self.skips.read(self.val_loader):
-            yield self.to_device(images), targets.to(self.world.device, non_blocking=True)
+        for images, targets, _ in self.feed.read(self.skips.read(self.val_loader)):
+            yield images, targets
 
     def autocast(self) -> torch.autocast:
         """Mixed precision where the config asks for it; does nothing in float32."""
@@ -104,9 +108,9 @@ class Setup:
         return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
 
     def to_device(self, images: Tensor) -> Tensor:
-        """A batch of images on the device, without waiting for it, in the layout the model runs in."""
-        images = images.to(self.world.device, non_blocking=True)
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        """A loader's batch of images as the model's input: on the device without waiting, normalised, in its layout."""
+        images = self.data.normalise(images.to(self.world.device, non_blocking=True))
+        return images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
 
 def build(

@@ -33,6 +33,9 @@ class Progress:
         epoch_seconds: Training time in the current epoch.
         best_metric: Best value of early stopping's metric so far.
         bad_epochs: Epochs in a row since then.
+        train_seconds: Training time so far.
+        data_seconds: Of it, this rank's time spent waiting for data (`training.prefetch`).
+        epoch_data_seconds: The same of the current epoch.
     """
 
     epoch: int = 0
@@ -45,9 +48,12 @@ class Progress:
     epoch_seconds: float = 0.0
     best_metric: float | None = None
     bad_epochs: int = 0
+    train_seconds: float = 0.0
+    data_seconds: float = 0.0
+    epoch_data_seconds: float = 0.0
 
-    def advance(self, batches: list[Any], loss: float, seconds: float) -> None:
-        """Notes an optimizer step over some batches and its mean loss."""
+    def advance(self, batches: list[Any], loss: float, seconds: float, *, waited: float = 0.0) -> None:
+        """Notes an optimizer step over some batches and its mean loss; how long it took, and the wait for data in that."""
         count = sum(len(targets) for _, targets, _ in batches)
         self.step += 1
         self.batch += len(batches)
@@ -55,11 +61,14 @@ class Progress:
         self.loss_sum += loss * count
         self.seconds += seconds
         self.epoch_seconds += seconds
+        self.train_seconds += seconds
+        self.data_seconds += waited
+        self.epoch_data_seconds += waited
 
     def next_epoch(self) -> None:
         """Notes the end of an epoch."""
         self.epoch += 1
-        self.batch, self.samples, self.loss_sum, self.epoch_seconds = 0, 0, 0.0, 0.0
+        self.batch, self.samples, self.loss_sum, self.epoch_seconds, self.epoch_data_seconds = 0, 0, 0.0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,6 +1,7 @@
 """A run as a callable: from a config to a summary, going on, refusing. tests/test_train.py runs the whole command."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -8,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from torch.distributed import is_initialized
 
 from files.errors import ConfigError
@@ -156,3 +159,36 @@ def test_pictures_and_boards_are_imported_where_they_are_used() -> None:
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["torchcodec", "pillow"])
+def test_both_decoders_resume_exactly(decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (20 + i, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / part / name / f"{i}.jpg")
+    settings = ["model.in_chans=3", "model.image_size=16", f"data.root={tmp_path / 'data'}", "data.dataset=folder",
+                "data.batch_size=4", "augment.random_erasing=0.5", "augment.crop_scale=[0.3, 1]", "optim.epochs=2",
+                "augment.auto_augment=rand-m9-mstd0.5", "checkpoint={every_steps: 1, keep: 9}"]  # fmt: skip
+
+    def config(decoder: str, workers: int) -> TrainConfig:
+        return short(*settings, f"data.decoder={decoder}", f"data.workers={workers}")
+
+    whole = run(config(decoder, 0), tmp_path / "run")
+    assert whole["steps"] == 6
+    told = json.loads((tmp_path / "run" / "environment.json").read_text())["decoder"]
+    assert told.startswith(decoder)
+    capsys.readouterr()
+    for step, workers in ((4, 1), (2, 2)):
+        resumed = run(
+            config(decoder, workers), tmp_path / "run", resume=tmp_path / "run" / "checkpoints" / f"step-{step:08}"
+        )
+        assert resumed["weights_sha256"] == whole["weights_sha256"] and resumed["steps"] == 6
+    assert "decoder" not in capsys.readouterr().err
+    other = {"torchcodec": "pillow", "pillow": "torchcodec"}[decoder]
+    run(config(other, 0), tmp_path / "run", resume=tmp_path / "run" / "checkpoints" / "step-00000006")
+    assert f"decoder was {told}, is now {other}" in capsys.readouterr().err

@@ -286,5 +286,9 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
         f"threads was 64, is now {torch.get_num_threads()}",
         f"torch was 1.0, is now {torch.__version__}",
     ]
+    folder.write_json(folder.environment, now | {"decoder": "pillow 13.0"})
+    assert changed_environment(folder, WORLD, decoder="pillow 13.0") == []
+    changed = changed_environment(folder, WORLD, decoder="torchcodec 0.17, pillow 13.0")
+    assert changed == ["decoder was pillow 13.0, is now torchcodec 0.17, pillow 13.0"]
     folder.environment.write_text('{"threads": 6')  # cut short
     assert changed_environment(folder, WORLD) == []

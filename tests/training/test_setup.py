@@ -172,3 +172,20 @@ def test_the_plan_says_what_will_happen() -> None:
         assert words in plan, plan
     assert "warning" not in plan
     assert "warning: rates fall" in describe(build_tiny("drop_path.rate=null", "drop_path.profile=[0.3, 0.1]"))
+
+
+def test_raw_batches_reach_the_model_normalised_and_erased(images: list[str]) -> None:
+    setup = build_tiny(*images, "augment.random_erasing=0.6", "model.image_size=8")
+    (batch,) = first_batches(setup)
+    assert batch[0].dtype == torch.uint8
+    seen: list[torch.Tensor] = []
+    setup.model.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].clone()))
+    step(setup, [batch])
+    plain = setup.to_device(batch[0])
+    assert plain.dtype == torch.float32 and plain.is_contiguous() and abs(plain.mean().item()) < 5
+    expected = setup.data.erase(plain.clone(), batch[2], epoch=0)
+    assert torch.equal(seen[0], expected) and not torch.equal(expected, plain)
+    step(setup, [(plain, *batch[1:])])
+    assert torch.equal(seen[1], seen[0]), "what is ready is not normalised again"
+    validation = next(setup.val_batches())[0]
+    assert torch.equal(validation, setup.data.normalise(next(iter(setup.val_loader))[0])), "nothing is erased there"

@@ -6,9 +6,10 @@ Because the draws belong to the sample and not to the process that makes it, the
 run resumed in mid-epoch sees the images the uninterrupted one would have seen, and the training loop's own random
 stream is left alone.
 
-Libraries draw from global generators (timm's policies from Python's and NumPy's, torchvision's from torch's), so all
-three are seeded before each sample and put back after each batch. Digits need none of them for crop, rotation, shift,
-zoom and flip: those draws come from a counter-based hash and one affine map transforms the whole batch.
+Crop and flip are drawn from a counter-based hash of the address. Libraries draw from global generators (timm's policies from
+Python's and NumPy's, torchvision's from torch's), so all three are seeded before each sample that needs them and put back
+after each batch. Of digits one affine map transforms the whole batch. Batches of images are in uint8; the loop normalises and
+erases them on the device (`training.data.normalise`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import numpy as np
 
 from files.errors import ConfigError
 from training.data.dataset import DataBundle, TrainDataset, ValDataset
+from training.data.decoding import choose_decoder, describe_decoder
 from training.data.identity import data_identity
 from training.data.images import ImagePipeline
 from training.data.kinds import KINDS, kind_of
+from training.data.normalise import Normalise, RandomErase
 from training.data.source import Batched, Pipeline, Source
 from training.data.split import divide, kept_classes
 from training.data.transforms import ImageSpec, check_spec
@@ -53,24 +56,34 @@ def build_datasets(data: DataSection, augment: AugmentSection, spec: ImageSpec, 
     sources = divide(_module(data).sources(data), data, seed=seed)
     train, val = sources.train, sources.val
     assert val is not None
+    decoder = choose_decoder(data.decoder)
+
+    def pipeline(source: Source, spec: ImageSpec = spec) -> Pipeline:
+        if isinstance(source, Batched):
+            return source.pipeline(augment, spec)
+        return ImagePipeline(source, augment, spec, decoder=decoder)
+
     sizes = [
-        (epoch, _pipeline(train, augment, replace(spec, input_size=(spec.input_size[0], size, size))))
+        (epoch, pipeline(train, replace(spec, input_size=(spec.input_size[0], size, size))))
         for epoch, size in data.image_size_schedule or ()
     ]
     return DataBundle(
         train=TrainDataset(
             train,
-            _pipeline(train, augment, spec),
+            pipeline(train),
             seed=seed,
             replace_unreadable=data.on_error == "skip",
             from_epochs=sizes,
         ),
-        val=ValDataset(val, _pipeline(val, augment, spec)),
+        val=ValDataset(val, pipeline(val)),
         num_classes=len(train.class_names),
         class_names=list(train.class_names),
         identity=data_identity(data.dataset, sources),
+        normalise=Normalise(spec),
+        erase=RandomErase(0.0 if isinstance(train, Batched) else augment.random_erasing, seed=seed),
+        decoder=describe_decoder(decoder) if train.location else None,
         left_out=sources.left_out,
-        test=None if sources.test is None else ValDataset(sources.test, _pipeline(sources.test, augment, spec)),
+        test=None if sources.test is None else ValDataset(sources.test, pipeline(sources.test)),
     )
 
 
@@ -90,7 +103,3 @@ def _module(data: DataSection) -> Any:
     if kind is None:
         raise ConfigError(f"data.dataset: {data.dataset!r} is not one of {', '.join(map(repr, KINDS))}")
     return import_module(kind.module)
-
-
-def _pipeline(source: Source, augment: AugmentSection, spec: ImageSpec) -> Pipeline:
-    return source.pipeline(augment, spec) if isinstance(source, Batched) else ImagePipeline(source, augment, spec)

@@ -13,13 +13,14 @@ from torch.utils.data import Dataset
 
 from files.errors import Failure
 from training.data.draws import REPLACE, SAMPLE, global_generators_kept, hash_words
+from training.data.normalise import Normalise, RandomErase
 from training.data.source import Pipeline, Source, place
 
 # How many other samples are tried in the place of one that cannot be read.
 MAX_REPLACEMENTS = 100
 
 Sample = tuple[Tensor, int, int]
-"""Image (C, H, W), target, index."""
+"""Image (C, H, W) as its pipeline makes it (in uint8, or ready in float32), target, index."""
 
 Position = tuple[int, ...]
 """Address of a training sample: (epoch, index), or (epoch, index, n) for the n-th time, from 0, that an epoch has it."""
@@ -31,6 +32,9 @@ class DataBundle:
 
     Attributes:
         identity: What the data are known by, of `data_identity`.
+        normalise: From a loader's batch of images, on the device, to the model's input; what is ready passes.
+        erase: Random erasing of normalised training images.
+        decoder: What decodes images, with versions; None for samples in memory.
         left_out: What lies in the folders and is not used, as words; empty for nothing.
         test: The part that no training run looks at; None where the data have none.
     """
@@ -40,6 +44,9 @@ class DataBundle:
     num_classes: int
     class_names: list[str]
     identity: dict[str, Any]
+    normalise: Normalise
+    erase: RandomErase
+    decoder: str | None = None
     left_out: str = ""
     test: ValDataset | None = None
 

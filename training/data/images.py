@@ -12,15 +12,17 @@ from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from files.errors import ConfigError
+from training.data.cropping import stacked
 from training.data.dataset import DataBundle
+from training.data.decoding import DecoderName, decode_plain_jpeg, is_plain_jpeg, pixels_of
+from training.data.draws import uniform
 from training.data.source import Source, place
-from training.data.transforms import ImageSpec, apply_seeded, train_transform, val_transform
+from training.data.transforms import TRAIN_DRAWS, ImageSpec, TrainTransform, ValTransform
 
 if TYPE_CHECKING:
     from training.config import AugmentSection
@@ -33,24 +35,40 @@ FULL_CHECK_LIMIT = 2000
 
 
 class ImagePipeline:
-    """Images of any source, decoded and transformed one by one."""
+    """Images of any source, decoded and transformed one by one; raw, in uint8 (see `training.data.normalise`).
 
-    def __init__(self, source: Source, augment: AugmentSection, spec: ImageSpec) -> None:
+    Args:
+        source: The samples.
+        augment: How training images are changed.
+        spec: The model's input.
+        decoder: Of `choose_decoder`.
+    """
+
+    def __init__(
+        self, source: Source, augment: AugmentSection, spec: ImageSpec, *, decoder: DecoderName = "pillow"
+    ) -> None:
         self.source = source
         self.channels = spec.input_size[0]
-        self.train_transform = train_transform(augment, spec)
-        self.val_transform = val_transform(spec)
+        self.decoder: DecoderName = decoder
+        self.train_transform = TrainTransform(augment, spec)
+        self.val_transform = ValTransform(spec)
 
     def plain(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self.val_transform(self._load(i)) for i in indices])
+        return stacked([self.val_transform(self._load(i)) for i in indices])
 
-    def augmented(self, indices: Sequence[int], streams: np.ndarray) -> Tensor:
-        pairs = zip(indices, streams.tolist(), strict=True)
-        return torch.stack([apply_seeded(self.train_transform, self._load(i), stream) for i, stream in pairs])
+    def augmented(self, indices: Sequence[int], streams: np.ndarray, *, size: Sequence[int] | None = None) -> Tensor:
+        """Images as training sees them, of the model's size or another (height, width)."""
+        draws = uniform(streams, TRAIN_DRAWS)
+        return stacked(
+            [
+                self.train_transform(self._load(index), stream, row, size)
+                for index, stream, row in zip(indices, streams.tolist(), draws, strict=True)
+            ]
+        )
 
-    def _load(self, index: int) -> Image.Image:
+    def _load(self, index: int) -> Tensor:
         try:
-            return read_image(self.source.open(index), self.channels)
+            return read_pixels(self.source.open(index), self.channels, self.decoder)
         except Exception as error:  # Pillow raises half a dozen types for a damaged file
             where = place(self.source, index)
             raise RuntimeError(f"cannot read image '{where}': {error or type(error).__name__}") from error
@@ -113,6 +131,19 @@ def read_image(raw: IO[bytes] | Image.Image, channels: int) -> Image.Image:
         return to_rgb(image, channels)
 
 
+def read_pixels(raw: IO[bytes] | Image.Image, channels: int, decoder: DecoderName) -> Tensor:
+    """A raw sample as `read_image` gives it, as a tensor (C, H, W) in uint8; by torchcodec where that does the same."""
+    with open_image(raw) as image:
+        pixels = None
+        if decoder == "torchcodec" and channels == 3 and not isinstance(raw, Image.Image) and is_plain_jpeg(image):
+            pixels = decode_plain_jpeg(raw)
+        if pixels is None:
+            upright = _in_8_bits(image)
+            mode = _mode(channels)
+            pixels = pixels_of(upright if upright.mode == mode else upright.convert(mode))  # either copies once
+        return pixels
+
+
 def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
     """An opened image in 8 bits per channel, upright, on white where it is transparent.
 
@@ -123,6 +154,15 @@ def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
         image: As `open_image` gives it: brightness of more than 8 bits is scaled by what the file says of its range.
         channels: 3 for mode RGB, 1 for mode L.
     """
+    return _in_8_bits(image).convert(_mode(channels))
+
+
+def _mode(channels: int) -> str:
+    return "L" if channels == 1 else "RGB"
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """As `to_rgb`, in whatever mode of 8 bits that leaves; perhaps the image itself."""
     upright = _upright(image)
     if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
         upright = _to_8_bits(upright, image)
@@ -135,7 +175,7 @@ def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
         if upright.mode == "La":  # premultiplied: Pillow knows one way out
             upright = upright.convert("LA")
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
-    return upright.convert("L" if channels == 1 else "RGB")
+    return upright
 
 
 def _upright(image: Image.Image) -> Image.Image:

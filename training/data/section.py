@@ -104,6 +104,10 @@ class DataSection(Section):
         description="sampler 'balanced' only: how far. 1: equally often. 0.5: by the square root of a class's size. "
         "0: as they are. Default 1.",
     )
+    decoder: Literal["auto", "torchcodec", "pillow"] = Field(
+        default="auto",
+        description="What decodes JPEG files; all else Pillow does. auto: torchcodec where it is installed, else Pillow.",
+    )
     class_names: list[str] | None = Field(
         default=None, description="Names of the classes, in order: filled in. Where given, the data must have these."
     )
@@ -192,6 +196,10 @@ class DataSection(Section):
             self.balance_power = 1.0 if self.balance_power is None else self.balance_power
         elif self.balance_power is not None:
             raise FieldError("balance_power", "has no effect with sampler 'shuffle'; set data.sampler=balanced")
+        if kind.in_memory and self.decoder != "auto":
+            raise FieldError(
+                "decoder", f"has no effect with dataset {self.dataset!r}, which is in memory; leave it out"
+            )
         if self.on_error == "skip":
             self.max_skipped = self.max_skipped or 100
         elif self.max_skipped is not None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
@@ -40,8 +42,16 @@ def collate(samples: Sequence[Sample | Unreadable]) -> Any:
     """(images, targets, indices), or a PartialBatch."""
     good = [sample for sample in samples if not isinstance(sample, Unreadable)]
     if len(good) == len(samples):
-        return default_collate(good)
-    return PartialBatch(default_collate(good) if good else None, [s for s in samples if isinstance(s, Unreadable)])
+        return _batch(good)
+    return PartialBatch(_batch(good) if good else None, [s for s in samples if isinstance(s, Unreadable)])
+
+
+def _batch(samples: Sequence[Sample]) -> list[Tensor]:
+    """A batch of samples; images in uint8 keep the layout in which they were made, as rows of memory that move at once."""
+    if samples[0][0].dtype != torch.uint8:
+        return default_collate(list(samples))
+    images, targets, indices = default_collate([(image.permute(1, 2, 0), *rest) for image, *rest in samples])
+    return [images.permute(0, 3, 1, 2), targets, indices]  # (B, H, W, C) -> (B, C, H, W)
 
 
 class SkipList:

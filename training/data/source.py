@@ -41,7 +41,7 @@ class Source(Protocol):
 
 
 class Pipeline(Protocol):
-    """Images of a source, ready for the model; both methods return float32 (B, C, H, W), normalised."""
+    """Images of a source: both methods return (B, C, H, W), in uint8 to be normalised on the device, or in float32, ready."""
 
     def plain(self, indices: Sequence[int]) -> Tensor:
         """Images as validation sees them."""
@@ -54,7 +54,7 @@ class Pipeline(Protocol):
 
 @runtime_checkable
 class Batched(Protocol):
-    """A source with a pipeline of its own, which makes a batch faster than one by one from `open`."""
+    """A source with a pipeline of its own, which makes a batch faster than one by one from `open`, and erases by itself."""
 
     def pipeline(self, augment: AugmentSection, spec: ImageSpec) -> Pipeline: ...
 

@@ -1,12 +1,14 @@
-"""From a decoded image to the model's input: augmentation of training images, the crop of validation images."""
+"""From a decoded image to pixels of the model's size: augmentation in training, the crop in the middle in validation."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import (
@@ -17,9 +19,12 @@ from timm.data.auto_augment import (
     rand_augment_transform,
 )
 from timm.data.random_erasing import RandomErasing
+from torch import Tensor
 from torchvision.transforms import v2
 
 from files.errors import ConfigError
+from training.data.cropping import CROP_DRAWS, crop_box, resized
+from training.data.decoding import picture_of, pixels_of
 from training.data.draws import seed_global_generators
 
 if TYPE_CHECKING:
@@ -63,68 +68,81 @@ def apply_seeded(transform: Any, image: Any, stream: int) -> Any:
     return transform(image)
 
 
-def train_transform(augment: AugmentSection, spec: ImageSpec) -> v2.Compose:
-    """Crop or resize, flip, policy, colour jitter, affine, to tensor, normalise, erase.
+class TrainTransform:
+    """From a decoded image to one that training sees, in uint8: crop or resize, flip, policy, colour jitter, affine.
 
-    A policy and colour jitter given together are both applied (timm drops the jitter then).
+    Normalising and erasing follow for the whole batch (`training.data.normalise`). Crop and flip are drawn from the
+    sample's stream and done on tensors; the other steps are those of libraries, draw from the global generators, and work
+    on PIL images of the model's size. A policy and colour jitter given together are both applied (timm drops the jitter
+    then).
     """
-    channels, *size = spec.input_size
-    interpolation = v2.InterpolationMode(spec.interpolation)
-    steps: list[Any] = []
-    if augment.crop_scale is not None:
-        (smallest, largest), (narrowest, widest) = augment.crop_scale, augment.crop_ratio
-        scale, ratio = (smallest, largest), (narrowest, widest)
-        steps.append(v2.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=interpolation))
-    else:
-        steps.append(v2.Resize(size, interpolation=interpolation))
-    if augment.hflip:
-        steps.append(v2.RandomHorizontalFlip(augment.hflip))
-    steps += recolour_steps(augment, spec)
-    if augment.rotate or augment.translate or augment.zoom:
-        steps.append(
-            v2.RandomAffine(
-                (-augment.rotate, augment.rotate),
-                translate=(augment.translate, augment.translate),
-                scale=(1 - augment.zoom, 1 + augment.zoom),
-                interpolation=v2.InterpolationMode.BILINEAR,
-                fill=list(_mean_colour(spec)[:channels]),
+
+    def __init__(self, augment: AugmentSection, spec: ImageSpec) -> None:
+        self.size = spec.input_size[1:]
+        self.interpolation = spec.interpolation
+        self.hflip = augment.hflip
+        self.scale = None if augment.crop_scale is None else (augment.crop_scale[0], augment.crop_scale[1])
+        self.ratio = (augment.crop_ratio[0], augment.crop_ratio[1])
+        steps = recolour_steps(augment, spec)
+        if augment.rotate or augment.translate or augment.zoom:
+            steps.append(
+                v2.RandomAffine(
+                    (-augment.rotate, augment.rotate),
+                    translate=(augment.translate, augment.translate),
+                    scale=(1 - augment.zoom, 1 + augment.zoom),
+                    interpolation=v2.InterpolationMode.BILINEAR,
+                    fill=list(_mean_colour(spec)[: spec.input_size[0]]),
+                )
             )
-        )
-    steps += [*to_tensor_steps(), v2.Normalize(list(spec.mean), list(spec.std))]
-    if (erase := build_erase(augment)) is not None:
-        steps.append(erase)
-    return v2.Compose(steps)
+        self.on_pictures = v2.Compose(steps) if steps else None
+
+    def __call__(self, pixels: Tensor, stream: int, draws: np.ndarray, size: Sequence[int] | None = None) -> Tensor:
+        """Transforms one image.
+
+        Args:
+            pixels: (C, H, W) in uint8.
+            stream: Seeds the global generators; call it inside `global_generators_kept`.
+            draws: `TRAIN_DRAWS` numbers in [0, 1) of that stream.
+            size: Height and width to give; the model's by default.
+
+        Returns:
+            (C, *size) in uint8.
+        """
+        box = None
+        if self.scale is not None:
+            box = crop_box(draws[1:], *pixels.shape[1:], scale=self.scale, ratio=self.ratio)
+        pixels = resized(pixels, size or self.size, self.interpolation, box=box)
+        if draws[0] < self.hflip:
+            pixels = pixels.flip(-1)
+        if self.on_pictures is not None:
+            pixels = pixels_of(apply_seeded(self.on_pictures, picture_of(pixels), stream))
+        return pixels
 
 
-def val_transform(spec: ImageSpec) -> v2.Compose:
-    size = spec.input_size[1:]
-    return v2.Compose(
-        [
-            _ResizeToCover(size, spec),
-            v2.CenterCrop(list(size)),
-            *to_tensor_steps(),
-            v2.Normalize(list(spec.mean), list(spec.std)),
-        ]
-    )
+TRAIN_DRAWS = 1 + CROP_DRAWS
+"""Numbers that `TrainTransform` takes: of the flip, and of the crop."""
 
 
-class _ResizeToCover:
-    """Resizes so that a centre crop of `size` keeps crop_pct of the side that fits more tightly; the aspect is kept.
+class ValTransform:
+    """From a decoded image to one that validation sees, in uint8: resized, and the middle of it.
 
-    Sides are rounded down, as timm does, whose published accuracies are reproduced that way.
+    A centre crop of the model's size keeps crop_pct of the side that fits more tightly; the aspect is kept. Sides are
+    rounded down, as timm does, whose published accuracies are reproduced that way.
     """
 
-    def __init__(self, size: tuple[int, int], spec: ImageSpec) -> None:
-        self.height, self.width = (math.floor(side / spec.crop_pct) for side in size)
-        self.interpolation = v2.InterpolationMode(spec.interpolation)
+    def __init__(self, spec: ImageSpec) -> None:
+        self.size = spec.input_size[1:]
+        self.height, self.width = (math.floor(side / spec.crop_pct) for side in self.size)
+        self.interpolation = spec.interpolation
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(C, H, W) in uint8 to the model's size."""
+        height, width = pixels.shape[1:]
         if self.height * width >= self.width * height:
             size = [self.height, self.height * width // height]
         else:
             size = [self.width * height // width, self.width]
-        return v2.Resize(size, interpolation=self.interpolation)(image)
+        return v2.functional.center_crop(resized(pixels, size, self.interpolation), list(self.size))
 
 
 def to_tensor_steps() -> list[Any]:
@@ -182,6 +200,8 @@ class _Policy:
                 operation.aug_fn = posterize_to_any
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        if image.mode == "RGB":
+            return self.transform(image)
         return self.transform(image.convert("RGB")).convert(image.mode)
 
     def __repr__(self) -> str:

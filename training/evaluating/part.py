@@ -150,7 +150,9 @@ def build_part(wanted: WantedData, data: DataSection, spec: ImageSpec, corruptio
         pipeline = ImagePipeline(source, augment, spec)
         train, name = TrainDataset(source, pipeline, seed=0), "all"
         chosen = ValDataset(source, pipeline)
-        bundle = DataBundle(train, chosen, len(source.class_names), source.class_names, {}, left_out)
+        bundle = DataBundle(
+            train, chosen, len(source.class_names), source.class_names, {}, RandomErase(0.0, seed=0), left_out
+        )
     else:
         bundle = build_datasets(data, augment, spec, seed=0)
         name = wanted.split

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.training.data.parts import AFFINE, COLOUR, EVERYTHING, GREY, damage, digits, folder, paths, skipping
 from training.data.dataset import DataBundle, ReadError, Unreadable
@@ -34,7 +33,8 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_index(
     again = build(seed=3).train
     for position, (image, target, index) in zip(positions, batch, strict=True):
         assert torch.equal(image, again[position][0])
-        assert image.shape == spec.input_size and image.dtype == torch.float32 and type(image) is torch.Tensor
+        assert image.shape == spec.input_size and type(image) is torch.Tensor
+        assert image.dtype == (torch.float32 if source == "digits" else torch.uint8)
         assert (target, index) == (train.targets[position[1]], position[1])
     assert not torch.equal(batch[0][0], batch[3][0]), "epochs 2 and 4 should differ"
     assert not torch.equal(batch[0][0], build(seed=4).train[2, 7][0]), "seeds 3 and 4 should differ"
@@ -53,8 +53,8 @@ def test_an_image_that_a_transform_cannot_take_is_named(image_root: Path, monkey
     bundle = folder(image_root)
     (target,) = [p for p in paths(bundle.train) if p.endswith("daisy/3-grey.jpg")]
 
-    def transform(image: Image.Image) -> torch.Tensor:
-        if image.size == (29, 25):  # only that one
+    def transform(pixels: torch.Tensor, *_: Any) -> torch.Tensor:
+        if pixels.shape == (3, 25, 29):  # only that one
             raise ZeroDivisionError("division\nby zero")
         return torch.zeros(3, 16, 16)
 

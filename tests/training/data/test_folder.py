@@ -32,7 +32,7 @@ def test_a_folder_is_read(image_root: Path) -> None:
     assert bundle.train.targets == [0] * 5 + [1] * 5 + [2] * 5
     assert bundle.val.targets == [0, 0, 1, 1, 2, 2]
     images, targets, indices = next(iter(build_val_loader(bundle, data_section(batch_size=4), device=CPU)))
-    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.float32
+    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8
     assert targets.tolist() == [0, 0, 1, 1] and indices.tolist() == [0, 1, 2, 3]
     assert targets.dtype == indices.dtype == torch.int64
     check_images(bundle)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.data.parts import COLOUR, EVERYTHING, GREY, POLICIES, folder, paths
+from tests.training.data.parts import COLOUR, EVERYTHING, GREY, POLICIES, augment_section, folder, paths
 from training.config import AugmentSection
 from training.data import augment as augment_module
 from training.data import draws as draws_module
 from training.data import transforms
-from training.data.transforms import ImageSpec
+from training.data.cropping import crop_box, resized
+from training.data.transforms import TRAIN_DRAWS, ImageSpec, TrainTransform
 
 
 def test_validation_images_are_those_of_timm(image_root: Path) -> None:
@@ -27,7 +28,11 @@ def test_validation_images_are_those_of_timm(image_root: Path) -> None:
         )
         for index in (0, 3, 5):
             with Image.open(paths(bundle.val)[index]) as image:
-                torch.testing.assert_close(bundle.val[index][0], reference(image.convert("RGB")))
+                expected = reference(image.convert("RGB"))
+            # Torch resizes bytes by Pillow's method; the passes over rows and columns round otherwise.
+            level = 1 / 255 / torch.tensor(spec.std).reshape(3, 1, 1)
+            difference = (bundle.normalise(bundle.val[index][0][None])[0] - expected).abs() / level
+            assert difference.max() < 1.01 and difference.mean() < 0.3
 
 
 def test_oblong_validation_images_are_covered(image_root: Path) -> None:
@@ -42,9 +47,8 @@ def test_grey_models_get_grey_images(image_root: Path) -> None:
 
 def test_each_augmentation_of_a_folder_changes_images(image_root: Path) -> None:
     plain = folder(image_root).train
-    settings: list[dict[str, Any]] = [{key: EVERYTHING[key]} for key in EVERYTHING] + [
-        {"auto_augment": p} for p in POLICIES
-    ]
+    settings: list[dict[str, Any]] = [{"auto_augment": p} for p in POLICIES]
+    settings += [{key: EVERYTHING[key]} for key in EVERYTHING if key != "random_erasing"]  # done by the batch
     for augment in settings:
         train = folder(image_root, **augment).train
         changed = [not torch.equal(train[e, 0][0], plain[e, 0][0]) for e in range(10)]
@@ -113,3 +117,30 @@ def test_posterizing_gives_what_older_pillow_gave(name: str) -> None:
             mask = ~(2 ** (8 - bits) - 1) if bits < 8 else 255
             expected = np.asarray(image).astype(int) & mask
             np.testing.assert_array_equal(np.asarray(operation.aug_fn(image, bits, **operation.kwargs)), expected)
+
+
+def test_crop_and_flip_are_those_drawn_and_move_no_generator(image_root: Path, unmoved_random_states: None) -> None:
+    """The box, resized as torchvision does it, and turned round where the first number says so."""
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.integers(0, 256, (3, 40, 50), dtype=np.uint8))
+    draws = draws_module.uniform(draws_module.hash_words(np.arange(20)), TRAIN_DRAWS)
+    flipped = []
+    for interpolation in ("bilinear", "bicubic", "lanczos"):
+        spec = ImageSpec((3, 16, 16), COLOUR.mean, COLOUR.std, interpolation)
+        transform = TrainTransform(augment_section(crop_scale=[0.2, 0.9], hflip=0.5), spec)
+        for row in draws:
+            found = transform(pixels, 0, row)
+            top, left, height, width = crop_box(row[1:], 40, 50, scale=(0.2, 0.9), ratio=(3 / 4, 4 / 3))
+            part = pixels[:, top : top + height, left : left + width]
+            expected = resized(part, (16, 16), interpolation)
+            flipped.append(row[0] < 0.5)
+            assert torch.equal(found, expected.flip(-1) if flipped[-1] else expected)
+    assert 0.2 < np.mean(flipped) < 0.8
+
+
+def test_a_pipeline_crops_to_another_size_where_it_is_told_to(image_root: Path) -> None:
+    pipeline: Any = folder(image_root, **EVERYTHING).train.pipeline
+    streams = draws_module.hash_words(1, np.arange(2))
+    with draws_module.global_generators_kept():
+        assert pipeline.augmented([0, 1], streams).shape == (2, 3, 16, 16)
+        assert pipeline.augmented([0, 1], streams, size=(24, 20)).shape == (2, 3, 24, 20)
