@@ -48,7 +48,7 @@ def draw_confusion(confusion: Tensor, names: Sequence[str], path: Path, *, title
         axes.set_xlabel("prediction")
         axes.set_ylabel("label")
         if number <= MOST_NAMES:
-            axes.set_xticks(range(number), labels, rotation=90)
+            axes.set_xticks(range(number), labels, rotation=0 if longest <= 3 else 90)
             axes.set_yticks(range(number), labels)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -62,7 +62,7 @@ def draw_confusion(confusion: Tensor, names: Sequence[str], path: Path, *, title
         bar.set_label("share of the label's samples")
         bar.outline.set_visible(False)  # type: ignore[operator]
         try:
-            figure.savefig(path, metadata={"Software": None})
+            figure.savefig(path, metadata={"Software": None}, bbox_inches="tight", pad_inches=0.12)
         except OSError as error:
             raise Failure(f"{path}: cannot be written: {error.strerror}") from None
 

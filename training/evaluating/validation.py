@@ -216,6 +216,8 @@ def _evaluate_one(subject: Subject, data: DataSection, request: Request, world: 
     logits = model.num_classes if columns is None else len(columns)
     names = part.class_names + [f"unnamed {i}" for i in range(len(part.class_names), logits)]
     corruptions, idle = with_effect(request.corruptions, spec.input_size[0])
+    if idle:
+        logger.warning("note: %s", idle)
     for corruption in corruptions or [None]:
         if corruption is not None:
             part = build_part(request.data, data, spec, corruption)
@@ -250,7 +252,7 @@ def _evaluate_one(subject: Subject, data: DataSection, request: Request, world: 
             per_sample=per_sample,
             skipped=len(part.source) - int(values["samples"]),
             seconds=time.perf_counter() - start,
-            notes=tuple(line for line in (note, idle, f"left out: {part.left_out}" if part.left_out else "") if line),
+            notes=tuple(line for line in (note, f"left out: {part.left_out}" if part.left_out else "") if line),
         )
 
 
