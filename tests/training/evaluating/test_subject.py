@@ -1,6 +1,7 @@
 """What a user names as a model: found, or refused in words."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -68,7 +69,7 @@ def test_a_folder_that_timm_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["poolformer_s12", "timm/test_resnet"])
 def test_bare_weights_take_the_model_that_is_named(name: str, tmp_path: Path) -> None:
-    arguments = {"depths": [1, 1, 1, 1]} if name == "poolformer_s12" else {}
+    arguments: dict[str, Any] = {"depths": [1, 1, 1, 1]} if name == "poolformer_s12" else {}
     torch.save(create_model(name, num_classes=7, **arguments).state_dict(), tmp_path / "w.pth")
     with pytest.raises(ConfigError, match="--model NAME"):
         find_subject(str(tmp_path / "w.pth"), Choice())
