@@ -16,11 +16,9 @@ def request(weights: Path, *paths: Path) -> PredictRequest:
 
 
 def test_the_format_is_what_is_asked_for_or_what_the_file_ends_in() -> None:
-    chosen = [
-        Wanted(fmt, Path(name)).chosen
-        for fmt, name in ((None, "x.csv"), (None, "x.JSON"), ("table", "x.csv"), (None, "x"))
-    ]
-    assert chosen == ["csv", "json", "table", "table"] and Wanted().chosen == "table"
+    chosen = [Wanted(output=Path(name)).chosen for name in ("x.csv", "x.JSON", "x")]
+    assert chosen == ["csv", "json", "table"] and Wanted().chosen == "table"
+    assert Wanted("table", Path("x.csv")).chosen == "table"
 
 
 def test_files(timm_weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

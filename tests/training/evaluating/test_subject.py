@@ -56,7 +56,7 @@ def test_size_and_crop_are_what_the_user_says(digits_run: Path) -> None:
 
 def test_a_folder_that_timm_saved(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model = timm.create_model("test_resnet", num_classes=3, in_chans=1)
+    model: Any = timm.create_model("test_resnet", num_classes=3, in_chans=1)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (1, 64, 64), "mean": (0.4,), "std": (0.3,)}
     timm.models.save_for_hf(model, str(tmp_path), model_config={"label_names": FLOWERS}, safe_serialization=True)
     subject = find_subject(str(tmp_path), Choice())
