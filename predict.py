@@ -43,13 +43,21 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda: show(args))
 
 
-def show(args: argparse.Namespace) -> int:
-    """Predicts, and prints or writes each row as it comes."""
+def request_of(args: argparse.Namespace) -> PredictRequest:
+    """What the command line asks for.
+
+    Raises:
+        ConfigError: What can be known to be wrong without looking at a model or images.
+    """
     loading = {"batch_size": args.batch_size, "workers": args.workers}
-    request = PredictRequest(
+    return PredictRequest(
         args.subject, args.paths, choice_of(args), compute_of(args), topk=args.topk, flip=args.flip, **loading
     )
-    return predict(request, Wanted(args.format, args.output, args.contact_sheet))
+
+
+def show(args: argparse.Namespace) -> int:
+    """Predicts, and prints or writes each row as it comes."""
+    return predict(request_of(args), Wanted(args.format, args.output, args.contact_sheet))
 
 
 if __name__ == "__main__":

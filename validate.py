@@ -48,10 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda: evaluate(args))
 
 
-def evaluate(args: argparse.Namespace) -> int:
-    """Evaluates, prints and writes."""
+def request_of(args: argparse.Namespace) -> Request:
+    """What the command line asks for.
+
+    Raises:
+        ConfigError: What can be known to be wrong without looking at a model or data.
+    """
     models, overrides = split_words(args.words)
-    request = Request(
+    return Request(
         models,
         choice_of(args),
         WantedData(args.config, overrides, args.images, args.split, args.batch_size, args.workers),
@@ -59,8 +63,13 @@ def evaluate(args: argparse.Namespace) -> int:
         flip=args.flip,
         corruptions=parse_corruptions(args.corrupt),
     )
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluates, prints and writes."""
+    request = request_of(args)
     results = ResultsFile(args.results) if args.results else None
-    alone = len(models) == 1 and len(request.corruptions) <= 1
+    alone = len(request.models) == 1 and len(request.corruptions) <= 1
 
     def check() -> None:
         if results is not None:

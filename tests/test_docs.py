@@ -13,12 +13,18 @@ import timm.optim
 import torch
 
 import models
+import predict
 import train
+import validate
 from export import parse_args
-from files.strict_yaml import parse_yaml, validate
+from files import strict_yaml
+from files.strict_yaml import parse_yaml
 from models.__main__ import stage_table
+from models.factory import model_facts
 from models.registry import model_config, unregister_model
 from training.config import DEFAULT_CONFIG, TrainConfig, load_config
+from training.evaluating.corruptions import CORRUPTIONS
+from training.evaluating.part import find_data
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "models.md").read_text()
@@ -46,7 +52,10 @@ def blocks(language: str, page: str = PAGE) -> list[str]:
 
 
 # docs/models.md has tests of its own below, docs/contributing.md in test_contributing.py
-PAGES = ("README.md", "docs/stochastic-depth.md", "docs/any-model.md", "docs/data.md", "docs/training.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("stochastic-depth", "any-model", "data", "training", "evaluation")),
+)
 TEXTS = {name: (ROOT / name).read_text() for name in PAGES}
 
 
@@ -67,7 +76,7 @@ def test_python_of_other_pages(page: str, number: int, capsys: pytest.CaptureFix
 def test_yaml_of_other_pages() -> None:
     (text,) = [block for page in TEXTS.values() for block in blocks("yaml", page)]
     whole = {"model": {"name": "any"}, "data": {"dataset": "digits"}, **parse_yaml(text).data}
-    assert validate(TrainConfig, whole).drop_path.schedule.kind == "early"
+    assert strict_yaml.validate(TrainConfig, whole).drop_path.schedule.kind == "early"
 
 
 def commands(page: str) -> list[list[str]]:
@@ -82,7 +91,7 @@ def test_commands_of_other_pages() -> None:
     assert len(found) >= 10
     for words in found:
         match words:
-            case ["git", "clone", *_] | ["cd", _] | [".", ".venv/bin/activate"]:
+            case ["git", "clone", *_] | ["cd", _] | ["mkdir", "-p", _] | [".", ".venv/bin/activate"]:
                 pass
             case ["make", target]:
                 assert target in targets
@@ -93,8 +102,32 @@ def test_commands_of_other_pages() -> None:
             case ["python", "train.py", *arguments] | ["torchrun", "--nproc-per-node", _, "train.py", *arguments]:
                 args = train.parse_args(arguments)
                 load_config(args.config and ROOT / args.config, args.overrides)
+            case ["python", "validate.py", *arguments] | ["torchrun", "--nproc-per-node", _, "validate.py", *arguments]:
+                request = validate.request_of(validate.parse_args(arguments))
+                find_data(request.data, load_config(None))
+                texts = [text for text in request.models if not text.startswith("runs/")]
+                assert all(model_facts(text).pretrained_cfg for text in texts)
+            case ["python", "predict.py", *arguments] | [
+                "find",
+                _,
+                "-name",
+                _,
+                "|",
+                "python",
+                "predict.py",
+                *arguments,
+            ]:
+                assert predict.request_of(predict.parse_args(arguments)).model
+            case ["python", "-c", code]:
+                compile(code, "page", "exec")
             case _:
                 raise AssertionError(f"{shlex.join(words)}: not known to this test")
+
+
+def test_corruptions_are_as_the_page_says() -> None:
+    found = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (.+) \|$", TEXTS["docs/evaluation.md"], flags=re.MULTILINE)
+    told = {name: (strength, values.split(" | ")) for name, strength, values in found if values.count("|") == 4}
+    assert told == {n: (kind.strength, [f"{v:.3g}" for v in kind.values]) for n, kind in CORRUPTIONS.items()}
 
 
 def test_links_of_other_pages() -> None:

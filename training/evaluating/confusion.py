@@ -43,26 +43,27 @@ def draw_confusion(confusion: Tensor, names: Sequence[str], path: Path, *, title
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
         figure = Figure(figsize=(width, height), dpi=130)
         axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        most = 1 if shares.max() > 0.5 else max(shares.max(), 0.01)  # few samples of many classes stay visible
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=most, interpolation="nearest")
         axes.set_title(_cut(title, int(14 * side)), fontsize=10, loc="left")
         axes.set_xlabel("prediction")
         axes.set_ylabel("label")
         if number <= MOST_NAMES:
-            axes.set_xticks(range(number), labels, rotation=90)
+            axes.set_xticks(range(number), labels, rotation=0 if longest <= 3 else 90)
             axes.set_yticks(range(number), labels)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         if number <= _MOST_COUNTS:
             size = 8 if counts.max() < 1000 else 6
             for i, j in zip(*np.nonzero(counts), strict=True):
-                colour = "white" if shares[i, j] > 0.55 else "#1b1f24"
+                colour = "white" if shares[i, j] > 0.55 * most else "#1b1f24"
                 axes.text(j, i, f"{counts[i, j]}", ha="center", va="center", color=colour, fontsize=size)
         bar_axes = figure.add_axes(((margin + side + 0.15) / width, margin / height, 0.16 / width, side / height))
         bar = figure.colorbar(image, cax=bar_axes)
         bar.set_label("share of the label's samples")
         bar.outline.set_visible(False)  # type: ignore[operator]
         try:
-            figure.savefig(path, metadata={"Software": None})
+            figure.savefig(path, metadata={"Software": None}, bbox_inches="tight", pad_inches=0.12)
         except OSError as error:
             raise Failure(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -1,4 +1,4 @@
-"""Images made worse on purpose, by torchvision's transforms: how far does a model's accuracy carry?
+"""Images made worse on purpose, by torchvision's transforms (JPEG by Pillow): how far does a model's accuracy carry?
 
 Each kind has severities 1 to 5. They are this project's own, not those of ImageNet-C (Hendrycks and Dietterich 2019,
 arXiv 1903.12261), whose images were made by other code: figures are not comparable with published ones. As there, the
@@ -7,11 +7,13 @@ image that the model would see is what is changed: resized, cropped, in 8 bits p
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -43,6 +45,12 @@ def _pixelate(image: Tensor, share: float) -> Tensor:
     return F.resize(smaller, list(image.shape[-2:]), v2.InterpolationMode.NEAREST)
 
 
+def _jpeg(image: Tensor, quality: float) -> Tensor:
+    file = io.BytesIO()  # by Pillow: torchvision gives up its own encoder
+    F.to_pil_image(image).save(file, "JPEG", quality=int(quality))
+    return F.pil_to_tensor(Image.open(file))
+
+
 def _rotate(image: Tensor, degrees: float) -> Tensor:
     return F.rotate(image, degrees, v2.InterpolationMode.BILINEAR)
 
@@ -67,8 +75,8 @@ class Kind:
 CORRUPTIONS: dict[str, Kind] = {
     "gaussian_noise": Kind("standard deviation, white being 1", (0.04, 0.08, 0.12, 0.18, 0.26), _noise),
     "gaussian_blur": Kind("sigma in pixels of an image of 224, scaled with the size", (1, 2, 3, 4, 6), _blur),
-    "jpeg": Kind("quality", (50, 25, 15, 10, 5), lambda image, value: F.jpeg(image, int(value))),
-    "pixelate": Kind("share of the side that is kept", (0.6, 0.5, 0.4, 0.3, 0.2), _pixelate),
+    "jpeg": Kind("quality", (50, 25, 15, 10, 5), _jpeg),
+    "pixelate": Kind("share of the side that is kept", (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8), _pixelate),
     "brightness": Kind("factor", (1.3, 1.6, 2.0, 2.5, 3.0), F.adjust_brightness),
     "darkness": Kind("factor", (0.7, 0.5, 0.35, 0.25, 0.15), F.adjust_brightness),
     "contrast": Kind("factor", (0.6, 0.45, 0.3, 0.2, 0.1), F.adjust_contrast),

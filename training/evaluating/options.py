@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from files.errors import ConfigError
 from training.evaluating.subject import Choice
@@ -53,7 +53,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         ConfigError: There is no model, or one is given twice.
     """
-    models = [word for word in words if "=" not in word or Path(word).exists()]
+    models = [word for word in words if "=" not in word or os.path.exists(word)]
     if not models:
         raise ConfigError("which model? give a run folder, weights, or a model's name")
     if len(set(models)) < len(models):

@@ -12,7 +12,8 @@ from files.strict_yaml import Document, annotation_at, known_keys, load_yaml, se
 from training.config import TrainConfig
 from training.data.augment import AugmentSection
 from training.data.build import build_datasets
-from training.data.dataset import DataBundle, TrainDataset, ValDataset
+from training.data.dataset import ValDataset
+from training.data.decoding import choose_decoder
 from training.data.folder import FolderSource, LeftOut, scan
 from training.data.images import ImagePipeline
 from training.data.section import DataSection
@@ -114,31 +115,36 @@ class Part:
     """The samples to evaluate on.
 
     Attributes:
-        bundle: What the loader takes; its `val` is the part, whichever it is.
+        dataset: By index, as validation in training sees them.
         class_names: In the order of the targets.
         name: "val", "test", "train" or, of `--images`, "all".
         left_out: See `Sources`.
     """
 
-    bundle: DataBundle
+    dataset: ValDataset
     class_names: list[str]
     name: str
     left_out: str = ""
 
     @property
     def source(self) -> Source:
-        """The samples by index."""
-        return self.bundle.val.source
+        """The samples as they lie there."""
+        return self.dataset.source
+
+    def corrupted(self, corruption: Corruption, spec: ImageSpec) -> Part:
+        """The same samples, made worse."""
+        dataset = ValDataset(self.source, Corrupted(self.dataset.pipeline, corruption, spec))
+        return replace(self, dataset=dataset)
 
 
-def build_part(wanted: WantedData, data: DataSection, spec: ImageSpec, corruption: Corruption | None = None) -> Part:
+def build_part(wanted: WantedData, data: DataSection, spec: ImageSpec, *, seed: int = 0) -> Part:
     """The part to evaluate on, prepared as validation in training prepares it.
 
     Args:
         wanted: Which part.
         data: Of `find_data`.
         spec: The model's input.
-        corruption: What is done to the images.
+        seed: Of the run, on which it may depend what is in its training part.
 
     Raises:
         ConfigError: See `build_datasets`; or the data have no such part.
@@ -147,27 +153,20 @@ def build_part(wanted: WantedData, data: DataSection, spec: ImageSpec, corruptio
     augment = AugmentSection()
     if wanted.images is not None:
         source, left_out = _whole_folder(wanted.images)
-        pipeline = ImagePipeline(source, augment, spec)
-        train, name = TrainDataset(source, pipeline, seed=0), "all"
-        chosen = ValDataset(source, pipeline)
-        bundle = DataBundle(
-            train, chosen, len(source.class_names), source.class_names, {}, RandomErase(0.0, seed=0), left_out
+        return Part(
+            ValDataset(source, ImagePipeline(source, augment, spec, decoder=choose_decoder("auto"))),
+            source.class_names,
+            "all",
+            left_out,
         )
-    else:
-        bundle = build_datasets(data, augment, spec, seed=0)
-        name = wanted.split
-        chosen = {
-            "val": bundle.val,
-            "test": bundle.test,
-            "train": ValDataset(bundle.train.source, bundle.train.pipeline),
-        }[wanted.split]
-        if chosen is None:
-            raise ConfigError(f"--split test: dataset {data.dataset!r} has no test part here; it has train and val")
+    bundle = build_datasets(data, augment, spec, seed=seed)
+    train = ValDataset(bundle.train.source, bundle.train.pipeline)
+    chosen = {"val": bundle.val, "test": bundle.test, "train": train}[wanted.split]
+    if chosen is None:
+        raise ConfigError(f"--split test: dataset {data.dataset!r} has no test part here; it has train and val")
     if not len(chosen):
         raise ConfigError(f"--split {wanted.split}: that part of the data has no samples")
-    if corruption is not None:
-        chosen = ValDataset(chosen.source, Corrupted(chosen.pipeline, corruption, spec))
-    return Part(replace(bundle, val=chosen), list(bundle.class_names), name, bundle.left_out)
+    return Part(chosen, list(bundle.class_names), wanted.split, bundle.left_out)
 
 
 def _whole_folder(folder: Path) -> tuple[FolderSource, str]:

@@ -84,5 +84,5 @@ class PerSample(Metric):
         seen, prediction, top, of_label = self.table.T.numpy()
         labels = np.asarray(targets)
         wrong = np.flatnonzero((seen > 0) & (prediction != labels))
-        order = wrong[np.lexsort((wrong, -top[wrong], of_label[wrong]))]
+        order = wrong[np.lexsort((wrong, -top[wrong], of_label[wrong].round(6)))]  # equal as they are written
         return [Mistake(int(i), int(labels[i]), int(prediction[i]), float(top[i]), float(of_label[i])) for i in order]

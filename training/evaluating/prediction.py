@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from files.errors import ConfigError, Failure
 from training.data.augment import AugmentSection
 from training.data.dataset import Unreadable, ValDataset
+from training.data.decoding import choose_decoder
 from training.data.folder import JUNK_FOLDERS
 from training.data.images import ImagePipeline, image_extensions
-from training.data.skipping import PartialBatch, collate, lost_worker
+from training.data.skipping import PartialBatch, lost_worker
 from training.data.transforms import check_spec
 from training.distributed import close_world, init_world
 from training.evaluating.classes import names_for_people
+from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, find_subject, image_spec
 from training.evaluating.validation import Compute, Evaluated, dtype_of
 from training.threads import number_of_threads
@@ -198,6 +199,7 @@ class Predictor:
         model = subject.build()
         self.spec = image_spec(model)
         check_spec(self.spec)
+        self.to_input = ModelInput(self.spec, self.device)
         if not model.num_classes:
             raise ConfigError(f"{request.model}: has no classifier, so that it predicts no class")
         self.request = request
@@ -225,8 +227,9 @@ class Predictor:
                     i: NoPrediction(self.plan.paths[i], reason) for i, reason in unreadable.items()
                 }
                 if images is not None:
+                    images = self.to_input(images)
                     with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                        logits = self.model(images.to(self.device))
+                        logits = self.model(images)
                     best = logits.float().softmax(dim=1).topk(self.plan.topk, dim=1)
                     for i, classes, values in zip(indices, best.indices.tolist(), best.values.tolist(), strict=True):
                         names = [self.plan.class_names[c] for c in classes]
@@ -241,13 +244,12 @@ class Predictor:
     def _batches(self) -> Iterator[tuple[list[int], Any, dict[int, str]]]:
         """Of each batch: which paths were read, their images, and why others were not."""
         source = Paths(self.plan.paths)
-        dataset = ValDataset(source, ImagePipeline(source, AugmentSection(), self.spec))
+        dataset = ValDataset(source, ImagePipeline(source, AugmentSection(), self.spec, decoder=choose_decoder("auto")))
         size = self.request.batch_size or DEFAULT_BATCH
         batches = math.ceil(len(source) / size)
         workers = DEFAULT_WORKERS if self.request.workers is None else self.request.workers
-        # starting a process takes as long as reading a batch
-        options: dict[str, Any] = {"num_workers": min(workers, batches - 1), "pin_memory": self.device.type == "cuda"}
-        loader = DataLoader(dataset, batch_size=size, collate_fn=collate, **options)
+        workers = min(workers, batches - 1)  # starting a process takes as long as reading a batch
+        loader = build_loader(dataset, range(len(source)), batch_size=size, workers=workers, device=self.device)
         bar = tqdm(loader, desc="predicting", unit="batch", leave=False, disable=None if batches > 1 else True)
         for number, batch in enumerate(bar):
             expected = range(number * size, min((number + 1) * size, len(source)))

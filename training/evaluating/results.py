@@ -6,6 +6,7 @@ import csv
 import datetime
 import io
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,11 +153,11 @@ def check_writable(path: Path, option: str) -> None:
     Raises:
         ConfigError: It cannot, with the reason.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"{option} {path}: is a folder; name a file")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ConfigError(f"{option} {path}: there is no folder {path.parent}")
-    existed = path.exists()
+    existed = os.path.exists(path)
     try:
         with path.open("ab"):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,9 @@ def find_subject(text: str, choice: Choice) -> Subject:
         ConfigError: There is no such thing, or it is not whole, or `choice` asks for what it has not.
     """
     path = Path(text).expanduser()
-    if is_path(text) or not settled(path).exists():
+    # a folder that is being replaced stands aside for a moment; os.path takes names of any length
+    there = os.path.exists(path) or os.path.exists(path.with_name(f".old-{path.name}"))
+    if is_path(text) or not there:
         return _named(text, path, choice)
     if choice.pretrained:
         raise ConfigError(f"{text}: is there with weights of its own; --pretrained is for a model's name")

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from files.errors import ConfigError, Failure
 from models.counting import count_parameters
 from training.data.build import class_names_of_data
-from training.data.loading import build_val_loader
 from training.data.section import DataSection
 from training.data.skipping import SkipList, lost_worker
 from training.data.transforms import ImageSpec
@@ -26,6 +25,7 @@ from training.evaluating.classes import match_classes
 from training.evaluating.corruptions import Corruption, with_effect
 from training.evaluating.part import Part, WantedData, build_part, find_data
 from training.evaluating.per_sample import PerSample
+from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, Subject, find_subject, image_spec
 from training.evaluation import evaluate
 from training.metrics import Predictions, evaluation_metrics
@@ -207,19 +207,25 @@ def _evaluate_one(subject: Subject, data: DataSection, request: Request, world: 
     model = subject.build()
     parameters = sum(count_parameters(model))
     spec = image_spec(model)
-    part = build_part(request.data, data, spec)
+    whole = part = build_part(request.data, data, spec, seed=subject.config.seed if subject.config else 0)
     columns, note = match_classes(model, part.class_names, published=subject.published, text=subject.text)
-    on_cuda = world.device.type == "cuda"
-    memory_format = torch.channels_last if on_cuda else torch.contiguous_format
-    model.to(world.device, memory_format=torch.channels_last if on_cuda else torch.preserve_format)
+    to_input = ModelInput(spec, world.device)
+    if world.device.type == "cuda":
+        model.to(world.device, memory_format=torch.channels_last)
+    else:
+        model.to(world.device)
+    shard = range(world.rank, len(part.source), world.size)
+    batch_size = data.eval_batch_size or data.batch_size
     evaluated = Evaluated(model, columns=columns, flip=request.flip)
     logits = model.num_classes if columns is None else len(columns)
     names = part.class_names + [f"unnamed {i}" for i in range(len(part.class_names), logits)]
     corruptions, idle = with_effect(request.corruptions, spec.input_size[0])
+    if idle:
+        logger.warning("note: %s", idle)
     for corruption in corruptions or [None]:
         if corruption is not None:
-            part = build_part(request.data, data, spec, corruption)
-        loader = build_val_loader(part.bundle, data, rank=world.rank, world_size=world.size, device=world.device)
+            part = whole.corrupted(corruption, spec)
+        loader = build_loader(part.dataset, shard, batch_size=batch_size, workers=data.workers, device=world.device)
         skips = SkipList(data)
         metrics, predictions = evaluation_metrics()
         per_sample = PerSample(len(part.source))
@@ -227,8 +233,7 @@ def _evaluate_one(subject: Subject, data: DataSection, request: Request, world: 
         def batches(loader: Any = loader, skips: SkipList = skips) -> Iterator[tuple[Tensor, ...]]:
             bar = tqdm(loader, desc=subject.text, unit="batch", leave=False, disable=None if world.is_main else True)
             for images, targets, indices in skips.read(bar):
-                images = images.to(world.device, non_blocking=True).contiguous(memory_format=memory_format)
-                yield images, targets.to(world.device, non_blocking=True), indices
+                yield to_input(images), targets.to(world.device, non_blocking=True), indices
 
         autocast = torch.autocast(world.device.type, dtype=precision, enabled=precision != torch.float32)
         start = time.perf_counter()
@@ -250,7 +255,7 @@ def _evaluate_one(subject: Subject, data: DataSection, request: Request, world: 
             per_sample=per_sample,
             skipped=len(part.source) - int(values["samples"]),
             seconds=time.perf_counter() - start,
-            notes=tuple(line for line in (note, idle, f"left out: {part.left_out}" if part.left_out else "") if line),
+            notes=tuple(line for line in (note, f"left out: {part.left_out}" if part.left_out else "") if line),
         )
 
 

@@ -1,0 +1,135 @@
+"""validate.py as a user runs it: what it prints and writes, mistakes, several processes."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.factory import create_model, saved_config
+from models.weights import save_weights
+from tests.training.data.parts import write_image
+from validate import main
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ["aster", "daisy", "tulip"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "small"
+    model = create_model("timm/test_resnet", num_classes=3, class_names=NAMES, image_size=32)
+    save_weights(folder, model.state_dict(), saved_config(model))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    for c, name in enumerate(NAMES):
+        for i in range(5 - c):
+            write_image(root / name / f"{i}.png", size=(40 + i, 50), seed=10 * c + i)
+    return root
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_model(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        str(weights),
+        "--images",
+        str(photos),
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main([*words, "--results", str(tmp_path / "r.csv")]) == 0
+    said = capsys.readouterr()
+    assert "12 images, 3 classes" in said.out and "top-1 " in said.out
+    (row,) = rows(tmp_path / "r.csv")
+    facts = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert float(row["top1"]) == pytest.approx(facts["metrics"]["top1"], abs=1e-4) and row["model"] == str(weights)
+    labels = {row["path"]: row["label"] for row in rows(tmp_path / "out" / "mistakes.csv")}
+    assert labels and all(Path(path).parent.name == label and Path(path).exists() for path, label in labels.items())
+
+
+def test_corruptions_have_a_row_and_a_folder_each(weights: Path, photos: Path, tmp_path: Path) -> None:
+    words = [
+        str(weights),
+        "--images",
+        str(photos),
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main([*words, "--corrupt", "jpeg:5", "--corrupt", "contrast", "--results", str(tmp_path / "r.csv")]) == 0
+    assert {row["corruption"] for row in rows(tmp_path / "r.csv")} == {"jpeg:5", "contrast:3"}
+    assert sum((folder / "metrics.json").exists() for folder in (tmp_path / "out").iterdir()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--results", "no/r.csv"], "--results no/r.csv: there is no folder no"),
+        (["--corrupt", "jpg"], "did you mean 'jpeg'?"),
+        (["--split", "test"], "--split test has no effect"),
+        (["data.rot=x"], "did you mean 'data.root'?"),
+        (["--crop-pct", "0"], "--crop-pct: must be in (0, 1]"),
+        (["convformer_n5"], "did you mean 'convformer_n4'?"),
+    ],
+)
+def test_mistakes_cost_a_line_or_three_and_exit_with_2(
+    words: list[str], told: str, weights: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(weights), "--images", str(photos), "--device", "cpu", *words]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and told in said.err and len(said.err.splitlines()) <= 3
+
+
+def test_an_image_that_cannot_be_read_exits_with_1(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in NAMES:
+        write_image(tmp_path / name / "0.png")
+    (tmp_path / "daisy" / "1.png").write_text("no image")
+    words = [str(weights), "--images", str(tmp_path), "--workers", "0", "--device", "cpu"]
+    assert main(words) == 1
+    assert "daisy/1.png" in capsys.readouterr().err
+    assert main([*words, "data.on_error=skip"]) == 0
+    assert "3 images" in (said := capsys.readouterr().out) and "skipped   1 images" in said
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(weights: Path, photos: Path, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+        out = tmp_path / str(processes)
+        words = [str(weights), "--images", str(photos), "--workers", "0", "--device", "cpu", "--output", str(out)]
+        done = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / "validate.py"), *words], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("top-1 ") == 1, "the main process alone speaks"
+        files = {name: (out / name).read_text() for name in ("per_class.csv", "confusion.csv")}
+        found.append((json.loads((out / "metrics.json").read_text()), files, rows(out / "mistakes.csv")))
+    (one, files, mistakes), (two, files_two, mistakes_two) = found
+    assert one["metrics"] == pytest.approx(two["metrics"], abs=1e-6) and files == files_two
+    assert [row["path"] for row in mistakes] == [row["path"] for row in mistakes_two]
