@@ -4,7 +4,7 @@ Everything works the same in a single process, where there is no process group a
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -24,6 +24,7 @@ class World:
         size: Number of processes.
         device: Where this process computes.
         local_size: Number of processes on this machine.
+        group: The process group they meet in; None: torch's default one.
     """
 
     rank: int
@@ -31,6 +32,7 @@ class World:
     size: int
     device: torch.device
     local_size: int = field(default=1, compare=False)
+    group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -51,11 +53,20 @@ class World:
         """Sum over processes in float64: a new tensor on this world's device (on the CPU for MPS, without float64)."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
+    def apart(self) -> "World":
+        """The same processes in a group of their own on the CPU, for a thread that works beside training.
+
+        Two threads that met in one group would take each other's messages. Every process must call it.
+        """
+        if self.size == 1:
+            return self
+        return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo"))
+
     def _reduce(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
         device = torch.device("cpu") if self.device.type == "mps" else self.device
         values = values.detach().to(device, torch.float64, copy=True)
         if self.size > 1:
-            dist.all_reduce(values, operation)
+            dist.all_reduce(values, operation, group=self.group)
         return values
 
 

@@ -31,6 +31,7 @@ from training.evaluation import evaluate
 from training.metrics import METRICS
 from training.optim import build_loss
 from training.run_folder import RunFolder, describe_environment
+from training.saving import Saver
 from training.setup import Setup, seed_everything
 from training.state import Progress, RunState
 
@@ -78,9 +79,14 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
         trained = DistributedDataParallel(model, device_ids=ids)
     loss_fn = build_loss(config.augment, mixed=setup.mixer.enabled)
     metrics: dict[str, float] = {}
-    start = saved_step = progress.step  # what is known to be on disk; nothing has to be at step 0
+    start = saved_step = progress.step  # saved, or on its way to the disk; nothing has to be at step 0
 
-    with StopSignals() as signals, Board(folder, world, progress) as board, ProgressBar(setup, progress) as bar:
+    with (
+        StopSignals() as signals,
+        Saver(state, folder, on_failure=signals.ask) as saver,
+        Board(folder, world, progress) as board,
+        ProgressBar(setup, progress) as bar,
+    ):
         try:
             while progress.epoch < config.optim.epochs:
                 model.train()
@@ -93,28 +99,29 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
                     progress.advance(group, loss, time.perf_counter() - clock)
                     bar.step(progress, loss)
                     if stop:
-                        saved = state.save(folder)
+                        saved = saver.save_and_wait()
                         summary = _write_results(setup, folder, progress, metrics)
                         reason = signals.received or "a signal"
                         bar.write(f"{reason}: saved {saved} at step {progress.step}; go on with --resume auto")
                         return summary | {"stopped_by": reason}
                     every = config.checkpoint.every_steps
                     if every and progress.step % every == 0 and progress.batch < setup.sampler.batches_per_epoch:
-                        state.save(folder)
+                        saver.save()
                         saved_step = progress.step
                     clock = time.perf_counter()
 
                 # Before the validation, which may fail: a run resumed from here begins with it.
                 every, epoch = config.checkpoint.every_epochs, progress.epoch + 1
                 if progress.step > saved_step and (epoch == config.optim.epochs or (every and epoch % every == 0)):
-                    state.save(folder)
+                    saver.save()
                     saved_step = progress.step
                 metrics = _end_epoch(setup, folder, progress, trained=progress.step > start)
                 bar.epoch(metrics)
                 board.write(metrics, progress.step)
+            saver.wait()
         except ReadError as error:
             if progress.step > saved_step:
-                state.save(folder)
+                saver.save_and_wait()
             kept = f"\nthe run is saved at step {progress.step}: go on with --resume" if progress.step else ""
             raise ReadError(f"{error}{kept}") from error
     if not metrics:  # resumed when nothing was left to do

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from files.errors import ConfigError
 from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
+from training.distributed import World
 from training.run_folder import RunFolder
 from training.setup import Setup
 
@@ -83,6 +84,36 @@ class RandomStates:
             self._loaded = None
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """The states of a run at one step. Its tensors may be those of the run itself, which the next step changes.
+
+    Attributes:
+        step: Optimizer steps done.
+        shared: What is the same for all processes, by name.
+        own: What belongs to this process, by name.
+        keep: Checkpoints to keep.
+    """
+
+    step: int
+    shared: dict[str, Any]
+    own: dict[str, Any]
+    keep: int
+
+    def write(self, folder: RunFolder, world: World) -> Path:
+        """Writes it as a checkpoint; every rank calls it, and `world` is where they meet."""
+        return save_checkpoint(
+            folder.checkpoints,
+            self.step,
+            shared=self.shared,
+            rank_state=self.own,
+            keep=self.keep,
+            rank=world.rank,
+            world_size=world.size,
+            barrier=world.barrier,
+        )
+
+
 class RunState:
     """All that a checkpoint of a run holds. A name in `table` is all that a further state needs.
 
@@ -108,21 +139,20 @@ class RunState:
             "random": self.random,
         }
 
-    def save(self, folder: RunFolder) -> Path:
-        """Writes a checkpoint; every rank calls it."""
-        world = self.setup.world
+    def snapshot(self) -> Snapshot:
+        """The states as they are."""
         states = {name: state.state_dict() for name, state in self.table.items()}
         own = {name: states.pop(name) for name in self.PER_RANK}
-        return save_checkpoint(
-            folder.checkpoints,
-            self.progress.step,
+        return Snapshot(
+            step=self.progress.step,
             shared=states | {"data": self.setup.data.identity},  # compared before a run is built, never loaded
-            rank_state=own,
+            own=own,
             keep=self.setup.config.checkpoint.keep,
-            rank=world.rank,
-            world_size=world.size,
-            barrier=world.barrier,
         )
+
+    def save(self, folder: RunFolder) -> Path:
+        """Writes a checkpoint and waits for it; every rank calls it. `training.saving` lets training go on meanwhile."""
+        return self.snapshot().write(folder, self.setup.world)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts a checkpoint's state into a freshly built run; random states follow with `random.put_back`.
