@@ -68,6 +68,11 @@ class Setup:
         return self.config.optim.epochs * self.steps_per_epoch
 
     @property
+    def total_batch(self) -> int:
+        """Samples of an optimizer step, over all processes."""
+        return self.config.data.batch_size * self.world.size * self.config.optim.accumulate
+
+    @property
     def evaluated(self) -> nn.Module:
         """The model whose accuracy counts: the average where there is one."""
         return self.model if self.ema is None else self.ema.module
@@ -282,19 +287,19 @@ def describe(setup: Setup) -> str:
     macs = count_macs(setup.model).total
     report = drop_path_report(setup.model)
     frozen_text = f" + {frozen / 1e6:.2f} M frozen" if frozen else ""
-    batch = config.data.batch_size * world.size * config.optim.accumulate
     section = config.drop_path
     channels, height, width = setup.model.pretrained_cfg["input_size"]
     threads = torch.get_num_threads()
     profile = section.profile if isinstance(section.profile, str) else "as listed"
+    optim = config.optim
     lines = [
         f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs / 1e9:.3g} GMACs at "
         f"{channels} x {height} x {width}",
         f"data      {config.data.dataset}: {len(setup.data.train)} training and {len(setup.data.val)} validation images, "
         f"{setup.data.num_classes} classes",
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
-        f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
-        f"lr {config.optim.lr:g}, {config.optim.schedule}",
+        f"training  {optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {setup.total_batch}, {optim.name}, "
+        f"lr {optim.lr:g}, {optim.schedule}",
         f"device    {world.device} x {world.size}, {str(setup.precision).removeprefix('torch.')}"
         f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}, "
         f"{threads} CPU thread{'s' if threads > 1 else ''}{' each' if world.size > 1 else ''}",

@@ -1,14 +1,17 @@
 """What of a run changes with time, saved and restored over one table of named states."""
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from files.errors import ConfigError
 from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
+from training.data.draws import RESEED, hash_words
 from training.distributed import World
 from training.run_folder import RunFolder
-from training.setup import Setup
+from training.setup import Setup, seed_everything
 
 
 class Stateful(Protocol):
@@ -61,7 +64,8 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in asdict(Progress(**state)).items():
+        check_names(state, asdict(self), "progress ")
+        for name, value in state.items():
             setattr(self, name, value)
 
 
@@ -70,18 +74,27 @@ class RandomStates:
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
+        self._seed: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return random_states()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        devices = {"mps"}  # a state for each that was there; the others are everywhere
+        check_names(state.keys() | devices, self.state_dict().keys() | devices, "random state ")
         self._loaded = state
+
+    def seed(self, seed: int) -> None:
+        """In place of a state: the generators are seeded."""
+        self._seed = seed
 
     def put_back(self) -> None:
         """Sets the generators to what was loaded, once; does nothing where nothing was."""
-        if self._loaded is not None:
+        if self._seed is not None:
+            seed_everything(self._seed)
+        elif self._loaded is not None:
             set_random_states(self._loaded)
-            self._loaded = None
+        self._seed = self._loaded = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,9 @@ class RunState:
     PER_RANK = ("progress", "random")
     """What each process saves for itself; the rest is the same for all, and the main process saves it."""
 
+    FACTS = ("data", "total_batch")
+    """What a checkpoint tells of the run beside its states: compared where a run goes on, never loaded."""
+
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.progress = Progress()
@@ -145,7 +161,7 @@ class RunState:
         own = {name: states.pop(name) for name in self.PER_RANK}
         return Snapshot(
             step=self.progress.step,
-            shared=states | {"data": self.setup.data.identity},  # compared before a run is built, never loaded
+            shared=states | {"data": self.setup.data.identity, "total_batch": self.setup.total_batch},
             own=own,
             keep=self.setup.config.checkpoint.keep,
         )
@@ -157,20 +173,63 @@ class RunState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts a checkpoint's state into a freshly built run; random states follow with `random.put_back`.
 
+        Where another number of processes saved it, positions and sums are dealt out anew (`dealt_anew`), and the
+        generators are seeded by (seed, step, rank).
+
         Raises:
-            ConfigError: It belongs to a run with another model or optimizer.
+            ConfigError: It belongs to a run with another model or optimizer, lacks a state or has one that is not known.
         """
+        setup, world = self.setup, self.setup.world
         saved = checkpoint.shared | checkpoint.rank_state
         try:
+            check_names(saved.keys() - set(self.FACTS), self.table, "state ")
             for name, state in self.table.items():
                 state.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"{checkpoint.path}: does not fit this run's config: {reason}") from None
-        batches = self.setup.sampler.batches_per_epoch
+        if checkpoint.rank_states:
+            self.progress.load_state_dict(asdict(dealt_anew(checkpoint, setup)))
+            self.random.seed(int(hash_words(setup.config.seed, RESEED, checkpoint.step, world.rank)[0]))
+        batches = setup.sampler.batches_per_epoch
         if self.progress.batch > batches:
             raise ConfigError(
                 f"{checkpoint.path}: behind batch {self.progress.batch} of its epoch, which has only {batches} in this data"
             )
         # a checkpoint of the end of an epoch goes on with its evaluation, which notes the rates of that step
-        self.setup.depth.set_step(max(0, self.progress.step - 1))
+        setup.depth.set_step(max(0, self.progress.step - 1))
+
+
+def check_names(found: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Nothing of a checkpoint is dropped in silence, and nothing that it lacks is left as a new run has it.
+
+    Raises:
+        ValueError: Naming what is too few or too many.
+    """
+    found, known = set(found), set(known)
+    if known - found:
+        raise ValueError(f"it lacks the {what}{', '.join(map(repr, sorted(known - found)))}")
+    if found - known:
+        raise ValueError(f"it holds the {what}{', '.join(map(repr, sorted(found - known)))}, which would be dropped")
+
+
+def dealt_anew(checkpoint: Checkpoint, setup: Setup) -> Progress:
+    """Where a run is that another number of processes saved.
+
+    An epoch goes on at the next optimizer step of the new number of processes: no sample is seen twice, and fewer than one
+    step's are left out. Steps are counted anew, since the schedules are functions of the step: after so many epochs they
+    are where they would be in a run of this number of processes. Sums over all processes are the first one's.
+    """
+    sampler, world, accumulate = setup.sampler, setup.world, setup.config.optim.accumulate
+    parts = [Progress(**state["progress"]) for state in checkpoint.rank_states]
+    progress, batches = replace(parts[0]), sampler.batches_per_epoch
+    before = sampler.length // (sampler.batch_size * checkpoint.world_size)  # batches per epoch
+    if progress.batch < before:
+        steps = math.ceil(progress.batch * checkpoint.world_size / (world.size * accumulate))
+        progress.batch = min(steps * accumulate, batches)
+    else:
+        progress.batch = batches
+    progress.step = progress.epoch * setup.steps_per_epoch + math.ceil(progress.batch / accumulate)
+    progress.loss_sum = sum(part.loss_sum for part in parts) if world.is_main else 0.0
+    progress.samples = sum(part.samples for part in parts) if world.is_main else 0
+    return progress
