@@ -4,11 +4,14 @@ Everything works the same in a single process, where there is no process group a
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from files.errors import ConfigError, nearest
 from training.data.dataset import ReadError
@@ -52,6 +55,12 @@ class World:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over processes in float64: a new tensor on this world's device (on the CPU for MPS, without float64)."""
         return self._reduce(values, dist.ReduceOp.SUM)
+
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Gives every process the main one's values of these, in place. Every process must call it."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0, group=self.group)
 
     def apart(self) -> "World":
         """The same processes in a group of their own on the CPU, for a thread that works beside training.
@@ -106,6 +115,31 @@ def init_world(device: str = "auto", *, timeout: timedelta = timedelta(minutes=1
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ConfigError(f"rank {world.rank} of {size} cannot join the others at {address}: {error}") from error
     return world
+
+
+def data_parallel(model: nn.Module, world: World) -> nn.Module:
+    """The model such that its gradients are averaged over processes; as it is where there is one process.
+
+    After its first pass, DDP puts parameters into buckets in the order in which their gradients came, and rounding of a sum
+    over three or more processes depends on where in a bucket a number lies. A run that goes on would have the first order
+    for a step for which the uninterrupted one has the second; so that order is brought about here, by a pass that computes
+    nothing but sums of parameters. It comes before `model.compile()`.
+    """
+    if world.size == 1:
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=ids)
+    before = vars(model).get("forward")  # a model may have one of its own beside its class's
+    try:
+        model.forward = lambda _: torch.stack([p.float().sum() for p in model.parameters() if p.requires_grad]).sum()
+        wrapped(torch.zeros(1)).backward()
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
+    model.zero_grad(set_to_none=True)
+    return wrapped
 
 
 def close_world(world: World) -> None:

@@ -26,7 +26,7 @@ from training.checkpoint import Checkpoint
 from training.config import dump_config
 from training.console import Board, ProgressBar, StopSignals
 from training.data.dataset import ReadError
-from training.distributed import World, stop_together
+from training.distributed import World, data_parallel, stop_together
 from training.evaluation import evaluate
 from training.metrics import METRICS
 from training.optim import build_loss
@@ -71,12 +71,9 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     setup.skips.path = folder.skipped
     if world.is_main:
         _start_files(setup, folder, progress)
+    trained = data_parallel(model, world)
     if config.runtime.compile:
         model.compile()
-    trained: nn.Module = model
-    if world.size > 1:
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        trained = DistributedDataParallel(model, device_ids=ids)
     loss_fn = build_loss(config.augment, mixed=setup.mixer.enabled)
     metrics: dict[str, float] = {}
     start = saved_step = progress.step  # saved, or on its way to the disk; nothing has to be at step 0
@@ -277,6 +274,8 @@ def validate(setup: Setup, batches: int | None = None) -> dict[str, float]:
     Raises:
         ReadError: See `evaluate`.
     """
+    # each process has BatchNorm statistics of its own batches; those of the main one are saved, so they are measured
+    setup.world.share(setup.evaluated.buffers())
     images = islice(setup.val_batches(), batches)
     return evaluate(setup.evaluated, images, METRICS, world=setup.world, autocast=setup.autocast())
 
