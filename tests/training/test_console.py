@@ -28,3 +28,11 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
         assert signals.received == "SIGINT"
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_stop_may_be_asked_for_without_a_signal() -> None:
+    with StopSignals() as signals:
+        signals.ask("a failed save")
+        assert signals.received == "a failed save"
+        signals.ask("another")
+        assert signals.received == "a failed save", "the first reason"
