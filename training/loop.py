@@ -76,7 +76,7 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
         model.compile()
     loss_fn = build_loss(config.augment, mixed=setup.mixer.enabled)
     metrics: dict[str, float] = {}
-    start = saved_step = progress.step  # saved, or on its way to the disk; nothing has to be at step 0
+    saved_step = progress.step  # saved, or on its way to the disk; nothing has to be at step 0
 
     with (
         StopSignals() as signals,
@@ -112,7 +112,7 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
                 if progress.step > saved_step and (epoch == config.optim.epochs or (every and epoch % every == 0)):
                     saver.save()
                     saved_step = progress.step
-                metrics = _end_epoch(setup, folder, progress, trained=progress.step > start)
+                metrics = _end_epoch(setup, folder, progress)
                 bar.epoch(metrics)
                 board.write(metrics, progress.step)
             saver.wait()
@@ -232,15 +232,8 @@ def _groups(batches: Iterator[Any], size: int, world: World) -> Iterator[list[An
         yield group
 
 
-def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: bool) -> dict[str, float]:
-    """Evaluates, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch.
-
-    Args:
-        setup: The run.
-        folder: Its folder.
-        progress: At the end of the epoch.
-        trained: Whether this process took a step of it: if not, it has no drop-path counts to note.
-    """
+def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress) -> dict[str, float]:
+    """Evaluates, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch."""
     world = setup.world
     clock = time.perf_counter()
     loss_sum, samples = world.sum(torch.tensor([progress.loss_sum, progress.samples], dtype=torch.float64)).tolist()
@@ -261,8 +254,7 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
     progress.next_epoch()
     if world.is_main:
         folder.append_metrics(row)
-        if trained or not folder.drop_path.exists():
-            save_text(folder.drop_path, drop_path_report(setup.model).to_csv())
+        save_text(folder.drop_path, drop_path_report(setup.model).to_csv())
         if better:
             save_weights(folder.best, setup.evaluated.state_dict(), saved_config(setup.model))
     return row

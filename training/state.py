@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from files.errors import ConfigError
+from stochastic_depth.setting import StochasticDepth
 from training.checkpoint import Checkpoint, random_states, save_checkpoint, set_random_states
 from training.data.draws import RESEED, hash_words
 from training.distributed import World
@@ -97,6 +98,20 @@ class RandomStates:
         self._seed = self._loaded = None
 
 
+class DropPathCounts:
+    """How often which branch was dropped, for drop_path.csv."""
+
+    def __init__(self, depth: StochasticDepth) -> None:
+        self._modules = [module for block in depth.blocks for module in block.drop_paths.values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": [(m.samples_seen, m.samples_dropped, m.samples_computed) for m in self._modules]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for module, counts in zip(self._modules, state["counts"], strict=True):
+            module.set_counts(*counts)
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The states of a run at one step. Its tensors may be those of the run itself, which the next step changes.
@@ -136,7 +151,7 @@ class RunState:
         table: Every state by its name in the checkpoint.
     """
 
-    PER_RANK = ("progress", "random")
+    PER_RANK = ("progress", "random", "drop_path")
     """What each process saves for itself; the rest is the same for all, and the main process saves it."""
 
     FACTS = ("data", "total_batch")
@@ -153,6 +168,7 @@ class RunState:
             "scaler": setup.scaler,
             "progress": self.progress,
             "random": self.random,
+            "drop_path": DropPathCounts(setup.depth),
         }
 
     def snapshot(self) -> Snapshot:

@@ -71,7 +71,7 @@ def test_a_checkpoint_before_every_worker_has_stepped(whole: dict, root: Path, t
     assert found == result(tmp_path / "whole", straight)
 
 
-@pytest.mark.parametrize("name", ["model", "optimizer", "ema", "random", "progress"])
+@pytest.mark.parametrize("name", ["model", "optimizer", "ema", "random", "progress", "drop_path"])
 def test_without_a_state_the_result_differs(name: str, whole: dict, root: Path, tmp_path: Path) -> None:
     """The controls: each state is needed, and the tests above would find it missing. The scaler is off on a CPU."""
     folder = tmp_path / "run"
@@ -80,9 +80,9 @@ def test_without_a_state_the_result_differs(name: str, whole: dict, root: Path, 
             train(folder, settings(ROW, root))
         summary = train(folder, settings(ROW, root), resume=True)
     found = result(folder, summary)
-    key = "ema_sha256" if name == "ema" else "weights_sha256"
+    key = {"ema": "ema_sha256", "drop_path": "drop_path"}.get(name, "weights_sha256")
     assert found[key] != whole[key]
-    assert (found["weights_sha256"] == whole["weights_sha256"]) == (name == "ema")
+    assert (found["weights_sha256"] == whole["weights_sha256"]) == (name in ("ema", "drop_path"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
