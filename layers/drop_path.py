@@ -269,8 +269,13 @@ class DropPath(nn.Module):
 
     def reset_counts(self) -> None:
         """Forgets the draws made so far."""
-        for count in (self._seen, self._kept, self._kept_by_mask, self._computed):
-            count.zero_()
+        self.set_counts(0, 0, 0)
+
+    def set_counts(self, seen: int, dropped: int, computed: int) -> None:
+        """Goes on from draws that were made elsewhere."""
+        self._kept_by_mask.zero_()
+        for count, value in ((self._seen, seen), (self._kept, seen - dropped), (self._computed, computed)):
+            count.fill_(value)
 
     @property
     def samples_seen(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import main, parse_args
-from benchmarks import any_model, busy, digits, drop_path, fold
+from benchmarks import any_model, busy, digits, drop_path, fold, saving
 from benchmarks.measure import ROOT, facts
 from files.errors import Failure
 
@@ -28,13 +28,14 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path
         (["fold"], fold.fold_benchmark),
         (["digits", "optim.epochs=1"], digits.digits_seeds),
         (["busy", "optim.epochs=1"], busy.busy_benchmark),
+        (["saving"], saving.saving_benchmark),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_each_benchmark_has_a_command(arguments: list[str], runs: object, tmp_path: Path) -> None:
     args = parse_args([arguments[0], "--output", str(tmp_path / "new" / "a.json"), *arguments[1:]])
     assert args.run is runs and args.output.exists()
-    assert ("threads" in args) == (arguments[0] in ("drop-path", "limits", "fold"))
+    assert ("threads" in args) == (arguments[0] in ("drop-path", "limits", "fold", "saving"))
 
 
 def test_what_is_written_names_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -1,10 +1,13 @@
 """README and docs/: what a page shows is run, or parsed where it would take long."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,7 +102,11 @@ def test_commands_of_other_pages() -> None:
                 known = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
                 options = re.findall(r"--[a-z-]+", " ".join(rest))
                 assert len(options) == 4 and all(option in known.stdout for option in options)
-            case ["python", "train.py", *arguments] | ["torchrun", "--nproc-per-node", _, "train.py", *arguments]:
+            case (
+                ["python", "train.py", *arguments]
+                | ["torchrun", "--nproc-per-node", _, "train.py", *arguments]
+                | ["torchrun", "--nproc-per-node", _, "--max-restarts", _, "train.py", *arguments]
+            ):
                 args = train.parse_args(arguments)
                 load_config(args.config and ROOT / args.config, args.overrides)
             case ["python", "validate.py", *arguments] | ["torchrun", "--nproc-per-node", _, "validate.py", *arguments]:
@@ -128,6 +135,45 @@ def test_corruptions_are_as_the_page_says() -> None:
     found = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (.+) \|$", TEXTS["docs/evaluation.md"], flags=re.MULTILINE)
     told = {name: (strength, values.split(" | ")) for name, strength, values in found if values.count("|") == 4}
     assert told == {n: (kind.strength, [f"{v:.3g}" for v in kind.values]) for n, kind in CORRUPTIONS.items()}
+
+
+SRUN = """#!/bin/bash
+trap 'kill $!; echo "told" >> log; exit 0' USR1
+echo "$@" >> log
+touch started
+[ "$FATE" = ends ] && exit 0
+sleep 60 &
+wait
+"""
+
+
+@pytest.mark.parametrize("fate", ["told", "ends"])
+def test_the_job_script_of_slurm(fate: str, tmp_path: Path) -> None:
+    """With stand-ins for SLURM's commands: the processes are told, and the job is queued again, only if its time is up."""
+    (script,) = re.findall(r"^```\n(#!/bin/bash\n.*?)^```$", TEXTS["docs/training.md"], flags=re.MULTILINE | re.DOTALL)
+    stubs = {"srun": SRUN, "scontrol": '#!/bin/bash\n[ "$1" = show ] && echo node7 || echo "$@" >> log\n'}
+    for name, text in {**stubs, "job": script}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "FATE": fate,
+                   "SLURM_JOB_NODELIST": "node[7-8]"}  # fmt: skip
+    with subprocess.Popen(["bash", "job"], cwd=tmp_path, env=environment) as job:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if fate == "told":
+            job.send_signal(signal.SIGUSR1)
+        job.wait(timeout=30)
+    log = (tmp_path / "log").read_text()
+    assert log.startswith("bash -c export RANK=$SLURM_PROCID")
+    assert log.endswith("told\nrequeue 42\n") if fate == "told" else "requeue" not in log
+    arguments = shlex.split(re.findall(r"exec python train\.py ([^']*)'", script)[0])
+    args = train.parse_args(arguments)
+    assert load_config(ROOT / args.config, args.overrides).model.name and args.resume == "auto"
+    names = re.findall(r"export ([^\n]*)", script)
+    assert {name for line in names for name in re.findall(r"\b([A-Z_]+)=", line)} == {
+        "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+    }, "what training.distributed reads"  # fmt: skip
 
 
 def test_links_of_other_pages() -> None:

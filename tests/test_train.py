@@ -265,8 +265,11 @@ def test_two_processes_train_and_resume(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert summary(stopped)["weights_sha256"] == summary(whole)["weights_sha256"]
     assert read_metrics(stopped) == read_metrics(whole)
-    one = run("--resume", stopped, cwd=tmp_path)
-    assert one.returncode == 2 and "2 processes" in one.stderr
+    one = run("--resume", stopped, "optim.accumulate=2", cwd=tmp_path)
+    assert one.returncode == 0 and "saved by 2 processes, goes on with 1" in one.stderr, one.stderr
+    assert "the total batch stays 256" in one.stderr
+    assert "step 15 is step 18 of 18" in one.stderr, "a last step of an odd batch, which two processes had to leave out"
+    assert summary(stopped)["weights_sha256"] == summary(whole)["weights_sha256"], "nothing was left to train"
 
 
 def test_print_config_and_dry_run_write_nothing(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class Checkpoint:
         path: The folder it came from.
         world_size: Number of processes that saved it.
         shared: What is the same on every rank.
-        rank_state: What belongs to the rank that asked.
+        rank_state: What belongs to the rank that asked; where the number of processes is another now, to rank 0.
+        rank_states: Of every rank that saved, in order, where the number of processes is another now; else empty.
     """
 
     step: int
@@ -58,6 +59,7 @@ class Checkpoint:
     world_size: int
     shared: dict[str, Any]
     rank_state: dict[str, Any]
+    rank_states: tuple[dict[str, Any], ...] = ()
 
 
 # ---- a run's checkpoints ----------------------------------------------------------------------------------------
@@ -129,11 +131,11 @@ def load_checkpoint(path: Path, *, rank: int = 0, world_size: int | None = 1) ->
     Args:
         path: A folder step-NNNNNNNN.
         rank: Whose state to read beside the shared one.
-        world_size: Number of processes now, or None to accept a checkpoint of any number (to look at its weights).
+        world_size: Number of processes now, or None to look at the checkpoint as the rank that saved it.
 
     Raises:
         CheckpointError: When it is damaged, or holds anything but tensors and plain values.
-        ConfigError: When there is no such folder or it was saved by another number of processes.
+        ConfigError: When there is no such folder, or no such rank in it.
     """
     path = Path(path)
     folder = settled(path)
@@ -141,30 +143,25 @@ def load_checkpoint(path: Path, *, rank: int = 0, world_size: int | None = 1) ->
         raise ConfigError(f"{path}: no such checkpoint{nearest_beside(path)}")
     manifest = _check(folder, hashes=True)
     saved = manifest["world_size"]
-    if world_size is not None and world_size != saved:
-        raise ConfigError(
-            f"{path}: saved by {_processes(saved)}, but this run has {_processes(world_size)}\n"
-            f"resume with {_processes(saved)} (torchrun --nproc-per-node), or start a new run from its weights"
-        )
-    if not 0 <= rank < saved:
-        raise ConfigError(f"{path}: saved by {_processes(saved)}, so there is no rank {rank} in it")
+    changed = world_size not in (None, saved)
+    if not changed and not 0 <= rank < saved:
+        raise ConfigError(f"{path}: saved by {processes(saved)}, so there is no rank {rank} in it")
+    wanted = range(saved) if changed else [rank]
+    states = tuple(read_tensors(folder / _rank_file(which)) for which in wanted)
     return Checkpoint(
         step=manifest["step"],
         path=folder,
         world_size=saved,
         shared=read_tensors(folder / SHARED),
-        rank_state=read_tensors(folder / _rank_file(rank)),
+        rank_state=states[0],
+        rank_states=states if changed else (),
     )
 
 
 def latest_checkpoint(
     folder: Path, *, rank: int = 0, world_size: int | None = 1, warn: Callable[[str], object] = warnings.warn
 ) -> Checkpoint | None:
-    """The newest intact checkpoint in `folder`, or None. `warn` gets a line per damaged one, on rank 0 alone.
-
-    Raises:
-        ConfigError: When the newest intact one was saved by another number of processes.
-    """
+    """The newest intact checkpoint in `folder`, or None. `warn` gets a line per damaged one, on rank 0 alone."""
     for _, path in sorted(_steps(Path(folder)).items(), reverse=True):
         try:
             return load_checkpoint(path, rank=rank, world_size=world_size)
@@ -249,7 +246,7 @@ def _check(folder: Path, *, hashes: bool) -> dict[str, Any]:
     if not numbers or not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
         raise CheckpointError(f"{path}: is not a manifest")
     if len(files) != world_size + 1 or set(files) != set(_expected_files(world_size)):
-        raise CheckpointError(f"{path}: does not list the files of {_processes(world_size)}")
+        raise CheckpointError(f"{path}: does not list the files of {processes(world_size)}")
     for name, facts in files.items():
         file = folder / name
         if not file.is_file():
@@ -303,5 +300,6 @@ def _manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _processes(count: int) -> str:
+def processes(count: int) -> str:
+    """The number in words."""
     return "1 process" if count == 1 else f"{count} processes"

@@ -272,6 +272,10 @@ class CheckpointSection(Section):
         default=None, ge=1, description="Optimizer steps between checkpoints; null: not by steps."
     )
     keep: int = Field(default=2, ge=1, description="Checkpoints kept; older ones are deleted.")
+    background: bool = Field(
+        default=True,
+        description="true: the state is copied, and training goes on while a thread writes it. false: training waits.",
+    )
 
 
 class TrainConfig(Section):

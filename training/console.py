@@ -30,6 +30,10 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def ask(self, reason: str) -> None:
+        """Stops the run as a signal would, at the end of its step and on all processes; any thread may ask."""
+        self.received = self.received or reason
+
     def _note(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt

@@ -4,11 +4,15 @@ Everything works the same in a single process, where there is no process group a
 """
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from files.errors import ConfigError, nearest
 from training.data.dataset import ReadError
@@ -24,6 +28,7 @@ class World:
         size: Number of processes.
         device: Where this process computes.
         local_size: Number of processes on this machine.
+        group: The process group they meet in; None: torch's default one.
     """
 
     rank: int
@@ -31,6 +36,7 @@ class World:
     size: int
     device: torch.device
     local_size: int = field(default=1, compare=False)
+    group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -51,11 +57,26 @@ class World:
         """Sum over processes in float64: a new tensor on this world's device (on the CPU for MPS, without float64)."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Gives every process the main one's values of these, in place. Every process must call it."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0, group=self.group)
+
+    def apart(self) -> "World":
+        """The same processes in a group of their own on the CPU, for a thread that works beside training.
+
+        Two threads that met in one group would take each other's messages. Every process must call it.
+        """
+        if self.size == 1:
+            return self
+        return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo"))
+
     def _reduce(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
         device = torch.device("cpu") if self.device.type == "mps" else self.device
         values = values.detach().to(device, torch.float64, copy=True)
         if self.size > 1:
-            dist.all_reduce(values, operation)
+            dist.all_reduce(values, operation, group=self.group)
         return values
 
 
@@ -95,6 +116,33 @@ def init_world(device: str = "auto", *, timeout: timedelta = timedelta(minutes=1
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ConfigError(f"rank {world.rank} of {size} cannot join the others at {address}: {error}") from error
     return world
+
+
+def data_parallel(model: nn.Module, world: World) -> nn.Module:
+    """The model such that its gradients are averaged over processes; as it is where there is one process.
+
+    After its first pass, DDP puts parameters into buckets in the order in which their gradients came, and rounding of a sum
+    over three or more processes depends on where in a bucket a number lies. A run that goes on would have the first order
+    for a step for which the uninterrupted one has the second; so that order is brought about here, by a pass that computes
+    nothing but sums of parameters.
+    """
+    if world.size == 1 or isinstance(model, FSDPModule):  # which does it by itself
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=ids)
+    before = vars(model).get("forward")  # a model may have one of its own beside its class's
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None  # what `model.compile()` would call instead
+    try:
+        model.forward = lambda _: torch.stack([p.float().sum() for p in model.parameters() if p.requires_grad]).sum()
+        wrapped(torch.zeros(1)).backward()
+    finally:
+        model._compiled_call_impl = compiled
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
+    model.zero_grad(set_to_none=True)
+    return wrapped
 
 
 def close_world(world: World) -> None:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from files.durable import save_text
 from files.errors import Failure
@@ -25,12 +24,13 @@ from training.checkpoint import Checkpoint
 from training.config import dump_config
 from training.console import Board, ProgressBar, StopSignals
 from training.data.dataset import ReadError
-from training.distributed import World, stop_together
+from training.distributed import World, data_parallel, stop_together
 from training.early_stopping import note_epoch, stop_reason
 from training.evaluation import evaluate
 from training.metrics import METRICS
 from training.overfit import overfit
 from training.run_folder import RunFolder, describe_environment
+from training.saving import Saver
 from training.setup import Setup, seed_everything
 from training.sharding import gathered, gradients_exchanged, is_sharded, whole, whole_state
 from training.state import Progress, RunState
@@ -71,19 +71,24 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     setup.skips.path = folder.skipped
     if world.is_main:
         _start_files(setup, folder, progress)
+    trained: nn.Module = model
     if config.runtime.compile:
         model.compile()
-    trained: nn.Module = model
     loss_fn = setup.loss_fn
     metrics: dict[str, float] = {}
-    start = saved_step = progress.step  # what is known to be on disk; nothing has to be at step 0
+    saved_step = progress.step  # saved, or on its way to the disk; nothing has to be at step 0
 
-    with StopSignals() as signals, Board(setup, folder, progress) as board, ProgressBar(setup, progress) as bar:
+    with (
+        StopSignals() as signals,
+        Saver(state, folder, on_failure=signals.ask) as saver,
+        Board(setup, folder, progress) as board,
+        ProgressBar(setup, progress) as bar,
+    ):
         try:
             while progress.epoch < config.optim.epochs and not stop_reason(config.early_stopping, progress):
                 model.train()
                 if setup.freezing.set_epoch(progress.epoch):
-                    trained = _wrapped(setup)
+                    trained = data_parallel(model, world)
                 setup.sampler.set_position(progress.epoch, progress.batch)
                 batches = setup.feed.read(setup.skips.read(iter(setup.train_loader)))
                 state.random.put_back()  # nothing may draw between here and the first step
@@ -93,47 +98,39 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
                     progress.advance(group, loss, time.perf_counter() - clock, waited=setup.feed.waited())
                     bar.step(progress, loss)
                     if stop:
-                        saved = state.save(folder)
+                        saved = saver.save_and_wait()
                         summary = _write_results(setup, folder, progress, metrics)
                         reason = signals.received or "a signal"
                         bar.write(f"{reason}: saved {saved} at step {progress.step}; go on with --resume auto")
                         return summary | {"stopped_by": reason}
                     every = config.checkpoint.every_steps
                     if every and progress.step % every == 0 and progress.batch < setup.sampler.batches_per_epoch:
-                        state.save(folder)
+                        saver.save()
                         saved_step = progress.step
                     clock = time.perf_counter()
 
                 # Before the validation, which may fail: a run resumed from here begins with it.
                 every, epoch = config.checkpoint.every_epochs, progress.epoch + 1
                 if progress.step > saved_step and (epoch == config.optim.epochs or (every and epoch % every == 0)):
-                    state.save(folder)
+                    saver.save()
                     saved_step = progress.step
-                metrics = _end_epoch(setup, folder, progress, trained=progress.step > start)
+                metrics = _end_epoch(setup, folder, progress)
                 note_epoch(config.early_stopping, progress, metrics, world)
                 bar.epoch(metrics)
                 board.write(metrics, progress.step)
             if reason := stop_reason(config.early_stopping, progress):
                 if progress.step > saved_step:
-                    state.save(folder)
+                    saver.save()
                 bar.write(reason)
+            saver.wait()
         except ReadError as error:
             if progress.step > saved_step:
-                state.save(folder)
+                saver.save_and_wait()
             kept = f"\nthe run is saved at step {progress.step}: go on with --resume" if progress.step else ""
             raise ReadError(f"{error}{kept}") from error
     if not metrics:  # resumed when nothing was left to do
         metrics = validate(setup)
     return _write_results(setup, folder, progress, metrics)
-
-
-def _wrapped(setup: Setup) -> nn.Module:
-    """The model as one of several processes trains it; DDP looks once at which parameters are trained."""
-    world = setup.world
-    if world.size == 1 or is_sharded(setup.model):
-        return setup.model
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(setup.model, device_ids=ids)
 
 
 def train_step(
@@ -242,15 +239,8 @@ def _groups(batches: Iterator[Any], size: int, world: World) -> Iterator[list[An
         yield group
 
 
-def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: bool) -> dict[str, float]:
-    """Evaluates, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch.
-
-    Args:
-        setup: The run.
-        folder: Its folder.
-        progress: At the end of the epoch.
-        trained: Whether this process took a step of it: if not, it has no drop-path counts to note.
-    """
+def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress) -> dict[str, float]:
+    """Evaluates, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch."""
     world = setup.world
     clock = time.perf_counter()
     loss_sum, samples = world.sum(torch.tensor([progress.loss_sum, progress.samples], dtype=torch.float64)).tolist()
@@ -275,8 +265,7 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
     weights = whole_state(setup.evaluated) if better else {}
     if world.is_main:
         folder.append_metrics(row)
-        if trained or not folder.drop_path.exists():
-            save_text(folder.drop_path, drop_path_report(setup.model, macs=setup.macs).to_csv())
+        save_text(folder.drop_path, drop_path_report(setup.model, macs=setup.macs).to_csv())
         if better:
             save_weights(folder.best, weights, saved_config(setup.model))
     return row
@@ -288,6 +277,8 @@ def validate(setup: Setup, batches: int | None = None) -> dict[str, float]:
     Raises:
         ReadError: See `evaluate`.
     """
+    # each process has BatchNorm statistics of its own batches; those of the main one are saved, so they are measured
+    setup.world.share(setup.evaluated.buffers())
     images = islice(setup.val_batches(), batches)
     with gathered(setup.evaluated):
         return evaluate(setup.evaluated, images, METRICS, world=setup.world, autocast=setup.autocast())

@@ -3,8 +3,9 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from files.errors import ConfigError
@@ -15,6 +16,7 @@ from training.data.build import class_names_of_data
 from training.data.dataset import ReadError
 from training.data.skipping import lost_worker
 from training.distributed import World, close_world, init_world
+from training.resuming import changes, check_epochs, same_total_batch
 from training.run_folder import RunFolder, changed_environment, latest_run, new_run_path
 from training.setup import Setup, build, describe, on_main
 
@@ -32,9 +34,12 @@ FREE_TO_CHANGE = {
     "data": {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped", "decoder"}
     | {"train_file", "val_file", "test_file", "download", "train_shards", "val_shards", "cache"},
     "runtime": {"threads"},
+    "optim": {"epochs"},  # as far as `check_epochs` allows
     "distill": {"teacher", "pretrained", "checkpoint"},  # compared by the weights themselves
     "early_stopping": {"patience"},  # a run that was stopped may be given more
 }
+# and where the number of processes is another, or the total batch is by that what it was
+FREE_WITH_OTHER_PROCESSES = {"optim": {"accumulate"}}
 
 
 def run(config: TrainConfig, folder: Path | None, *, resume: Resume = None, name: str = "run") -> dict[str, Any]:
@@ -105,9 +110,14 @@ def _prepared(config: TrainConfig, folder: Path | None, resume: Resume, name: st
                 warn(f"{change}; the result will not be bit-equal to an uninterrupted run's")
         run_folder = RunFolder(path or new_run_path(name, world))
         if resume is not None:
-            check_same_run(run_folder, setup.config)
+            other = checkpoint is not None and (checkpoint.rank_states or same_total_batch(checkpoint, setup))
+            check_same_run(run_folder, setup.config, FREE_WITH_OTHER_PROCESSES if other else {})
         if checkpoint is not None:
             run_folder.check_metrics()
+            check_epochs(checkpoint, setup.config)
+            if world.is_main:
+                for change in changes(run_folder, checkpoint, setup):
+                    warn(change)
         yield _Prepared(setup, run_folder, checkpoint)
         world.barrier()  # gloo may abort a process that leaves while another still receives from it
     except RuntimeError as error:
@@ -177,8 +187,13 @@ def _find_checkpoint(folder: RunFolder, resume: Literal["auto"] | Path, world: W
     return latest_checkpoint(folder.checkpoints, rank=world.rank, world_size=world.size, warn=warn)
 
 
-def check_same_run(folder: RunFolder, config: TrainConfig) -> None:
+def check_same_run(folder: RunFolder, config: TrainConfig, more: Mapping[str, set[str]] = MappingProxyType({})) -> None:
     """Refuses to go on with a run under settings that would make it another run; there may be none yet.
+
+    Args:
+        folder: Of the run.
+        config: To go on with.
+        more: Keys that may change beside `FREE_TO_CHANGE`, by section.
 
     Raises:
         ConfigError: Naming the first key that differs.
@@ -189,7 +204,7 @@ def check_same_run(folder: RunFolder, config: TrainConfig) -> None:
     for section in COMPARED:
         before, after = old[section], new[section]
         if section in FREE_TO_CHANGE:
-            free = FREE_TO_CHANGE[section]
+            free = FREE_TO_CHANGE[section] | more.get(section, set())
             before, after = ({k: v for k, v in d.items() if k not in free} for d in (before, after))
         if before != after:
             keys = [k for k in after if before.get(k) != after[k]] if isinstance(after, dict) else []

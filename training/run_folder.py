@@ -146,6 +146,12 @@ class RunFolder:
             lines = [COLUMNS, *([row.get(column, "") for column in COLUMNS] for row in kept)]
             save_text(self.metrics, "".join(",".join(line) + "\n" for line in lines))
 
+    def count_metrics(self, epochs: int) -> int:
+        """How many of the first `epochs` epochs have a row."""
+        header, rows = self._read_metrics()
+        told = {dict(zip(header, row, strict=False)).get("epoch", "") for row in rows}
+        return sum(epoch.isdecimal() and int(epoch) <= epochs for epoch in told)
+
     def _read_metrics(self) -> tuple[list[str], list[list[str]]]:
         """The header and the rows of metrics.csv, without a last line that a kill cut short; empty where it is not there."""
         try:

@@ -83,6 +83,11 @@ class Setup:
         return self.config.optim.epochs * self.steps_per_epoch
 
     @property
+    def total_batch(self) -> int:
+        """Samples of an optimizer step, over all processes."""
+        return self.config.data.batch_size * self.world.size * self.config.optim.accumulate
+
+    @property
     def evaluated(self) -> nn.Module:
         """The model whose accuracy counts: the average where there is one."""
         return self.model if self.ema is None else self.ema.module
@@ -338,12 +343,12 @@ def describe(setup: Setup) -> str:
     report = drop_path_report(setup.model, macs=setup.macs)
     macs = "unknown" if setup.macs is None else f"{setup.macs.total / 1e9:.3g}"
     frozen_text = f" + {frozen / 1e6:.2f} M frozen" if frozen else ""
-    batch = config.data.batch_size * world.size * config.optim.accumulate
     section = config.drop_path
     channels, height, width = setup.model.pretrained_cfg["input_size"]
     threads = torch.get_num_threads()
     profile = section.profile if isinstance(section.profile, str) else "as listed"
     sizes = ", ".join(f"{size} from epoch {epoch + 1}" for epoch, size in config.data.image_size_schedule or ())
+    optim = config.optim
     lines = [
         f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs} GMACs at "
         f"{channels} x {height} x {width}",
@@ -351,8 +356,8 @@ def describe(setup: Setup) -> str:
         f"{setup.data.num_classes} classes{', balanced' if config.data.sampler == 'balanced' else ''}",
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
         *([f"sizes     {sizes}"] if sizes else []),
-        f"training  {config.optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {batch}, {config.optim.name}, "
-        f"lr {config.optim.lr:g}, {config.optim.schedule}",
+        f"training  {optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {setup.total_batch}, {optim.name}, "
+        f"lr {optim.lr:g}, {optim.schedule}",
         *([f"loss      {words}"] if (words := config.loss.in_words) else []),
         *filter(None, [setup.distillation.describe(), setup.freezing.describe()]),
         f"device    {world.device} x {world.size}{', sharded' if config.runtime.parallel == 'fsdp' else ''}, "

@@ -521,6 +521,24 @@ def test_counts_what_was_computed(mode: str) -> None:
     assert module.samples_computed == 8, "below the break-even rate"
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_counts_go_on_in_another_module(mode: str) -> None:
+    torch.manual_seed(0)
+    module, other = DropPath(0.6, mode=mode), DropPath(0.6, mode=mode)  # type: ignore[arg-type]
+    other(torch.randn(3, 3))  # replaced
+    for _ in range(2):
+        module.residual(torch.randn(8, 3), Recorder())
+        counts = module.samples_seen, module.samples_dropped, module.samples_computed
+        other.set_counts(*counts)
+        assert (other.samples_seen, other.samples_dropped, other.samples_computed) == counts
+    assert counts[0] == 16 and counts[1] > 0
+    state = torch.get_rng_state()
+    for each in (module, other):
+        torch.set_rng_state(state)
+        each.residual(torch.randn(8, 3), Recorder())
+    assert (other.samples_seen, other.samples_dropped) == (module.samples_seen, module.samples_dropped) != counts[:2]
+
+
 def test_checkpointing_leaves_batch_norms_of_dropped_batches_alone() -> None:
     block, module = TwoBranches(), DropPath(1.0, mode="batch")
     before = {key: value.clone() for key, value in block.state_dict().items()}

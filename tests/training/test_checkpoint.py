@@ -320,13 +320,21 @@ def test_every_rank_passes_over_what_is_damaged_for_one(tmp_path, damage):
         assert len(warned) == (rank == 0) and all("rank-00001.pt" in line for line in warned)
 
 
-def test_another_world_size_is_a_mistake_that_names_both(tmp_path):
-    run_ranks(tmp_path, 1, states=[{}, {}])
-    for call in (lambda: latest_checkpoint(tmp_path), lambda: load_checkpoint(tmp_path / "step-00000001")):
-        with pytest.raises(ConfigError, match=r"saved by 2 processes, but this run has 1 process"):
-            call()
-    with pytest.raises(ConfigError, match=r"no rank 2 in it"):
-        load_checkpoint(tmp_path / "step-00000001", rank=2, world_size=None)
+def test_another_number_of_processes_gets_the_states_of_all(tmp_path):
+    run_ranks(tmp_path, 1, states=[{"r": 0}, {"r": 1}])
+    for rank, world_size in ((0, 1), (0, 3), (2, 3)):
+        for loaded in (
+            latest_checkpoint(tmp_path, rank=rank, world_size=world_size),
+            load_checkpoint(tmp_path / "step-00000001", rank=rank, world_size=world_size),
+        ):
+            assert loaded is not None and loaded.world_size == 2 and loaded.shared == {"step": 1}
+            assert loaded.rank_states == ({"r": 0}, {"r": 1}) and loaded.rank_state == {"r": 0}
+    for rank in (0, 1):
+        loaded = load_checkpoint(tmp_path / "step-00000001", rank=rank, world_size=2)
+        assert loaded.rank_states == () and loaded.rank_state == {"r": rank}
+    for world_size in (2, None):
+        with pytest.raises(ConfigError, match=r"saved by 2 processes, so there is no rank 2 in it"):
+            load_checkpoint(tmp_path / "step-00000001", rank=2, world_size=world_size)
 
 
 @pytest.mark.parametrize("bad", [0, 1])

@@ -57,3 +57,11 @@ def test_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch
         with ProgressBar(setup, Progress()) as bar:
             assert isinstance(bar.bar, PlainLines) is not terminal
             bar.step(Progress(samples=3, epoch_seconds=1.0), 0.5)
+
+
+def test_a_stop_may_be_asked_for_without_a_signal() -> None:
+    with StopSignals() as signals:
+        signals.ask("a failed save")
+        assert signals.received == "a failed save"
+        signals.ask("another")
+        assert signals.received == "a failed save", "the first reason"

@@ -93,6 +93,42 @@ def save(step, rank_state):
 
 for step in range(1, 6):
     save(step, {"rank": world.rank})
+
+# a thread that meets the others beside training, in whatever order, takes none of training's messages
+import threading, time, torch
+from torch import nn
+from training.distributed import data_parallel
+
+apart, seen = world.apart(), []
+
+def meet():
+    for number in range(12):
+        time.sleep(0.002 * (number % 3) * world.rank)
+        seen.append(apart.sum(torch.tensor(float(number))).item())
+
+thread = threading.Thread(target=meet)
+thread.start()
+for number in range(12):
+    assert world.sum(torch.tensor(1000.0 + number)).item() == 2 * (1000 + number)
+thread.join()
+assert seen == [2.0 * number for number in range(12)]
+tensors = [torch.full((2,), float(world.rank)), torch.tensor(7 + world.rank)]
+world.share(tensors)
+assert tensors[0].tolist() == [0.0, 0.0] and tensors[1].item() == 7
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+model[0].bias.requires_grad_(False)
+before, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
+wrapped = data_parallel(model, world)
+assert all(map(torch.equal, model.parameters(), before)) and torch.equal(torch.get_rng_state(), state)
+assert all(p.grad is None for p in model.parameters()) and "forward" not in vars(model)
+wrapped(torch.full((1, 3), 1.0 + world.rank)).sum().backward()
+assert wrapped.reducer._rebuild_buckets() is False, "they are settled"
+gradient = model[0].weight.grad.clone()
+model.zero_grad()
+sum(model(torch.full((1, 3), 1.0 + rank)).sum() / 2 for rank in range(2)).backward()
+torch.testing.assert_close(gradient, model[0].weight.grad)
 try:
     save(6, {"bad": numpy.float64(1)} if world.rank == 1 else {})
     raise SystemExit("rank 1 wrote what cannot be read")

@@ -27,7 +27,7 @@ def test_each_epoch_has_its_size(workers: int) -> None:
 
 
 def test_of_folders_too(images: list[str]) -> None:
-    setup = build_tiny(*images, "data.image_size_schedule=[[0, 6], [1, 12]]")
+    setup = build_tiny(*images, "augment.color_jitter=0.5", "data.image_size_schedule=[[0, 6], [1, 12]]")
     train = setup.data.train
     assert [train[(epoch, 3)][0].shape[-1] for epoch in (0, 1, 2)] == [6, 12, 12]
     (image, *_), again = train[(1, 3)], train[(2, 3)][0]

@@ -163,6 +163,7 @@ def test_cutting_keeps_the_epochs_done(tmp_path: Path, torn: str) -> None:
         folder.append_metrics(row(epoch))
     with folder.metrics.open("a") as file:
         file.write(torn)
+    assert [folder.count_metrics(epochs) for epochs in range(5)] == [0, 1, 2, 3, 3]
     folder.cut_metrics(2)
     assert [r["epoch"] for r in read(folder)] == ["1", "2"]
     folder.append_metrics(row(3))

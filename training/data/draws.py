@@ -11,6 +11,7 @@ import torch
 
 # What a stream is for, so that two purposes with the same numbers never share one.
 ORDER, SAMPLE, MIX, ERASE, REPLACE = range(1, 6)
+RESEED = 100  # of the global generators, where a run goes on with another number of processes
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

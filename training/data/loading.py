@@ -13,6 +13,7 @@ from files.errors import ConfigError
 from training.data.dataset import DataBundle, Position
 from training.data.order import Balanced, Order, Shuffled
 from training.data.skipping import collate
+from training.data.workers import leave_signals_to_the_run
 
 if TYPE_CHECKING:
     from training.config import DataSection
@@ -119,6 +120,7 @@ def _loader_options(workers: int, device: torch.device) -> dict[str, Any]:
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "pin_memory": device.type == "cuda",
+        "worker_init_fn": leave_signals_to_the_run,
         # Each iter() draws a base seed for the workers. From torch's global generator, that would move the training
         # loop's random stream, and once more after a resume in mid-epoch. Nothing depends on this seed.
         "generator": torch.Generator().manual_seed(0),

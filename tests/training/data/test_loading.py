@@ -17,6 +17,7 @@ from tests.training.data.parts import (
     sampler_of,
     train_loader,
 )
+from training.data.dataset import Position
 from training.data.loading import EpochSampler, build_val_loader
 
 
@@ -62,7 +63,7 @@ def test_too_few_images_for_one_batch_everywhere(image_root: Path) -> None:
     assert len(train_loader(bundle, batch_size=15)) == 1
 
 
-def batches_of(sampler: EpochSampler, epoch: int, batch: int = 0) -> list[list[tuple[int, int]]]:
+def batches_of(sampler: EpochSampler, epoch: int, batch: int = 0) -> list[list[Position]]:
     sampler.set_position(epoch, batch)
     return list(sampler)
 
@@ -74,7 +75,7 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch() -> None:
     assert all(len(batch) == 8 and {e for e, _ in batch} == {0} for batch in first)
     assert [i for batch in first for _, i in batch] != sorted(i for batch in first for _, i in batch)
 
-    def indices(batches: list[list[tuple[int, int]]]) -> list[int]:
+    def indices(batches: list[list[Position]]) -> list[int]:
         return [i for batch in batches for _, i in batch]
 
     assert batches_of(sampler, 1)[0][0][0] == 1

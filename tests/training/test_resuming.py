@@ -1,0 +1,245 @@
+"""What may be different when a run goes on, and that it is said."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from files.errors import ConfigError
+from tests.training.parts import TINY, build_tiny
+from training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from training.config import dump_config, load_config
+from training.distributed import World
+from training.report import page
+from training.resuming import changes, check_epochs, same_total_batch
+from training.run import run
+from training.run_folder import RunFolder
+from training.setup import Setup
+from training.state import RunState
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "write_report", lambda _: None)  # its pictures take longer than all the rest
+
+
+def train(folder: Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
+    config = load_config(RunFolder(folder).config if resume else None, [*(() if resume else TINY), *overrides])
+    return run(config, folder, resume="auto" if resume else None)
+
+
+def epochs_of(folder: Path) -> list[dict[str, str]]:
+    with RunFolder(folder).metrics.open() as file:
+        return list(csv.DictReader(file))
+
+
+# ---- epochs -----------------------------------------------------------------------------------------------------
+
+SCHEDULES = {
+    "both": (
+        ["drop_path.schedule={kind: ramp}"],
+        "lr and drop-path schedules now run to epoch 4; the run is no longer",
+    ),
+    "lr": ([], "lr schedule now runs to epoch 4; the run is no longer that of the first config"),
+    "drop path": (
+        ["drop_path.schedule={kind: cosine}", "optim.schedule=constant"],
+        "4: drop-path schedule now runs to",
+    ),
+    "none": (
+        ["drop_path.schedule={kind: early, cutoff_epochs: 1}", "optim.schedule=constant"],
+        "no schedule depends on",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_change_of_schedules_is_said(name: str, tmp_path: Path) -> None:
+    overrides, words = SCHEDULES[name]
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(dump_config(build_tiny(*overrides).config))
+    checkpoint = saved_by(1, tmp_path, epoch=0, batch=0)
+    checkpoint = replace(checkpoint, rank_states=())
+    (told,) = changes(folder, checkpoint, build_tiny(*overrides, "optim.epochs=4"))
+    assert told.startswith("optim.epochs was 2, is now 4") and words in told
+    assert changes(folder, checkpoint, build_tiny(*overrides)) == []
+
+
+def test_epochs_may_be_raised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path)
+    capsys.readouterr()
+    summary = train(tmp_path, "optim.epochs=4", resume=True)
+    assert capsys.readouterr().err.count("warning: optim.epochs was 2, is now 4: lr schedule now runs to epoch 4") == 1
+    assert summary["epochs"] == 4 and summary["steps"] == 20
+    assert load_config(RunFolder(tmp_path).config).optim.epochs == 4
+    rows = epochs_of(tmp_path)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert float(rows[2]["lr"]) > float(rows[3]["lr"])
+    RunFolder(tmp_path).metrics.unlink()
+    train(tmp_path, resume=True)
+    told = capsys.readouterr().err
+    assert "optim.epochs was" not in told, "it is the run's config now"
+    assert "metrics.csv tells of 0 of the 3 epochs done; the others are lost" in told
+    assert len(epochs_of(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_without_a_schedule_more_epochs_are_what_a_longer_run_is(tmp_path: Path) -> None:
+    plain = ["optim.schedule=constant"]
+    whole = train(tmp_path / "whole", *plain, "optim.epochs=3")
+    train(tmp_path / "run", *plain)
+    assert train(tmp_path / "run", "optim.epochs=3", resume=True)["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_fewer_epochs_than_begun_are_refused(tmp_path: Path) -> None:
+    train(tmp_path, "optim.epochs=3", "checkpoint.every_steps=2", "checkpoint.keep=9")
+    config = load_config(RunFolder(tmp_path).config)
+    checkpoints = RunFolder(tmp_path).checkpoints
+    for step, begun in ((4, 1), (5, 1), (6, 2), (15, 3)):
+        checkpoint = load_checkpoint(checkpoints / f"step-{step:08d}")
+        for epochs in range(1, 4):
+            other = config.model_copy(update={"optim": config.optim.model_copy(update={"epochs": epochs})})
+            if epochs < begun:
+                with pytest.raises(
+                    ConfigError, match=rf"optim\.epochs is {epochs}, but .* is in epoch {begun}; give at"
+                ):
+                    check_epochs(checkpoint, other)
+            else:
+                check_epochs(checkpoint, other)
+    before = RunFolder(tmp_path).config.read_text()
+    with pytest.raises(ConfigError, match=r"optim\.epochs is 2"):
+        train(tmp_path, "optim.epochs=2", resume=True)
+    assert RunFolder(tmp_path).config.read_text() == before
+
+
+# ---- processes --------------------------------------------------------------------------------------------------
+
+
+def saved_by(size: int, folder: Path, *, epoch: int, batch: int, overrides: tuple[str, ...] = ()) -> Checkpoint:
+    """A checkpoint as that many processes would have saved it, each with sums of its own."""
+    setup = build_tiny(*overrides, world=rank(0, size))
+    state = RunState(setup)
+    state.progress.epoch, state.progress.batch = epoch, batch
+    state.progress.step = epoch * setup.steps_per_epoch + -(-batch // setup.config.optim.accumulate)
+    snapshot = state.snapshot()
+    own = [
+        {**snapshot.own, "progress": {**snapshot.own["progress"], "loss_sum": 10.0 * (r + 1), "samples": r + 1}}
+        for r in range(size)
+    ]
+    return Checkpoint(snapshot.step, folder, size, snapshot.shared, own[0], tuple(own))
+
+
+class Pretended(World):
+    """One of several processes, of which the others are not there."""
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+
+def rank(number: int, size: int) -> World:
+    return Pretended(rank=number, local_rank=number, size=size, device=torch.device("cpu"))
+
+
+def go_on(checkpoint: Checkpoint, size: int, *overrides: str, number: int = 0) -> tuple[Setup, RunState]:
+    setup = build_tiny(*overrides, world=rank(number, size))
+    state = RunState(setup)
+    state.restore(checkpoint)
+    return setup, state
+
+
+# 1,437 digits; batches per epoch of 64: 22 by one process, 11 by two, 5 by four, 7 by three
+@pytest.mark.parametrize(
+    ("before", "after", "accumulate", "batch", "expected", "step"),
+    [
+        (2, 1, 1, 3, 6, 28),  # 384 samples seen; 22 steps per epoch
+        (2, 1, 2, 3, 6, 14),  # as many per step as before: the same steps
+        (1, 2, 1, 3, 2, 13),  # 192 seen, goes on behind 256
+        (1, 4, 1, 5, 2, 7),
+        (4, 3, 1, 1, 2, 9),  # 256 seen, goes on behind 384
+        (2, 1, 4, 3, 8, 8),  # a step of 4 x 64: behind 512; 6 steps per epoch
+        (2, 1, 1, 11, 22, 44),  # at the end of the epoch, its validation is still to come
+        (1, 4, 1, 22, 5, 10),
+        (1, 4, 1, 21, 5, 10),  # no whole step is left
+        (2, 1, 1, 0, 0, 22),
+    ],
+)
+def test_another_number_of_processes_goes_on_behind_the_samples_seen(
+    tmp_path: Path, before: int, after: int, accumulate: int, batch: int, expected: int, step: int
+) -> None:
+    small = "data.batch_size=64"
+    checkpoint = saved_by(before, tmp_path, epoch=1, batch=batch, overrides=(small,))
+    again = f"optim.accumulate={accumulate}"
+    states = [go_on(checkpoint, after, small, again, number=r)[1] for r in range(after)]
+    for state in states:
+        assert (state.progress.epoch, state.progress.batch, state.progress.step) == (1, expected, step)
+    assert sum(state.progress.samples for state in states) == before * (before + 1) / 2, "as many as were seen"
+    assert sum(state.progress.loss_sum for state in states) == 10 * before * (before + 1) / 2
+
+
+def test_a_sampler_deals_the_rest_without_duplicates(tmp_path: Path) -> None:
+    small = "data.batch_size=64"
+
+    def indices(size: int, first: int, last: int | None) -> set[int]:
+        found = []
+        for r in range(size):
+            sampler = build_tiny(small, world=rank(r, size)).sampler
+            sampler.set_position(1, first)
+            found += [index for batch in list(sampler)[: None if last is None else last - first] for _, index in batch]
+        assert len(found) == len(set(found))
+        return set(found)
+
+    seen = indices(2, 0, 3)
+    _, state = go_on(saved_by(2, tmp_path, epoch=1, batch=3, overrides=(small,)), 3, small)
+    rest = indices(3, state.progress.batch, None)
+    assert not seen & rest and len(seen) == 384 and len(seen | rest) == 3 * 7 * 64
+
+
+def test_each_process_draws_for_itself_and_by_the_step(tmp_path: Path) -> None:
+    draws = set()
+    for epoch, number, seed in ((0, 0, 0), (0, 1, 0), (0, 2, 0), (1, 0, 0), (0, 0, 1)):
+        checkpoint = saved_by(2, tmp_path, epoch=epoch, batch=2)
+        for _ in range(2):
+            _, state = go_on(checkpoint, 3, f"seed={seed}", number=number)
+            state.random.put_back()
+            first = torch.rand(()).item()
+            draws.add(first)
+            torch.rand(7)
+    assert len(draws) == 5, "equal where all is equal, else different"
+    _, state = go_on(replace(checkpoint, rank_states=()), 1)
+    before = torch.get_rng_state()
+    state.random.put_back()
+    assert torch.equal(torch.get_rng_state(), checkpoint.rank_state["random"]["torch"])
+    torch.set_rng_state(before)
+
+
+def test_what_is_no_longer_exact_is_said(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    small = ("data.batch_size=64", "augment.mixup=0.2")
+    checkpoint = saved_by(1, tmp_path, epoch=1, batch=3, overrides=small)
+    (told,) = changes(folder, checkpoint, go_on(checkpoint, 2, *small)[0])[:1]
+    for words in ("saved by 1 process, goes on with 2", "not be bit-equal", "seeded by (seed, step, rank)", "mixup and",
+                  "epoch 2 goes on behind its first 256 samples, of which 64 are left out",
+                  "step 25 is step 13 of 22", "the total batch was 64, is now 128"):  # fmt: skip
+        assert words in told, words
+    assert "keeps it" not in told, "no whole number does"
+    checkpoint = saved_by(2, tmp_path, epoch=0, batch=3, overrides=small[:1])
+    told = changes(folder, checkpoint, go_on(checkpoint, 1, *small[:1])[0])[0]
+    assert "optim.accumulate=2 keeps it" in told and "left out" not in told and "mixup" not in told
+    setup, _ = go_on(checkpoint, 1, *small[:1], "optim.accumulate=2")
+    told = changes(folder, checkpoint, setup)[0]
+    assert "the total batch stays 128" in told and "counted anew" not in told
+    assert same_total_batch(checkpoint, setup)
+
+
+def test_accumulation_may_change_to_keep_the_total_batch_and_else_not(tmp_path: Path) -> None:
+    train(tmp_path, "checkpoint.every_steps=2")
+    for accumulate in (2, 3):
+        with pytest.raises(ConfigError, match=f"optim.accumulate is {accumulate}, but the run"):
+            train(tmp_path, f"optim.accumulate={accumulate}", resume=True)
+    # a run that went on with other processes was killed before its next checkpoint: its config is ahead of that
+    config = RunFolder(tmp_path).config
+    config.write_text(config.read_text().replace("accumulate: 1", "accumulate: 2"))
+    assert train(tmp_path, "optim.accumulate=1", resume=True)["steps"] == 10
+    assert latest_checkpoint(RunFolder(tmp_path).checkpoints) is not None
