@@ -31,12 +31,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done or saved, 1 failed while running, 2 a mistake in what was given."""
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     return run_command(lambda: train(args))
 
 
 def train(args: argparse.Namespace) -> int:
     """Prints the config, or the plan, or trains."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     name = args.config.stem if args.config else "digits"
     resume: Resume = args.resume if args.resume in (None, "auto") else Path(args.resume)
     folder = find_folder(args.output, resume=resume, name=name)

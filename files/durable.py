@@ -111,9 +111,10 @@ def warn_only(path: Path) -> Iterator[None]:
         warnings.warn(f"{path}: cannot be removed: {error.strerror}", stacklevel=2)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, *, parents: bool = True) -> None:
+    """Makes a folder, durably; without `parents`, only where there is one to hold it."""
     if not folder.exists():
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=parents)
         sync_folder(folder.parent)
 
 

@@ -1,8 +1,11 @@
 """What a user's mistake and a failed run raise, what scripts make of it, and the nearest known word to a mistyped one."""
 
+import contextlib
 import difflib
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -31,9 +34,78 @@ def run_command(command: Callable[[], int]) -> int:
     """Runs the work of a script and returns its exit code: its own, 2 after a ConfigError, 1 after a Failure.
 
     Both are printed as `error: ...` to standard error. Any other error is a mistake of ours and passes, traceback and all.
+    Ctrl-C ends it with code 130. Nobody has to listen: where standard output or error is closed, or the pipe's reader
+    leaves, as `head` does, what is printed is dropped and the work goes on.
     """
-    try:
-        return command()
-    except (ConfigError, Failure) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    with lasting_output():
+        try:
+            return command()
+        except (ConfigError, Failure) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ConfigError) else 1
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            return 130
+
+
+class LastingStream:
+    """A text stream that drops what is written to it from the moment on that it cannot be written to."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except UnicodeEncodeError:  # a name in another encoding than the terminal's
+            encoding = self.stream.encoding or "ascii"
+            return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Puts the null device in the place of the file, for all who write to it, and for what is written at exit."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(null, self.stream.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Lets standard output and error outlast their readers."""
+    for descriptor in (
+        0,
+        1,
+        2,
+    ):  # of one that is closed the next file to be opened would get the number, and the prints
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as null_stream:
+        out, err = (LastingStream(null_stream if stream is None else stream) for stream in before)
+        sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
+            if sys.stdout is out:
+                sys.stdout = before[0]
+            if sys.stderr is err:
+                sys.stderr = before[1]

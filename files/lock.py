@@ -102,7 +102,7 @@ def _acquire(folder: Path) -> int | None:
         try:
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise ConfigError(f"cannot write to {folder}: {error.strerror}") from None
+            raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another --output") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -7,6 +7,7 @@ was killed and resumed ends with the weights of one that was not.
 
 import contextlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from files.durable import save_text
-from files.errors import Failure
 from models.factory import saved_config
 from models.weights import save_weights, weights_sha256
 from stochastic_depth.report import drop_path_report
@@ -35,24 +35,23 @@ from training.setup import Setup, seed_everything
 from training.state import Progress, RunState
 
 
-class NonFiniteError(Failure):
-    """A loss or gradient that is not finite; raised on all ranks before the optimizer step."""
-
-
 class Stepped(NamedTuple):
-    """What became of a step: this rank's mean loss, and whether any process was told to stop."""
+    """What became of a step: this rank's mean loss, NaN for one left out, and whether any process was told to stop."""
 
     loss: float
     stop: bool
 
 
-def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
+def train(
+    setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None, signals: StopSignals | None = None
+) -> dict[str, Any]:
     """Trains to the end, or until a signal.
 
     Args:
         setup: Built from the config.
         folder: Made and checked.
         checkpoint: Where to go on, or `None` from the start.
+        signals: Of the caller, who takes them from before this begins until after it ends; `None`: its own.
 
     Returns:
         The content of summary.json; with the key `stopped_by` when a signal ended the run early.
@@ -67,7 +66,7 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     if checkpoint is not None:
         state.restore(checkpoint)
     progress = state.progress
-    setup.skips.path = folder.skipped
+    setup.skips.path, setup.non_finite.path = folder.skipped, folder.non_finite
     if world.is_main:
         _start_files(setup, folder, progress)
     if config.runtime.compile:
@@ -80,7 +79,8 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     metrics: dict[str, float] = {}
     start = saved_step = progress.step  # what is known to be on disk; nothing has to be at step 0
 
-    with StopSignals() as signals, Board(folder, world, progress) as board, ProgressBar(setup, progress) as bar:
+    taken = contextlib.nullcontext(signals) if signals is not None else StopSignals()
+    with taken as signals, Board(folder, world, progress) as board, ProgressBar(setup, progress) as bar:
         try:
             while progress.epoch < config.optim.epochs:
                 model.train()
@@ -93,11 +93,8 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
                     progress.advance(group, loss, time.perf_counter() - clock)
                     bar.step(progress, loss)
                     if stop:
-                        saved = state.save(folder)
-                        summary = _write_results(setup, folder, progress, metrics)
-                        reason = signals.received or "a signal"
-                        bar.write(f"{reason}: saved {saved} at step {progress.step}; go on with --resume auto")
-                        return summary | {"stopped_by": reason}
+                        state.save(folder)
+                        return _stop(setup, folder, progress, metrics, signals, bar)
                     every = config.checkpoint.every_steps
                     if every and progress.step % every == 0 and progress.batch < setup.sampler.batches_per_epoch:
                         state.save(folder)
@@ -109,7 +106,12 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
                 if progress.step > saved_step and (epoch == config.optim.epochs or (every and epoch % every == 0)):
                     state.save(folder)
                     saved_step = progress.step
-                metrics = _end_epoch(setup, folder, progress, trained=progress.step > start)
+                ended = _end_epoch(setup, folder, progress, signals=signals, trained=progress.step > start)
+                if ended is None:
+                    if progress.step > saved_step:
+                        state.save(folder)
+                    return _stop(setup, folder, progress, metrics, signals, bar)
+                metrics = ended
                 bar.epoch(metrics)
                 board.write(metrics, progress.step)
         except ReadError as error:
@@ -137,6 +139,7 @@ def train_step(
         NonFiniteError: On every rank, before the optimizer step.
     """
     config, world = setup.config, setup.world
+    setup.non_finite.keep(setup.model)
     setup.scheduler.step_update(progress.step)
     setup.depth.set_step(progress.step)
     setup.optimizer.zero_grad(set_to_none=True)
@@ -165,10 +168,14 @@ def train_step(
         norm = torch.zeros_like(norm)
     mean_loss, faults, stop = _agree(world, total, norm, stop=signals.received is not None)
     if any(faults):
-        raise _not_finite(world, progress.step, faults, seen)
+        setup.non_finite.meet(world, setup.model, progress, faults, seen)
+        setup.optimizer.zero_grad(set_to_none=True)
+        setup.scaler.update()
+        return Stepped(math.nan, stop)
+    scale = setup.scaler.get_scale()
     setup.scaler.step(setup.optimizer)
     setup.scaler.update()
-    if setup.ema is not None:
+    if setup.ema is not None and setup.scaler.get_scale() >= scale:  # lower: the scaler left out a step that overflowed
         setup.ema.update(setup.model, step=progress.step)
     return Stepped(mean_loss, stop)
 
@@ -189,27 +196,6 @@ def _agree(world: World, loss: Tensor, norm: Tensor, *, stop: bool) -> tuple[flo
     return number, [int(fault) for fault in faults], stops > 0
 
 
-def _not_finite(
-    world: World, step: int, faults: list[int], seen: list[tuple[Tensor, Tensor, Tensor]]
-) -> NonFiniteError:
-    """The error to raise on this rank; it names its own samples where it is at fault."""
-    # the exchange of gradients spreads what one rank's loss began to all ranks
-    ranks = [rank for rank, fault in enumerate(faults) if fault == max(faults)]
-    where = ""
-    if world.rank in ranks:
-        suspects: list[int] = []
-        for loss, rows, indices in seen:
-            if not math.isfinite(loss.item()):
-                suspects += indices[rows.cpu()].tolist() or indices.tolist()
-        suspects = suspects or [index for _, _, indices in seen for index in indices.tolist()]
-        shown = ", ".join(map(str, suspects[:16])) + (f" and {len(suspects) - 16} more" if len(suspects) > 16 else "")
-        where = f"\nrank {world.rank}: in training samples {shown}"
-    return NonFiniteError(
-        f"step {step}: loss or gradient is not finite on rank {', '.join(map(str, ranks))}; stopped before the optimizer "
-        f"step{where}\nlower optim.lr, set optim.clip_grad, or use runtime.precision=float32; the last checkpoint is good"
-    )
-
-
 def _groups(batches: Iterator[Any], size: int, world: World) -> Iterator[list[Any]]:
     """Lists of `size` batches; the last of an epoch may be shorter.
 
@@ -228,24 +214,49 @@ def _groups(batches: Iterator[Any], size: int, world: World) -> Iterator[list[An
         yield group
 
 
-def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: bool) -> dict[str, float]:
+def _stop(
+    setup: Setup,
+    folder: RunFolder,
+    progress: Progress,
+    metrics: dict[str, float],
+    signals: StopSignals,
+    bar: ProgressBar,
+) -> dict[str, Any]:
+    """Says that the run stops at a signal, where it was saved; returns the summary."""
+    summary = _write_results(setup, folder, progress, metrics)
+    reason = signals.received or "a signal"
+    saved = folder.checkpoints / f"step-{progress.step:08d}"
+    bar.write(f"{reason}: saved {saved} at step {progress.step}; go on with --resume auto")
+    return summary | {"stopped_by": reason}
+
+
+def _end_epoch(
+    setup: Setup, folder: RunFolder, progress: Progress, *, signals: StopSignals, trained: bool
+) -> dict[str, float] | None:
     """Evaluates, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch.
 
     Args:
         setup: The run.
         folder: Its folder.
         progress: At the end of the epoch.
+        signals: May end the evaluation early.
         trained: Whether this process took a step of it: if not, it has no drop-path counts to note.
+
+    Returns:
+        The row of metrics.csv. `None` where a process was told to stop before the evaluation was done: nothing is noted then,
+        and a resumed run begins with it.
     """
     world = setup.world
     clock = time.perf_counter()
     loss_sum, samples = world.sum(torch.tensor([progress.loss_sum, progress.samples], dtype=torch.float64)).tolist()
-    metrics = validate(setup)
+    metrics = validate(setup, signals=signals)
+    if world.any(signals.received is not None):
+        return None
     progress.seconds += time.perf_counter() - clock
     row: dict[str, float] = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
-        "train_loss": loss_sum / samples,
+        "train_loss": loss_sum / samples if samples else math.nan,  # all steps were left out
         **metrics,
         "lr": setup.lr,
         "drop_path_rate": setup.drop_path_rate,
@@ -264,13 +275,14 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, trained: 
     return row
 
 
-def validate(setup: Setup, batches: int | None = None) -> dict[str, float]:
-    """The metrics of the model whose accuracy counts, on all validation images or some batches.
+def validate(setup: Setup, batches: int | None = None, *, signals: StopSignals | None = None) -> dict[str, float]:
+    """The metrics of the model whose accuracy counts, on all validation images or some batches, or until a signal.
 
     Raises:
         ReadError: See `evaluate`.
     """
     images = islice(setup.val_batches(), batches)
+    images = images if signals is None else signals.until_told(images)
     return evaluate(setup.evaluated, images, METRICS, world=setup.world, autocast=setup.autocast())
 
 
@@ -278,6 +290,7 @@ def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
     if progress.step == 0:
         folder.metrics.unlink(missing_ok=True)
         folder.skipped.unlink(missing_ok=True)
+    setup.non_finite.start(progress.step)
     folder.cut_metrics(progress.epoch)
     save_text(folder.config, dump_config(setup.config))
     folder.write_json(folder.data, setup.data.identity)
@@ -296,6 +309,7 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "epochs": progress.epoch,
         "steps": progress.step,
         "skipped_images": {part: setup.skips.count(part) for part in ("train", "val")},
+        "non_finite_steps": progress.non_finite,
         "seconds": progress.seconds,
         "images_per_second": metrics.get("images_per_second"),
         "peak_memory_mb": round(peak, 1),
@@ -303,10 +317,22 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "ema_sha256": None if setup.ema is None else weights_sha256(setup.ema.module.state_dict()),
     }
     folder.write_json(folder.summary, summary)
-    from training.report.page import write_report  # matplotlib and jinja2, which nothing else of a run needs
-
-    write_report(folder.path)
+    _write_report(folder)
     return summary
+
+
+def _write_report(folder: RunFolder) -> None:
+    """report.html. It tells of a run and can be made again at any time, so that its failure is not the run's."""
+    try:
+        from training.report.page import write_report  # matplotlib and jinja2, which nothing else of a run needs
+
+        write_report(folder.path)
+    except Exception as error:
+        what = str(error).partition("\n")[0] or type(error).__name__
+        print(
+            f"warning: no report: {what}; to make it: python -m training.report {shlex.quote(str(folder.path))}",
+            file=sys.stderr,
+        )
 
 
 def _peak_rss_mb() -> float:
@@ -321,6 +347,7 @@ def _peak_rss_mb() -> float:
 
 def dry_run(setup: Setup) -> str:
     """Runs one training step and one validation batch; nothing is kept. Returns what to print."""
+    setup.non_finite.limit = None  # what a run would leave out, a plan names
     setup.sampler.set_position(0, 0)
     setup.model.train()
     group = next(_groups(setup.skips.read(iter(setup.train_loader)), setup.config.optim.accumulate, setup.world))

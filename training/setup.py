@@ -31,6 +31,7 @@ from training.data.mixing import BatchMixer
 from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
 from training.distributed import World
+from training.non_finite import NonFiniteSteps
 from training.optim import build_ema, build_optimizer, build_scheduler
 from training.threads import number_of_threads
 
@@ -47,6 +48,7 @@ class Setup:
     train_loader: DataLoader
     val_loader: DataLoader
     skips: SkipList
+    non_finite: NonFiniteSteps
     mixer: BatchMixer
     precision: torch.dtype
     channels_last: bool
@@ -177,6 +179,7 @@ def build(
         train_loader=train_loader,
         val_loader=val_loader,
         skips=SkipList(config.data),
+        non_finite=NonFiniteSteps(config.optim),
         mixer=BatchMixer(config.augment, num_classes, seed=config.seed, rank=world.rank),
         precision=precision,
         channels_last=channels_last,

@@ -1,5 +1,6 @@
 """What of a run changes with time, saved and restored over one table of named states."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ class Progress:
         samples: This rank's samples in the current epoch.
         seconds: Training and validation time so far.
         epoch_seconds: Training time in the current epoch.
+        non_finite: Steps left out because their loss or gradient was not finite (`training.non_finite`).
     """
 
     epoch: int = 0
@@ -40,14 +42,18 @@ class Progress:
     samples: int = 0
     seconds: float = 0.0
     epoch_seconds: float = 0.0
+    non_finite: int = 0
 
     def advance(self, batches: list[Any], loss: float, seconds: float) -> None:
-        """Notes an optimizer step over some batches and its mean loss."""
+        """Notes an optimizer step over some batches and its mean loss; NaN: it was left out, and nothing was learned."""
         count = sum(len(targets) for _, targets, _ in batches)
         self.step += 1
         self.batch += len(batches)
-        self.samples += count
-        self.loss_sum += loss * count
+        if math.isnan(loss):
+            self.non_finite += 1
+        else:
+            self.samples += count
+            self.loss_sum += loss * count
         self.seconds += seconds
         self.epoch_seconds += seconds
 

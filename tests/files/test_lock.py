@@ -94,7 +94,7 @@ def test_a_deleted_folder_is_let_go_without_an_error(tmp_path: Path) -> None:
 
 def test_no_lock_and_no_holder_where_there_is_no_folder(tmp_path: Path) -> None:
     assert holder(tmp_path / "none") is None
-    with pytest.raises(ConfigError, match="cannot write to .*none: No such file"), locked(tmp_path / "none"):
+    with pytest.raises(ConfigError, match=r"cannot write to .*none: No such file"), locked(tmp_path / "none"):
         pass
 
 

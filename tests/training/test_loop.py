@@ -23,7 +23,8 @@ from training.config import load_config
 from training.console import StopSignals
 from training.data.dataset import ReadError
 from training.distributed import World
-from training.loop import NonFiniteError, Stepped, dry_run, train, train_step, validate
+from training.loop import Stepped, dry_run, train, train_step, validate
+from training.non_finite import NonFiniteError
 from training.report import page
 from training.run_folder import RunFolder
 from training.setup import Setup
