@@ -11,9 +11,15 @@ from typing import Any
 class ConfigError(ValueError):
     """A mistake in what the user gave: one to three lines saying what, where, what is allowed. Scripts exit with 2."""
 
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
+
 
 class Failure(RuntimeError):
     """What went wrong while running, in one to three lines that name it. Scripts exit with 1."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class FieldError(ValueError):
@@ -22,6 +28,14 @@ class FieldError(ValueError):
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
         self.key_path = tuple(key.split("."))
+
+
+def printable(text: str) -> str:
+    """The text with what no terminal shows, or what would change how it shows the rest, as Python writes it: `\\x00`.
+
+    Names of files and keys may hold anything. Line breaks stay.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

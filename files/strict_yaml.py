@@ -144,7 +144,7 @@ def set_overrides(document: Document, words: Iterable[str], *, annotation: Calla
     """
     for word in words:
         key, separator, text = word.partition("=")
-        key, place = key.strip(), f"on the command line: {word if word.isprintable() else ascii(word)}"
+        key, place = key.strip(), f"on the command line: {_cut(word if word.isprintable() else ascii(word))}"
         if not separator or not key:
             raise ConfigError(f"{place}: expected KEY=VALUE, for example {example}")
         try:
@@ -206,7 +206,13 @@ def validate(model_cls: type[Model], document: Document | dict[str, Any], *, sou
 
 def dotted(key_path: KeyPath) -> str:
     """('profile', 1) -> 'profile[1]'; ('optim', 'lr') -> 'optim.lr'."""
-    return "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in key_path).removeprefix(".")
+    names = (f"[{k}]" if isinstance(k, int) else f".{_cut(k) if k.isprintable() else _cut(ascii(k))}" for k in key_path)
+    return "".join(names).removeprefix(".")
+
+
+def _cut(text: str, length: int = 150) -> str:
+    """The text, or its beginning where nobody would read to the end."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def known_keys(model_cls: type[BaseModel], prefix: str = "") -> list[str]:

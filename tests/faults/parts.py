@@ -109,8 +109,9 @@ class Zygote:
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        self.process = subprocess.Popen([sys.executable, "-P", str(Path(__file__).with_name("zygote.py"))],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)  # fmt: skip
+        command = [sys.executable, "-P", str(Path(__file__).with_name("zygote.py"))]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.count = 0
 
     def ask(self, request: dict[str, Any]) -> Any:
@@ -144,8 +145,18 @@ class Zygote:
         for path in (out, err):
             path.touch()
             path.chmod(0o666)
-        request = {"what": "start", "arguments": [str(a) for a in arguments], "cwd": str(cwd), "hook": hook,
-                   "env": env or {}, "limits": limits or {}, "user": user, "report": report, "out": str(out), "err": str(err)}  # fmt: skip
+        request = {
+            "what": "start",
+            "arguments": [str(a) for a in arguments],
+            "cwd": str(cwd),
+            "hook": hook,
+            "env": env or {},
+            "limits": limits or {},
+            "user": user,
+            "report": report,
+            "out": str(out),
+            "err": str(err),
+        }
         return Run(self, self.ask(request), out, err)
 
     def run(self, *arguments: str | Path, cwd: Path, timeout: float = PATIENCE, **options: Any) -> Done:

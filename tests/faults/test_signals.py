@@ -9,25 +9,31 @@ from tests.faults.parts import TINY, Zygote, read_metrics, same_result, steps, s
 
 pytestmark = pytest.mark.slow
 
-# Each sends SIGTERM to its own process as a phase begins.
+# What makes a hook send SIGTERM to its own process as a phase begins.
 PHASES = {
-    "building": "from training import run as m\n_real = m.build\nm.build = lambda *a, **k: (tell(), _real(*a, **k))[1]",
-    "checking": "from training import setup as m\n_real = m.check_images\nm.check_images = lambda *a, **k: (tell(), _real(*a, **k))[1]",
-    "first files": "from training import loop as m\n_real = m._start_files\nm._start_files = lambda *a, **k: (tell(), _real(*a, **k))[1]",
+    "building": "before('training.run', 'build')",
+    "checking": "before('training.setup', 'check_images')",
+    "first files": "before('training.loop', '_start_files')",
     "first step": "at_step(0)",
     "mid-epoch": "at_step(7)",
     "last step": "at_step(14)",
-    "validation": "from training import loop as m\n_real = m.evaluate\nm.evaluate = lambda *a, **k: (tell(), _real(*a, **k))[1]",
-    "save": "from training import checkpoint as m\n_real = m._write_manifest\nm._write_manifest = lambda *a, **k: (tell(), _real(*a, **k))[1]",
-    "report": "from training.report import page as m\n_real = m.write_report\nm.write_report = lambda *a, **k: (tell(), _real(*a, **k))[1]",
+    "validation": "before('training.loop', 'evaluate')",
+    "save": "before('training.checkpoint', '_write_manifest')",
+    "report": "before('training.report.page', 'write_report')",
 }
 TELL = """
-import os, signal
+import importlib, os, signal
 told = []
+SIGNALS = [signal.SIGTERM]
 def tell():
     if not told:
         told.append(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+def before(module, name):
+    module = importlib.import_module(module)
+    real = getattr(module, name)
+    setattr(module, name, lambda *a, **k: (tell(), real(*a, **k))[1])
 def at_step(number):
     from training import loop as m
     real = m.train_step
@@ -60,34 +66,21 @@ def test_sigterm(phase: str, zygote: Zygote, whole: Path, tmp_path: Path) -> Non
     same_result(folder, whole)
 
 
-def test_a_second_sigterm_during_the_save(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
-    hook = (
-        TELL + "at_step(6)\n" + PHASES["save"].replace("tell()", "(os.kill(os.getpid(), 15), os.kill(os.getpid(), 10))")
-    )
-    done = zygote.run(
-        *TINY, "checkpoint.every_epochs=null", "--output", tmp_path / "run", cwd=tmp_path, hook=hook
-    ).fine()
-    assert "saved" in done.out and steps(tmp_path / "run") == [7]
-    zygote.run("--resume", tmp_path / "run", cwd=tmp_path).fine()
-    same_result(tmp_path / "run", whole)
+def test_a_second_signal_during_the_save(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = [*TINY, "checkpoint.every_epochs=null"]
+    # the first in the step, two more while it is saved for that
+    again = TELL.replace("told", "again").replace("tell", "tell_again").replace("[signal", "[signal.SIGUSR1, signal")
+    hook = TELL + "at_step(6)\n" + again + PHASES["save"]
+    done = zygote.run(*settings, "--output", folder, cwd=tmp_path, hook=hook).fine()
+    assert "saved" in done.out and steps(folder) == [7]
+    zygote.run("--resume", folder, cwd=tmp_path).fine()
+    same_result(folder, whole)
 
 
 def test_ctrl_c_twice(zygote: Zygote, tmp_path: Path) -> None:
     """The second one does not wait for the step; it costs a line and no traceback."""
-    hook = (
-        TELL.replace("SIGTERM", "SIGINT")
-        + """
-import time
-from training import loop as m
-real = m.train_step
-def step(*a, **k):
-    if a[3].step == 6:
-        tell()
-        os.kill(os.getpid(), signal.SIGINT)
-    return real(*a, **k)
-m.train_step = step
-"""
-    )
+    hook = TELL.replace("[signal.SIGTERM]", "[signal.SIGINT, signal.SIGINT]") + "at_step(6)"
     done = zygote.run(*TINY, "--output", tmp_path / "run", cwd=tmp_path, hook=hook)
     assert done.code == 130 and done.err.endswith("stopped by Ctrl-C\n")
     done.check()
