@@ -46,7 +46,7 @@ def blocks(language: str, page: str = PAGE) -> list[str]:
 
 
 # docs/models.md has tests of its own below, docs/contributing.md in test_contributing.py
-PAGES = ("README.md", "docs/stochastic-depth.md", "docs/any-model.md", "docs/data.md")
+PAGES = ("README.md", "docs/stochastic-depth.md", "docs/any-model.md", "docs/data.md", "docs/reliability.md")
 TEXTS = {name: (ROOT / name).read_text() for name in PAGES}
 
 

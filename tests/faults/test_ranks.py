@@ -26,6 +26,16 @@ def step(setup, trained, batches, progress, **options):
 loop.train_step = step
 """
 
+STOP = """
+import signal
+_inner = loop.train_step
+def stop(*a, **k):
+    if a[3].step == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return _inner(*a, **k)
+loop.train_step = stop
+"""
+
 
 def at_step(act: str, *, rank: int = 1) -> str:
     return AT_STEP.replace("FAULTY", str(rank)).replace("ACT", act)
@@ -80,14 +90,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_left_out_by_all(zygote: Zygote
         run.wait().fine()
     listed = (tmp_path / "whole" / "non_finite.csv").read_text().splitlines()
     assert len(listed) == 2 and listed[1].startswith("1,3,1,") and summary(tmp_path / "whole")["non_finite_steps"] == 1
-    stop = hook + "import signal\n_inner = loop.train_step\n" + (
-        "def stop(*a, **k):\n    if a[3].step == 5: os.kill(os.getpid(), signal.SIGTERM)\n    return _inner(*a, **k)\n"
-        "loop.train_step = stop\n")  # fmt: skip
+    stop = hook + STOP
     for runs in (
-        zygote.ranks(*settings, "--output", tmp_path / "run", cwd=tmp_path, hook=stop),
-        zygote.ranks(*settings, "--output", tmp_path / "run", "--resume", "auto", cwd=tmp_path, hook=hook),
+        lambda: zygote.ranks(*settings, "--output", tmp_path / "run", cwd=tmp_path, hook=stop),
+        lambda: zygote.ranks(*settings, "--output", tmp_path / "run", "--resume", "auto", cwd=tmp_path, hook=hook),
     ):
-        for run in runs:
+        for run in runs():
             run.wait().fine()
     same_result(tmp_path / "run", tmp_path / "whole")
     assert (tmp_path / "run" / "non_finite.csv").read_text().splitlines() == listed
