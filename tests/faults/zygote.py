@@ -36,7 +36,7 @@ def start(request: dict[str, Any]) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in (s for s in (sys.stdout, sys.stderr) if s is not None):
             try:
                 stream.flush()
             except Exception:
