@@ -121,7 +121,7 @@ class Board:
         # purge_step hides what was written from the step on that a run is resumed from: that of a checkpoint at the end of
         # an epoch, saved before its validation, is written again
         self.writer = None
-        self._hook = threading.excepthook
+        self._hook, threading.excepthook = threading.excepthook, self._quiet
         if world.is_main:
             with self._optional():
                 from torch.utils.tensorboard.writer import (
@@ -131,7 +131,6 @@ class Board:
                 self.writer = SummaryWriter(str(folder.tensorboard), purge_step=progress.step or None)
 
     def __enter__(self) -> "Board":
-        threading.excepthook = self._quiet
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -77,6 +77,7 @@ def dry_run(config: TrainConfig, folder: Path | None, *, resume: Resume = None, 
     """
     try:
         with _prepared(config, folder, resume, name, writes=False) as (setup, run_folder, *_):
+            on_main(setup.world, lambda: refuse_locked(run_folder.path))
             on_main(setup.world, lambda: run_folder.probe(fresh=resume is None))
             plan = describe(setup)
             result = loop.dry_run(setup)
@@ -121,8 +122,8 @@ def _prepared(
     path = find_folder(folder, resume=resume, name=name)
     world = init_world(config.runtime.device, timeout=timedelta(minutes=config.runtime.timeout_minutes))
     with StopSignals(early=True) as signals, _Claim() as claim, _in_words(world, claim):
-        if resume is not None and path is not None and path.is_dir():  # a checkpoint is read when nobody writes it
-            on_main(world, lambda: claim.take(path) if writes else refuse_locked(path))
+        if writes and resume is not None and path is not None and path.is_dir():
+            on_main(world, lambda: claim.take(path))  # a checkpoint is read when nobody writes it
         if not world.is_main:
             logging.disable(logging.INFO)
             logging.getLogger("models").setLevel(logging.ERROR)  # what became of the weights, the main process says

@@ -22,7 +22,6 @@ TINY = ["model.name=convformer_n4", "model.image_size=8", "model.depths=[1,1]", 
         "checkpoint.every_epochs=1"]  # fmt: skip
 TIMING = ("images_per_second", "seconds")
 PATIENCE = 120.0
-NOBODY = 65534
 
 
 @dataclass
@@ -126,7 +125,7 @@ class Zygote:
         hook: str = "",
         env: dict[str, str | None] | None = None,
         limits: dict[str, int] | None = None,
-        user: int | None = None,
+        obeys: bool = False,
         report: bool = False,
     ) -> Run:
         """Starts train.py.
@@ -137,7 +136,7 @@ class Zygote:
             hook: Python that runs in the process first; a function `main` in it takes train.py's place.
             env: Changes of the environment; None takes a variable away.
             limits: Of `resource`, by name.
-            user: Whom it runs as.
+            obeys: Whether permissions hold for it though it is root's.
             report: Whether it draws its report, which takes longer than all the rest.
         """
         self.count += 1
@@ -152,7 +151,7 @@ class Zygote:
             "hook": hook,
             "env": env or {},
             "limits": limits or {},
-            "user": user,
+            "obeys": obeys,
             "report": report,
             "out": str(out),
             "err": str(err),

@@ -1,6 +1,6 @@
 """Data that change under a run: files removed, replaced, looped; workers that die."""
 
-import os
+import time
 from pathlib import Path
 
 import pytest
@@ -38,17 +38,16 @@ CHANGES = {
     "cut": "os.truncate({path}, 40)",
     "a folder": "({path}.unlink(), {path}.mkdir())",
     "a loop": "({path}.unlink(), {path}.symlink_to({path}))",
-    "a pipe nobody writes": None,
 }
 
 
-@pytest.mark.parametrize("change", [name for name, act in CHANGES.items() if act])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_in_mid_run(change: str, images: list[str], zygote: Zygote, tmp_path: Path) -> None:
     """Named in one line; the run is saved before it, and mended it ends as a run without the fault."""
     path = tmp_path / "images" / "train" / "cat" / "3.png"
     good = path.read_bytes()
     zygote.run(*SHORT, *images, "--output", tmp_path / "whole", cwd=tmp_path).fine()
-    hook = at_step(2, str(CHANGES[change]).replace("{path}", f"Path({str(path)!r})"))
+    hook = at_step(2, CHANGES[change].replace("{path}", f"Path({str(path)!r})"))
     done = zygote.run(*SHORT, *images, "--output", tmp_path / "run", cwd=tmp_path, hook=hook)
     done.failed(1, f"cannot read image '{path}': ", "the run is saved at step ")
     if path.is_dir() and not path.is_symlink():
@@ -70,9 +69,8 @@ def test_a_file_that_is_removed_is_skipped_where_asked(images: list[str], zygote
 
 def test_a_folder_of_data_that_is_removed(images: list[str], zygote: Zygote, tmp_path: Path) -> None:
     """All of it, with skipping asked for: the ceiling, or nothing left to replace with, ends the run in words."""
-    hook = at_step(2, f"shutil.rmtree({str(tmp_path / 'images')!r})")
+    hook = at_step(1, f"shutil.rmtree({str(tmp_path / 'images')!r})")
     done = zygote.run(*SHORT, *images, "data.on_error=skip", "--output", tmp_path / "run", cwd=tmp_path, hook=hook)
-    assert "error: cannot read image" in done.err
     done.failed(1, "nor can any of 100 images drawn to replace it", "the run is saved at step ")
 
 
@@ -115,9 +113,9 @@ def test_an_image_that_kills_its_worker(images: list[str], zygote: Zygote, tmp_p
 import os
 from training.data import images
 real = images.read_image
-main = os.getpid()
+parent = os.getpid()
 def read(raw, channels):
-    if os.getpid() != main and raw.name.endswith("cat/3.png") and "train" in raw.name:
+    if os.getpid() != parent and raw.name.endswith("cat/3.png") and "train" in raw.name:
         os.kill(os.getpid(), 11)
     return real(raw, channels)
 images.read_image = read
@@ -133,11 +131,7 @@ def test_no_child_is_left(images: list[str], zygote: Zygote, tmp_path: Path) -> 
     for hook in ("", at_step(4, "raise ValueError('ours')"), at_step(4, "os.kill(os.getpid(), 9)")):
         run = zygote.start(*settings, "--output", tmp_path / f"run{len(hook)}", cwd=tmp_path, hook=hook)
         run.wait()
-        for _ in range(1500):  # a worker looks for its parent every few seconds
-            if not run.orphans():
-                break
-            os.sched_yield()
-            import time
-
-            time.sleep(0.01)
+        deadline = time.monotonic() + 20  # a worker looks for its parent every few seconds
+        while run.orphans() and time.monotonic() < deadline:
+            time.sleep(0.1)
         assert not run.orphans()

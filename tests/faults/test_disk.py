@@ -1,12 +1,11 @@
 """Disks that fill up, fail or lose power, and processes that end, at any operation of a save and of a whole run."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from tests.faults.parts import NOBODY, TINY, Zygote, content, same_result, steps, summary, tiny_disk
+from tests.faults.parts import TINY, Zygote, content, same_result, steps, summary, tiny_disk
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
@@ -163,28 +162,15 @@ def test_a_report_that_cannot_be_made(zygote: Zygote, whole: Path, tmp_path: Pat
     same_result(tmp_path / "run", whole)
 
 
-def as_nobody(folder: Path) -> int | None:
-    """Whom to run as, so that permissions hold; may reach the folder."""
-    if os.getuid():
-        return None
-    for path in (folder, *folder.parents):
-        if path.stat().st_uid == 0 and path.stat().st_mode & 0o055 != 0o055 and "pytest" in str(path):
-            path.chmod(0o755)
-    return NOBODY
-
-
 def test_a_folder_that_may_not_be_written(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
-    user = as_nobody(tmp_path)
     (tmp_path / "closed").mkdir(mode=0o555)
-    zygote.run(*TINY, "--output", tmp_path / "closed" / "run", cwd=tmp_path, user=user).failed(2, "Permission denied")
-    zygote.run(*TINY, "--output", tmp_path / "closed", cwd=tmp_path, user=user).failed(2, "Permission denied")
+    zygote.run(*TINY, "--output", tmp_path / "closed" / "run", cwd=tmp_path, obeys=True).failed(2, "Permission denied")
+    zygote.run(*TINY, "--output", tmp_path / "closed", cwd=tmp_path, obeys=True).failed(2, "Permission denied")
     assert not list((tmp_path / "closed").iterdir())
 
 
 def test_a_folder_that_may_no_longer_be_written(zygote: Zygote, tmp_path: Path) -> None:
     """While the run goes on."""
-    user = as_nobody(tmp_path)
-    tmp_path.chmod(0o777)
     folder = tmp_path / "run"
     hook = f"""
 import os
@@ -196,19 +182,17 @@ def step(*a, **k):
     return real(*a, **k)
 loop.train_step = step
 """
-    zygote.run(*TINY, "--output", folder, cwd=tmp_path, hook=hook, user=user).failed(
+    zygote.run(*TINY, "--output", folder, cwd=tmp_path, hook=hook, obeys=True).failed(
         1, "was not saved", "Permission denied"
     )
     assert steps(folder) == [5]
     (folder / "checkpoints").chmod(0o777)
-    zygote.run("--resume", folder, cwd=tmp_path, user=user).fine()
+    zygote.run("--resume", folder, cwd=tmp_path, obeys=True).fine()
     assert summary(folder)["steps"] == 15
 
 
 def test_best_weights_that_may_not_be_removed(zygote: Zygote, tmp_path: Path) -> None:
     """Better ones take their place; what cannot be removed is rubbish, and warned about."""
-    user = as_nobody(tmp_path)
-    tmp_path.chmod(0o777)
     folder = tmp_path / "run"
     hook = f"""
 import os
@@ -220,7 +204,7 @@ def step(*a, **k):
     return real(*a, **k)
 loop.train_step = step
 """
-    done = zygote.run(*TINY, "--output", folder, cwd=tmp_path, hook=hook, user=user).fine()
+    done = zygote.run(*TINY, "--output", folder, cwd=tmp_path, hook=hook, obeys=True).fine()
     assert "cannot be removed: Permission denied" in done.err
     assert (folder / "best" / "model.safetensors").exists() and summary(folder)["steps"] == 15
 

@@ -160,7 +160,7 @@ def test_another_file_damaged(damage: str, zygote: Zygote, whole: Path, stopped:
     OTHERS[damage](stopped)
     zygote.run("--resume", stopped, cwd=stopped.parent, report=damage == "environment.json").fine()
     if damage == "metrics missing":  # rows of epochs that are not run again are lost with the file
-        assert read_metrics(stopped) == read_metrics(whole)[-1:]
+        assert read_metrics(stopped) == read_metrics(whole)[-2:], "its validation comes behind the checkpoint"
     elif damage != "metrics cut":
         same_result(stopped, whole)
     json.loads((stopped / "summary.json").read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.parts import NOBODY, ROOT, TINY, Zygote, read_metrics, same_result, steps, summary, write_images
+from tests.faults.parts import ROOT, TINY, Zygote, read_metrics, same_result, steps, summary, write_images
 
 pytestmark = pytest.mark.slow
 
@@ -79,11 +79,11 @@ def test_another_encoding(encoding: str, zygote: Zygote, tmp_path: Path) -> None
 
 
 def test_a_locale_that_is_not_there(tmp_path: Path) -> None:
-    """The whole interpreter under LANG=C, which decides how it reads and writes files."""
+    """The whole interpreter under LC_ALL=C, as in a container without locales."""
     settings = write_images(tmp_path / "b\u00efld \u82b1")
     train = [sys.executable, str(ROOT / "train.py"), *TINY, *settings, "optim.epochs=1", "optim.warmup_epochs=0"]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "LC_ALL": "C", "PYTHONUTF8": "0",
-                   "PYTHONCOERCECLOCALE": "0", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "LC_ALL": "C",
+                   "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     folder = tmp_path / "l\u00e4uft \u8d70"
     for more in (["--output", str(folder)], ["--output", str(folder), "--resume", "auto"]):
         done = subprocess.run([*train, *more], cwd=tmp_path, env=environment, capture_output=True, timeout=120)
@@ -97,8 +97,10 @@ def test_few_open_files(workers: int, zygote: Zygote, tmp_path: Path) -> None:
     settings = [*TINY, f"data.workers={workers}"]
     zygote.run(*settings, "--output", tmp_path / "run", cwd=tmp_path, limits={"RLIMIT_NOFILE": 64}).fine()
     done = zygote.run(*settings, "--output", tmp_path / "few", cwd=tmp_path, limits={"RLIMIT_NOFILE": 9})
-    assert done.code in (1, 2)
-    done.failed(done.code, "Too many open files")
+    if workers:
+        done.failed(done.code, "Too many open files")
+    else:
+        done.fine()
 
 
 def test_little_memory(zygote: Zygote, tmp_path: Path) -> None:
@@ -117,19 +119,14 @@ loop.train_step = step
     assert steps(tmp_path / "run") == [5]
 
 
-def test_another_user_goes_on(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
-    """Who may read a run and not write it is told so before anything begins."""
-    import os
-
-    if os.getuid():
-        pytest.skip("needs root")
-    for path in tmp_path.parents:
-        if "pytest" in str(path) and path.stat().st_uid == 0:
-            path.chmod(0o755)
-    tmp_path.chmod(0o755)
-    zygote.run(*TINY, "--output", tmp_path / "run", cwd=tmp_path).fine()
-    done = zygote.run("--resume", tmp_path / "run", cwd=tmp_path, user=NOBODY)
-    done.failed(2, f"cannot write to {tmp_path / 'run'}", "Permission denied")
+def test_a_run_that_may_only_be_read(zygote: Zygote, tmp_path: Path) -> None:
+    """As somebody else's: said before anything begins."""
+    folder = tmp_path / "run"
+    zygote.run(*TINY, "--output", folder, cwd=tmp_path).fine()
+    folder.chmod(0o555)
+    done = zygote.run("--resume", folder, cwd=tmp_path, obeys=True)
+    folder.chmod(0o755)
+    done.failed(2, f"cannot write to {folder}", "Permission denied")
 
 
 def test_no_terminal_and_no_input(zygote: Zygote, whole: Path, tmp_path: Path) -> None:

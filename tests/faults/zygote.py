@@ -3,6 +3,7 @@
 Reads a line of JSON per request and answers with one; what a request holds, `Zygote` in parts.py says.
 """
 
+import ctypes
 import json
 import os
 import resource
@@ -45,7 +46,7 @@ def start(request: dict[str, Any]) -> int:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Makes this process what the run is to find: files, folder, environment, limits, user."""
+    """Makes this process what the run is to find: files, folder, environment, limits, rights."""
     os.chdir(request["cwd"])
     os.environ.update({k: v for k, v in request["env"].items() if v is not None})
     for name in (k for k, v in request["env"].items() if v is None):
@@ -61,10 +62,19 @@ def become(request: dict[str, Any]) -> None:
     sys.argv = ["train.py", *request["arguments"]]
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
-    if request["user"] is not None:
-        os.setgroups([])
-        os.setgid(request["user"])
-        os.setuid(request["user"])
+    if request["obeys"] and os.getuid() == 0:
+        obey_permissions()
+
+
+def obey_permissions() -> None:
+    """Gives up what lets root read and write what the permissions forbid; Linux only."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice 32 bits
+    assert libc.capget(header, sets) == 0
+    for i in range(3):
+        sets[i] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
 
 
 def reap(pid: int) -> int | None:
