@@ -1,6 +1,7 @@
 """Files that survive a kill at any operation: written beside their place, synced, renamed."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import warnings
@@ -71,6 +72,9 @@ def publish(temp: Path, final: Path) -> None:
     sync_folder(temp)
     old = final.with_name(f".old-{final.name}")
     if final.exists():
+        if old.exists():  # rubbish of an earlier save that could not be removed is in the way
+            names = (old.with_name(f".left-{final.name}-{i}") for i in itertools.count())
+            os.rename(old, next(name for name in names if not name.exists()))
         os.rename(final, old)
     os.rename(temp, final)
     sync_folder(final.parent)

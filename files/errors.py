@@ -98,11 +98,8 @@ class LastingStream:
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
     """Lets standard output and error outlast their readers."""
-    for descriptor in (
-        0,
-        1,
-        2,
-    ):  # of one that is closed the next file to be opened would get the number, and the prints
+    # of one that is closed the next file to be opened would get the number, and what is printed
+    for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:

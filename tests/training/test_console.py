@@ -79,7 +79,7 @@ def test_another_thread_takes_no_signals() -> None:
     assert seen == [None, before]
 
 
-def test_curves_that_cannot_be_written_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_curves_that_cannot_be_written_are_said_once(tmp_path: Path, monkeypatch, capsys) -> None:
     hook = threading.excepthook
     with Board(RunFolder(tmp_path), WORLD, Progress()) as board:
         board.write({"epoch": 1, "lr": 0.5}, 3)
@@ -88,7 +88,7 @@ def test_curves_that_cannot_be_written_are_said_once(tmp_path: Path, capsys: pyt
         def full(*_: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        board.writer.add_scalar = full
+        monkeypatch.setattr(board.writer, "add_scalar", full)
         for step in (4, 5):
             board.write({"epoch": 1, "lr": 0.5}, step)
     assert (
