@@ -37,7 +37,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done or saved, 1 failed while running, 2 a mistake in what was given."""
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     return run_command(lambda: train(args))
 
 
@@ -46,6 +45,7 @@ def train(args: argparse.Namespace) -> int:
     if args.json_schema:
         print(json.dumps(json_schema(), indent=2))
         return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     name = args.config.stem if args.config else "digits"
     resume: Resume = args.resume if args.resume in (None, "auto") else Path(args.resume)
     folder = find_folder(args.output, resume=resume, name=name)

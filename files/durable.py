@@ -1,6 +1,7 @@
 """Files that survive a kill at any operation: written beside their place, synced, renamed."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import warnings
@@ -71,6 +72,9 @@ def publish(temp: Path, final: Path) -> None:
     sync_folder(temp)
     old = final.with_name(f".old-{final.name}")
     if final.exists():
+        if old.exists():  # rubbish of an earlier save that could not be removed is in the way
+            names = (old.with_name(f".left-{final.name}-{i}") for i in itertools.count())
+            os.rename(old, next(name for name in names if not name.exists()))
         os.rename(final, old)
     os.rename(temp, final)
     sync_folder(final.parent)
@@ -111,9 +115,10 @@ def warn_only(path: Path) -> Iterator[None]:
         warnings.warn(f"{path}: cannot be removed: {error.strerror}", stacklevel=2)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, *, parents: bool = True) -> None:
+    """Makes a folder, durably; without `parents`, only where there is one to hold it."""
     if not folder.exists():
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=parents)
         sync_folder(folder.parent)
 
 

@@ -1,16 +1,25 @@
 """What a user's mistake and a failed run raise, what scripts make of it, and the nearest known word to a mistyped one."""
 
+import contextlib
 import difflib
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 
 class ConfigError(ValueError):
     """A mistake in what the user gave: one to three lines saying what, where, what is allowed. Scripts exit with 2."""
 
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
+
 
 class Failure(RuntimeError):
     """What went wrong while running, in one to three lines that name it. Scripts exit with 1."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class FieldError(ValueError):
@@ -19,6 +28,14 @@ class FieldError(ValueError):
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
         self.key_path = tuple(key.split("."))
+
+
+def printable(text: str) -> str:
+    """The text with what no terminal shows, or what would change how it shows the rest, as Python writes it: `\\x00`.
+
+    Names of files and keys may hold anything. Line breaks stay.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -31,9 +48,75 @@ def run_command(command: Callable[[], int]) -> int:
     """Runs the work of a script and returns its exit code: its own, 2 after a ConfigError, 1 after a Failure.
 
     Both are printed as `error: ...` to standard error. Any other error is a mistake of ours and passes, traceback and all.
+    Ctrl-C ends it with code 130. Nobody has to listen: where standard output or error is closed, or the pipe's reader
+    leaves, as `head` does, what is printed is dropped and the work goes on.
     """
-    try:
-        return command()
-    except (ConfigError, Failure) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    with lasting_output():
+        try:
+            return command()
+        except (ConfigError, Failure) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ConfigError) else 1
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            return 130
+
+
+class LastingStream:
+    """A text stream that drops what is written to it from the moment on that it cannot be written to."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except UnicodeEncodeError:  # a name in another encoding than the terminal's
+            encoding = self.stream.encoding or "ascii"
+            return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Puts the null device in the place of the file, for all who write to it, and for what is written at exit."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(null, self.stream.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Lets standard output and error outlast their readers."""
+    # of one that is closed the next file to be opened would get the number, and what is printed
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as null_stream:
+        out, err = (LastingStream(null_stream if stream is None else stream) for stream in before)
+        sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
+            if sys.stdout is out:
+                sys.stdout = before[0]
+            if sys.stderr is err:
+                sys.stderr = before[1]

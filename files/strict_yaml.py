@@ -7,7 +7,7 @@ Stricter than YAML 1.1: only `true` and `false` are booleans (`on` and `yes` are
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from files.errors import ConfigError, FieldError, nearest
+from files.errors import ConfigError, FieldError, nearest, printable
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
@@ -144,7 +144,7 @@ def set_overrides(document: Document, words: Iterable[str], *, annotation: Calla
     """
     for word in words:
         key, separator, text = word.partition("=")
-        key, place = key.strip(), f"on the command line: {word if word.isprintable() else ascii(word)}"
+        key, place = key.strip(), f"on the command line: {_cut(word if word.isprintable() else ascii(word))}"
         if not separator or not key:
             raise ConfigError(f"{place}: expected KEY=VALUE, for example {example}")
         try:
@@ -202,11 +202,33 @@ def validate(model_cls: type[Model], document: Document | dict[str, Any], *, sou
         return model_cls.model_validate(document.data)
     except ValidationError as error:
         raise ConfigError(_rephrase(model_cls, document, error)) from None
+    except UnicodeEncodeError:  # pydantic holds no half of a character, such as a validator's message quotes
+        key_path = next(_no_text(document.data, ()), ())
+        raise ConfigError(f"{document.where(key_path)}holds bytes that are not UTF-8 text") from None
+
+
+def _no_text(value: Any, key_path: KeyPath) -> Iterator[KeyPath]:
+    """Where in plain data there is text that no encoding holds."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _no_text(key, (*key_path, key))
+            yield from _no_text(entry, (*key_path, key))
+    elif isinstance(value, list):
+        for i, entry in enumerate(value):
+            yield from _no_text(entry, (*key_path, i))
+    elif isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        yield key_path
 
 
 def dotted(key_path: KeyPath) -> str:
     """('profile', 1) -> 'profile[1]'; ('optim', 'lr') -> 'optim.lr'."""
-    return "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in key_path).removeprefix(".")
+    names = (f"[{k}]" if isinstance(k, int) else f".{_cut(k) if k.isprintable() else _cut(ascii(k))}" for k in key_path)
+    return "".join(names).removeprefix(".")
+
+
+def _cut(text: str, length: int = 150) -> str:
+    """The text, or its beginning where nobody would read to the end."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def known_keys(model_cls: type[BaseModel], prefix: str = "") -> list[str]:
@@ -313,8 +335,14 @@ class _Dumper(yaml.SafeDumper):
     def represent_list(self, data: Any) -> yaml.SequenceNode:
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
+    def represent_text(self, data: str) -> yaml.ScalarNode:
+        """PyYAML would write these line breaks of Unicode as they are, and read them back as blanks."""
+        breaks = any(c in data for c in "\x85\u2028\u2029")
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if breaks else None)
+
 
 _Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(str, _Dumper.represent_text)
 for _name, (_pattern, _first) in _SCALARS.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})\\Z"), _first)
@@ -405,7 +433,9 @@ def _phrase(item: Any, key_path: KeyPath, model_cls: type[BaseModel]) -> str:
         names = [k.removeprefix(f"{key}.") for k in known_keys(model_cls) if k.startswith(f"{key}.")]
         return f"expected a section with keys of {', '.join(n for n in names if '.' not in n)}"
     if kind in ("value_error", "assertion_error"):
-        return str(context["error"])
+        told, given = str(context["error"]), item["input"]
+        shown = _cut(printable(given).replace("\n", "\\n")) if isinstance(given, str) else ""
+        return told.replace(given, shown) if given and shown else told
     return _PHRASES[kind].format(**context) if kind in _PHRASES else item["msg"]
 
 

@@ -57,7 +57,7 @@ def blocks(language: str, page: str = PAGE) -> list[str]:
 # docs/models.md has tests of its own below, docs/contributing.md in test_contributing.py
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("stochastic-depth", "any-model", "data", "training", "evaluation")),
+    *(f"docs/{name}.md" for name in ("stochastic-depth", "any-model", "data", "training", "evaluation", "reliability")),
 )
 TEXTS = {name: (ROOT / name).read_text() for name in PAGES}
 

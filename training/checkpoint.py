@@ -82,7 +82,7 @@ def save_checkpoint(
     are damaged or belong to a history that resuming from an earlier step has given up, and would be resumed next time.
 
     Args:
-        folder: The run's folder of checkpoints; made if missing.
+        folder: The run's folder of checkpoints; made if missing, in a folder that is there.
         step: Optimizer steps done, >= 0.
         shared: State that is the same on all ranks; rank 0's is written. Tensors and plain Python values.
         rank_state: State of this rank alone.
@@ -104,7 +104,7 @@ def save_checkpoint(
     try:
         with together(barrier, final):
             if rank == 0:
-                make_folder(folder)
+                make_folder(folder, parents=False)  # a run folder deleted meanwhile is not made again
                 tidy(folder, "step-*")
                 temp.mkdir()
         with together(barrier, final):

@@ -195,6 +195,14 @@ class OptimSection(Section):
         default=None, description="Of the Adam family, each in [0, 1). Default: the optimizer's."
     )
     eps: float | None = Field(default=None, gt=0, description="Of the Adam family. Default: the optimizer's.")
+    on_non_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="A loss or gradient that is not finite. stop: before the step, naming samples. skip: all processes leave "
+        "the step out; the run folder's non_finite.csv lists them.",
+    )
+    max_non_finite: int | None = Field(
+        default=None, ge=1, description="on_non_finite 'skip' only: steps left out before the run stops. Default 10."
+    )
 
     @field_validator("name")
     @classmethod
@@ -215,6 +223,10 @@ class OptimSection(Section):
     def _check(self) -> "OptimSection":
         if self.betas and not all(0 <= b < 1 for b in self.betas):
             raise FieldError("betas", f"each must be in [0, 1), got {self.betas}")
+        if self.on_non_finite == "skip":
+            self.max_non_finite = self.max_non_finite or 10
+        elif self.max_non_finite is not None:
+            raise FieldError("max_non_finite", "has no effect with on_non_finite 'stop'; set optim.on_non_finite=skip")
         if self.warmup_epochs > self.epochs:
             raise FieldError(
                 "warmup_epochs", f"must be at most optim.epochs ({self.epochs}), got {self.warmup_epochs:g}"
@@ -253,6 +265,9 @@ class RuntimeSection(Section):
         default="auto",
         description="CPU threads per process. auto: OMP_NUM_THREADS where it is set, else the cores there are, shared out "
         "between the processes. A small model gains nothing from more than 1, which also suffers least beside others.",
+    )
+    timeout_minutes: float = Field(
+        default=10.0, gt=0, le=10_080, description="How long a process waits for the others before the run ends."
     )
 
     @field_validator("device")

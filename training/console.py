@@ -1,8 +1,11 @@
 """What a person sees of a run, and the signals they send it."""
 
+import contextlib
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -14,16 +17,26 @@ from training.state import Progress
 from training.tracking import open_tracker
 
 
-class StopSignals:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C, so that the loop finishes its step; a second Ctrl-C stops at once."""
+class Stopped(BaseException):
+    """A signal came before there was a step to finish; its text is the signal's name. No `except Exception` catches it."""
 
-    def __init__(self) -> None:
+
+class StopSignals:
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C, so that the loop finishes its step; a second Ctrl-C stops at once.
+
+    Args:
+        early: There is nothing to finish yet: raise `Stopped` instead, until `finish_steps`.
+    """
+
+    def __init__(self, *, early: bool = False) -> None:
         self.received: str | None = None
+        self._early = early
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():  # no other can take signals
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -34,10 +47,29 @@ class StopSignals:
         """Stops the run as a signal would, at the end of its step and on all processes; any thread may ask."""
         self.received = self.received or reason
 
+    def finish_steps(self) -> None:
+        """From here on a signal is noted, and whoever looks at `received` stops when it is time.
+
+        Raises:
+            Stopped: One came already, where its exception was lost.
+        """
+        self._early = False
+        if self.received is not None:
+            raise Stopped(self.received)
+
+    def until_told(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, at least one of them, until a signal is received: for work that can be done again."""
+        for batch in batches:
+            yield batch
+            if self.received is not None:
+                return
+
     def _note(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        if self._early:
+            raise Stopped(self.received)
 
 
 class PlainLines:
@@ -131,32 +163,53 @@ class ProgressBar:
 
 
 class Board:
-    """Scalars of the main process, for TensorBoard and what else section `log` names."""
+    """Scalars of the main process, for TensorBoard and what else section `log` names.
+
+    Where TensorBoard's cannot be written, that is said once and the run goes on.
+    """
 
     def __init__(self, setup: Setup, folder: RunFolder, progress: Progress) -> None:
         # purge_step hides what was written from the step on that a run is resumed from: that of a checkpoint at the end of
         # an epoch, saved before its validation, is written again
         self.writer = None
         self.tracker = open_tracker(setup.config, folder, setup.world)
+        self._hook, threading.excepthook = threading.excepthook, self._quiet
         if setup.world.is_main:
-            from torch.utils.tensorboard.writer import (
-                SummaryWriter,  # half a second that other processes need not spend
-            )
+            with self._optional():
+                from torch.utils.tensorboard.writer import (
+                    SummaryWriter,  # half a second that other processes need not spend
+                )
 
-            self.writer = SummaryWriter(str(folder.tensorboard), purge_step=progress.step or None)
+                self.writer = SummaryWriter(str(folder.tensorboard), purge_step=progress.step or None)
 
     def __enter__(self) -> "Board":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        with self._optional():
+            if self.writer is not None:
+                self.writer.close()
+        threading.excepthook = self._hook
         self.tracker.finish(failed=kind is not None)
 
     def write(self, row: dict[str, float], step: int) -> None:
         scalars = {key: value for key, value in row.items() if key not in ("epoch", "step")}
-        if self.writer is not None:
-            for key, value in scalars.items():
-                self.writer.add_scalar(key, value, step)
-            self.writer.flush()
+        with self._optional():
+            if self.writer is not None:
+                for key, value in scalars.items():
+                    self.writer.add_scalar(key, value, step)
+                self.writer.flush()
         self.tracker.write(scalars, step)
+
+    @contextlib.contextmanager
+    def _optional(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            tqdm.write(f"warning: no curves for TensorBoard from here on: {error.strerror or error}", file=sys.stderr)
+
+    def _quiet(self, thrown: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread of its own, raises there and in `write` too; once is enough."""
+        if not type(thrown.thread).__module__.startswith("tensorboard"):
+            self._hook(thrown)

@@ -5,7 +5,9 @@ drop-path rates, sample order, augmentation, mixing) or part of the checkpoint (
 was killed and resumed ends with the weights of one that was not.
 """
 
+import contextlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from files.durable import save_text
-from files.errors import Failure
 from models.factory import saved_config
 from models.weights import save_weights, weights_sha256
 from stochastic_depth.report import drop_path_report
@@ -36,24 +37,23 @@ from training.sharding import gathered, gradients_exchanged, is_sharded, whole, 
 from training.state import Progress, RunState
 
 
-class NonFiniteError(Failure):
-    """A loss or gradient that is not finite; raised on all ranks before the optimizer step."""
-
-
 class Stepped(NamedTuple):
-    """What became of a step: this rank's mean loss, and whether any process was told to stop."""
+    """What became of a step: this rank's mean loss, NaN for one left out, and whether any process was told to stop."""
 
     loss: float
     stop: bool
 
 
-def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
+def train(
+    setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None, signals: StopSignals | None = None
+) -> dict[str, Any]:
     """Trains to the end, or until a signal.
 
     Args:
         setup: Built from the config.
         folder: Made and checked.
         checkpoint: Where to go on, or `None` from the start.
+        signals: Of the caller, who takes them from before this begins until after it ends; `None`: its own.
 
     Returns:
         The content of summary.json; with the key `stopped_by` when a signal ended the run early.
@@ -68,7 +68,7 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     if checkpoint is not None:
         state.restore(checkpoint)
     progress = state.progress
-    setup.skips.path = folder.skipped
+    setup.skips.path, setup.non_finite.path = folder.skipped, folder.non_finite
     if world.is_main:
         _start_files(setup, folder, progress)
     trained: nn.Module = model
@@ -78,8 +78,9 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
     metrics: dict[str, float] = {}
     saved_step = progress.step  # saved, or on its way to the disk; nothing has to be at step 0
 
+    taken = contextlib.nullcontext(signals) if signals is not None else StopSignals()
     with (
-        StopSignals() as signals,
+        taken as signals,
         Saver(state, folder, on_failure=signals.ask) as saver,
         Board(setup, folder, progress) as board,
         ProgressBar(setup, progress) as bar,
@@ -98,11 +99,8 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
                     progress.advance(group, loss, time.perf_counter() - clock, waited=setup.feed.waited())
                     bar.step(progress, loss)
                     if stop:
-                        saved = saver.save_and_wait()
-                        summary = _write_results(setup, folder, progress, metrics)
-                        reason = signals.received or "a signal"
-                        bar.write(f"{reason}: saved {saved} at step {progress.step}; go on with --resume auto")
-                        return summary | {"stopped_by": reason}
+                        saver.save_and_wait()
+                        return _stop(setup, folder, progress, metrics, signals, bar)
                     every = config.checkpoint.every_steps
                     if every and progress.step % every == 0 and progress.batch < setup.sampler.batches_per_epoch:
                         saver.save()
@@ -114,7 +112,13 @@ def train(setup: Setup, folder: RunFolder, checkpoint: Checkpoint | None = None)
                 if progress.step > saved_step and (epoch == config.optim.epochs or (every and epoch % every == 0)):
                     saver.save()
                     saved_step = progress.step
-                metrics = _end_epoch(setup, folder, progress)
+                ended = _end_epoch(setup, folder, progress, signals=signals)
+                if ended is None:
+                    if progress.step > saved_step:
+                        saver.save()
+                    saver.wait()
+                    return _stop(setup, folder, progress, metrics, signals, bar)
+                metrics = ended
                 note_epoch(config.early_stopping, progress, metrics, world)
                 bar.epoch(metrics)
                 board.write(metrics, progress.step)
@@ -148,6 +152,7 @@ def train_step(
         NonFiniteError: On every rank, before the optimizer step.
     """
     config, world = setup.config, setup.world
+    setup.non_finite.keep(setup.model)
     setup.scheduler.step_update(progress.step)
     setup.depth.set_step(progress.step)
     setup.optimizer.zero_grad(set_to_none=True)
@@ -176,10 +181,14 @@ def train_step(
         norm = torch.zeros_like(norm)
     mean_loss, faults, stop = _agree(world, total, norm, stop=signals.received is not None)
     if any(faults):
-        raise _not_finite(world, progress.step, faults, seen)
+        setup.non_finite.meet(world, setup.model, progress, faults, seen)
+        setup.optimizer.zero_grad(set_to_none=True)
+        setup.scaler.update()
+        return Stepped(math.nan, stop)
+    scale = setup.scaler.get_scale()
     setup.scaler.step(setup.optimizer)
     setup.scaler.update()
-    if setup.ema is not None:
+    if setup.ema is not None and setup.scaler.get_scale() >= scale:  # lower: the scaler left out a step that overflowed
         setup.ema.update(setup.model, step=progress.step)
     return Stepped(mean_loss, stop)
 
@@ -200,27 +209,6 @@ def _agree(world: World, loss: Tensor, norm: Tensor, *, stop: bool) -> tuple[flo
     return number, [int(fault) for fault in faults], stops > 0
 
 
-def _not_finite(
-    world: World, step: int, faults: list[int], seen: list[tuple[Tensor, Tensor, Tensor]]
-) -> NonFiniteError:
-    """The error to raise on this rank; it names its own samples where it is at fault."""
-    # the exchange of gradients spreads what one rank's loss began to all ranks
-    ranks = [rank for rank, fault in enumerate(faults) if fault == max(faults)]
-    where = ""
-    if world.rank in ranks:
-        suspects: list[int] = []
-        for loss, rows, indices in seen:
-            if not math.isfinite(loss.item()):
-                suspects += indices[rows.cpu()].tolist() or indices.tolist()
-        suspects = suspects or [index for _, _, indices in seen for index in indices.tolist()]
-        shown = ", ".join(map(str, suspects[:16])) + (f" and {len(suspects) - 16} more" if len(suspects) > 16 else "")
-        where = f"\nrank {world.rank}: in training samples {shown}"
-    return NonFiniteError(
-        f"step {step}: loss or gradient is not finite on rank {', '.join(map(str, ranks))}; stopped before the optimizer "
-        f"step{where}\nlower optim.lr, set optim.clip_grad, or use runtime.precision=float32; the last checkpoint is good"
-    )
-
-
 def _groups(batches: Iterator[Any], size: int, world: World) -> Iterator[list[Any]]:
     """Lists of `size` batches; the last of an epoch may be shorter.
 
@@ -239,19 +227,48 @@ def _groups(batches: Iterator[Any], size: int, world: World) -> Iterator[list[An
         yield group
 
 
-def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress) -> dict[str, float]:
-    """Evaluates, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch."""
+def _stop(
+    setup: Setup,
+    folder: RunFolder,
+    progress: Progress,
+    metrics: dict[str, float],
+    signals: StopSignals,
+    bar: ProgressBar,
+) -> dict[str, Any]:
+    """Says that the run stops at a signal, where it was saved; returns the summary."""
+    summary = _write_results(setup, folder, progress, metrics)
+    reason = signals.received or "a signal"
+    saved = folder.checkpoints / f"step-{progress.step:08d}"
+    bar.write(f"{reason}: saved {saved} at step {progress.step}; go on with --resume auto")
+    return summary | {"stopped_by": reason}
+
+
+def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, signals: StopSignals) -> dict[str, float] | None:
+    """Evaluates, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch.
+
+    Args:
+        setup: The run.
+        folder: Its folder.
+        progress: At the end of the epoch.
+        signals: May end the evaluation early.
+
+    Returns:
+        The row of metrics.csv. `None` where a process was told to stop before the evaluation was done: nothing is noted then,
+        and a resumed run begins with it.
+    """
     world = setup.world
     clock = time.perf_counter()
     loss_sum, samples = world.sum(torch.tensor([progress.loss_sum, progress.samples], dtype=torch.float64)).tolist()
     times = torch.tensor([progress.epoch_data_seconds, progress.epoch_seconds], dtype=torch.float64)
     data_seconds, train_seconds = world.sum(times).tolist()
-    metrics = validate(setup)
+    metrics = validate(setup, signals=signals)
+    if world.any(signals.received is not None):
+        return None
     progress.seconds += time.perf_counter() - clock
     row: dict[str, float] = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
-        "train_loss": loss_sum / samples,
+        "train_loss": loss_sum / samples if samples else math.nan,  # all steps were left out
         **metrics,
         "lr": setup.lr,
         "drop_path_rate": setup.drop_path_rate,
@@ -271,8 +288,8 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress) -> dict[str,
     return row
 
 
-def validate(setup: Setup, batches: int | None = None) -> dict[str, float]:
-    """The metrics of the model whose accuracy counts, on all validation images or some batches.
+def validate(setup: Setup, batches: int | None = None, *, signals: StopSignals | None = None) -> dict[str, float]:
+    """The metrics of the model whose accuracy counts, on all validation images or some batches, or until a signal.
 
     Raises:
         ReadError: See `evaluate`.
@@ -280,6 +297,7 @@ def validate(setup: Setup, batches: int | None = None) -> dict[str, float]:
     # each process has BatchNorm statistics of its own batches; those of the main one are saved, so they are measured
     setup.world.share(setup.evaluated.buffers())
     images = islice(setup.val_batches(), batches)
+    images = images if signals is None else signals.until_told(images)
     with gathered(setup.evaluated):
         return evaluate(setup.evaluated, images, METRICS, world=setup.world, autocast=setup.autocast())
 
@@ -288,6 +306,7 @@ def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
     if progress.step == 0:
         folder.metrics.unlink(missing_ok=True)
         folder.skipped.unlink(missing_ok=True)
+    setup.non_finite.start(progress.step)
     folder.cut_metrics(progress.epoch)
     save_text(folder.config, dump_config(setup.config))
     folder.write_json(folder.data, setup.data.identity)
@@ -310,6 +329,7 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "epochs": progress.epoch,
         "steps": progress.step,
         "skipped_images": {part: setup.skips.count(part) for part in ("train", "val")},
+        "non_finite_steps": progress.non_finite,
         "seconds": progress.seconds,
         "images_per_second": metrics.get("images_per_second"),
         "data_share": round(progress.data_seconds / progress.train_seconds, 4) if progress.train_seconds else None,
@@ -319,10 +339,22 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "stopped_early": stop_reason(setup.config.early_stopping, progress),
     }
     folder.write_json(folder.summary, summary)
-    from training.report.page import write_report  # matplotlib and jinja2, which nothing else of a run needs
-
-    write_report(folder.path)
+    _write_report(folder)
     return summary
+
+
+def _write_report(folder: RunFolder) -> None:
+    """report.html. It tells of a run and can be made again at any time, so that its failure is not the run's."""
+    try:
+        from training.report.page import write_report  # matplotlib and jinja2, which nothing else of a run needs
+
+        write_report(folder.path)
+    except Exception as error:
+        what = str(error).partition("\n")[0] or type(error).__name__
+        print(
+            f"warning: no report: {what}; to make it: python -m training.report {shlex.quote(str(folder.path))}",
+            file=sys.stderr,
+        )
 
 
 def _peak_rss_mb() -> float:
@@ -341,6 +373,7 @@ def dry_run(setup: Setup) -> str:
     Returns:
         What to print.
     """
+    setup.non_finite.limit = None  # what a run would leave out, a plan names
     setup.sampler.set_position(0, 0)
     setup.model.train()
     setup.freezing.set_epoch(0)

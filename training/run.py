@@ -2,20 +2,23 @@
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from files.errors import ConfigError
+from files.lock import locked, refuse_locked
 from training import loop
 from training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from training.config import TrainConfig, load_config
+from training.console import Stopped, StopSignals
 from training.data.build import class_names_of_data
-from training.data.dataset import ReadError
-from training.data.skipping import lost_worker
 from training.distributed import World, close_world, init_world
+from training.failures import explain
 from training.resuming import changes, check_epochs, same_total_batch
 from training.run_folder import RunFolder, changed_environment, latest_run, new_run_path
 from training.setup import Setup, build, describe, on_main
@@ -33,8 +36,8 @@ FREE_TO_CHANGE = {
     # where the data lie is free: that they are the same, their identity says
     "data": {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped", "decoder"}
     | {"train_file", "val_file", "test_file", "download", "train_shards", "val_shards", "cache"},
-    "runtime": {"threads"},
-    "optim": {"epochs"},  # as far as `check_epochs` allows
+    "runtime": {"threads", "timeout_minutes"},
+    "optim": {"epochs", "on_non_finite", "max_non_finite"},  # epochs as far as `check_epochs` allows
     "distill": {"teacher", "pretrained", "checkpoint"},  # compared by the weights themselves
     "early_stopping": {"patience"},  # a run that was stopped may be given more
 }
@@ -52,22 +55,29 @@ def run(config: TrainConfig, folder: Path | None, *, resume: Resume = None, name
         name: Of the folder where none is given.
 
     Returns:
-        The content of summary.json and `folder`, the path; with `stopped_by` where a signal ended the run early. Empty on
-        all processes but the main one.
+        The content of summary.json and `folder`, the path; with `stopped_by` where a signal ended the run early, and
+        nothing else where that was before the first step. Empty on all processes but the main one.
 
     Raises:
-        ConfigError: Whatever was given that cannot work; nothing has been written then.
-        NonFiniteError, ReadError, CheckpointError: What went wrong while running.
+        ConfigError: Whatever was given that cannot work, or another run is going on in the folder; nothing has been
+            written then.
+        NonFiniteError, ReadError, CheckpointError, Failure: What went wrong while running.
     """
-    with _prepared(config, folder, resume, name) as (setup, run_folder, checkpoint):
-        world = setup.world
-        on_main(world, lambda: run_folder.make(fresh=resume is None))
-        if world.is_main:
-            print(describe(setup))
-            start = "" if checkpoint is None else f", going on from step {checkpoint.step}"
-            print(f"run       {run_folder.path}{start}")
-        summary = loop.train(setup, run_folder, checkpoint)
-        return {**summary, "folder": run_folder.path} if world.is_main else {}
+    try:
+        with _prepared(config, folder, resume, name) as (setup, run_folder, checkpoint, claim, signals):
+            world = setup.world
+            on_main(world, lambda: claim.make(run_folder, fresh=resume is None))
+            if world.is_main:
+                print(describe(setup))
+                start = "" if checkpoint is None else f", going on from step {checkpoint.step}"
+                print(f"run       {run_folder.path}{start}")
+            signals.finish_steps()
+            summary = loop.train(setup, run_folder, checkpoint, signals)
+            return {**summary, "folder": run_folder.path} if world.is_main else {}
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}: stopped before the first step; nothing is lost, start it again")
+        return {"stopped_by": str(stopped)}
 
 
 def dry_run(config: TrainConfig, folder: Path | None, *, resume: Resume = None, name: str = "run") -> str:
@@ -76,25 +86,55 @@ def dry_run(config: TrainConfig, folder: Path | None, *, resume: Resume = None, 
     Returns:
         The plan and what came of the step; empty on all processes but the main one.
     """
-    with _prepared(config, folder, resume, name) as (setup, run_folder, _):
-        on_main(setup.world, lambda: run_folder.probe(fresh=resume is None))
-        plan = describe(setup)
-        result = loop.dry_run(setup)
-        return f"{plan}\n{result}" if setup.world.is_main else ""
+    try:
+        with _prepared(config, folder, resume, name, writes=False) as (setup, run_folder, *_):
+            on_main(setup.world, lambda: refuse_locked(run_folder.path))
+            on_main(setup.world, lambda: run_folder.probe(fresh=resume is None))
+            plan = describe(setup)
+            result = loop.dry_run(setup)
+            return f"{plan}\n{result}" if setup.world.is_main else ""
+    except Stopped as stopped:
+        return f"{stopped}: stopped"
+
+
+class _Claim(contextlib.ExitStack):
+    """The lock of the run's folder, on the main process; taken once the folder is there and held until the end."""
+
+    folder: Path | None = None
+
+    def take(self, folder: Path) -> None:
+        if self.folder is None:
+            self.enter_context(locked(folder))
+            self.folder = folder
+
+    def make(self, run_folder: RunFolder, *, fresh: bool) -> None:
+        """Makes and takes the folder."""
+        if self.folder is None:
+            refuse_locked(run_folder.path)  # before anything else is found there
+        run_folder.make(fresh=fresh)
+        self.take(run_folder.path)
+        if fresh and run_folder.holds_run():
+            run_folder.make(fresh=True)  # another came between, and is done
 
 
 class _Prepared(NamedTuple):
     setup: Setup
     folder: RunFolder
     checkpoint: Checkpoint | None
+    claim: _Claim
+    signals: StopSignals
 
 
 @contextlib.contextmanager
-def _prepared(config: TrainConfig, folder: Path | None, resume: Resume, name: str) -> Iterator[_Prepared]:
+def _prepared(
+    config: TrainConfig, folder: Path | None, resume: Resume, name: str, *, writes: bool = True
+) -> Iterator[_Prepared]:
     """The run built, its checkpoint read and its folder found and compared with it; leaves the other processes at the end."""
     path = find_folder(folder, resume=resume, name=name)
-    world = init_world(config.runtime.device)
-    try:
+    world = init_world(config.runtime.device, timeout=timedelta(minutes=config.runtime.timeout_minutes))
+    with StopSignals(early=True) as signals, _Claim() as claim, _in_words(world, claim):
+        if writes and resume is not None and path is not None and path.is_dir():
+            on_main(world, lambda: claim.take(path))  # a checkpoint is read when nobody writes it
         if not world.is_main:
             logging.disable(logging.INFO)
             logging.getLogger("models").setLevel(logging.ERROR)  # what became of the weights, the main process says
@@ -118,13 +158,20 @@ def _prepared(config: TrainConfig, folder: Path | None, resume: Resume, name: st
             if world.is_main:
                 for change in changes(run_folder, checkpoint, setup):
                     warn(change)
-        yield _Prepared(setup, run_folder, checkpoint)
+        yield _Prepared(setup, run_folder, checkpoint, claim, signals)
         world.barrier()  # gloo may abort a process that leaves while another still receives from it
-    except RuntimeError as error:
-        lost = lost_worker(error)
-        if lost is None:
+
+
+@contextlib.contextmanager
+def _in_words(world: World, claim: _Claim) -> Iterator[None]:
+    """Says in words what ends a run that is not to blame for it, and leaves the other processes."""
+    try:
+        yield
+    except Exception as error:
+        failure = explain(error, world, claim.folder)
+        if failure is None:
             raise
-        raise ReadError(lost) from error
+        raise failure from error
     finally:
         close_world(world)
 
@@ -231,6 +278,8 @@ def describe_result(summary: dict[str, Any]) -> str:
             f"images that could not be read: {skipped['train']} for training, replaced, and {skipped['val']} for "
             f"validation, left out of its figures: {folder.skipped}"
         )
+    if summary["non_finite_steps"]:
+        lines.append(f"steps left out as not finite: {summary['non_finite_steps']}: {folder.non_finite}")
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ import torch
 
 from files.durable import save_text
 from files.errors import ConfigError, nearest
+from files.lock import LOCK
 from training.distributed import World
 from training.metrics import METRICS
 
@@ -46,6 +47,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.data = path / "data.json"
         self.skipped = path / "skipped.csv"
+        self.non_finite = path / "non_finite.csv"
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.csv"
         self.drop_path = path / "drop_path.csv"
@@ -83,7 +85,7 @@ class RunFolder:
             )
         try:
             os.fspath(self.path.absolute()).encode()  # TensorBoard writes to no other names
-            if fresh and self.path.exists() and any(self.path.iterdir()):
+            if fresh and self.path.exists() and any(path.name != LOCK for path in self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and holds no run; choose another --output")
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -223,7 +225,9 @@ def changed_environment(folder: RunFolder, world: World, *, decoder: str | None 
     """What differs from where a run was started and may change its rounding or pixels: device, versions, decoder, ..."""
     try:
         before = json.loads(folder.environment.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return []
+    if not isinstance(before, dict):
         return []
     now = describe_environment(world, decoder=decoder)
     keys = ("device", "processor", "threads", "torch", "torchvision", "timm", "numpy", "decoder", "cuda")

@@ -36,6 +36,7 @@ from training.freezing import Freezing
 from training.image_sizes import check_sizes
 from training.loss import build_loss, class_weights
 from training.lr_schedule import build_scheduler
+from training.non_finite import NonFiniteSteps
 from training.optim import build_ema, build_optimizer
 from training.prefetch import Feed, build_feed
 from training.sharding import shard
@@ -56,6 +57,7 @@ class Setup:
     train_loader: DataLoader
     val_loader: DataLoader
     skips: SkipList
+    non_finite: NonFiniteSteps
     mixer: BatchMixer
     loss_fn: nn.Module
     precision: torch.dtype
@@ -211,6 +213,7 @@ def build(
         train_loader=train_loader,
         val_loader=val_loader,
         skips=SkipList(config.data),
+        non_finite=NonFiniteSteps(config.optim),
         mixer=mixer,
         loss_fn=loss_fn.to(world.device),
         precision=precision,

@@ -41,6 +41,7 @@ class Progress:
         train_seconds: Training time so far.
         data_seconds: Of it, this rank's time spent waiting for data (`training.prefetch`).
         epoch_data_seconds: The same of the current epoch.
+        non_finite: Steps left out because their loss or gradient was not finite (`training.non_finite`).
     """
 
     epoch: int = 0
@@ -51,6 +52,7 @@ class Progress:
     samples: int = 0
     seconds: float = 0.0
     epoch_seconds: float = 0.0
+    non_finite: int = 0
     best_metric: float | None = None
     bad_epochs: int = 0
     train_seconds: float = 0.0
@@ -58,12 +60,18 @@ class Progress:
     epoch_data_seconds: float = 0.0
 
     def advance(self, batches: list[Any], loss: float, seconds: float, *, waited: float = 0.0) -> None:
-        """Notes an optimizer step over some batches and its mean loss; how long it took, and the wait for data in that."""
+        """Notes an optimizer step over some batches and its mean loss; NaN: it was left out, and nothing was learned.
+
+        It took `seconds`, of which `waited` for data.
+        """
         count = sum(len(targets) for _, targets, _ in batches)
         self.step += 1
         self.batch += len(batches)
-        self.samples += count
-        self.loss_sum += loss * count
+        if math.isnan(loss):
+            self.non_finite += 1
+        else:
+            self.samples += count
+            self.loss_sum += loss * count
         self.seconds += seconds
         self.epoch_seconds += seconds
         self.train_seconds += seconds

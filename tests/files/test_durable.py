@@ -95,6 +95,10 @@ def test_leftovers_that_cannot_be_removed_are_a_warning(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"\.old-a: cannot be removed: Permission denied"):
         publish(make(tmp_path / ".tmp-a", "2"), tmp_path / "a")
     assert (tmp_path / "a" / "mark").read_text() == "2"
+    for mark in ("3", "4"):  # nor are they in the way of the next ones
+        with pytest.warns(UserWarning, match=r"\.old-a: cannot be removed"):
+            publish(make(tmp_path / ".tmp-a", mark), tmp_path / "a")
+        assert (tmp_path / "a" / "mark").read_text() == mark
 
 
 def test_a_stage_fails_on_all_ranks_when_it_fails_on_one(tmp_path):

@@ -1,9 +1,13 @@
 """What a script makes of an error: lines a person can act on, and an exit code."""
 
+import io
+import os
+import sys
+
 import pytest
 
 from files.durable import CheckpointError
-from files.errors import ConfigError, Failure, nearest, run_command
+from files.errors import ConfigError, Failure, LastingStream, lasting_output, nearest, printable, run_command
 from models.export import ExportError
 
 
@@ -39,3 +43,55 @@ def test_our_own_mistakes_are_not_hidden() -> None:
 def test_nearest() -> None:
     assert nearest("cosin", ["linear", "cosine"]) == "; did you mean 'cosine'?"
     assert nearest("zzz", ["linear", "cosine"]) == ""
+
+
+def test_ctrl_c_costs_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert run_command(interrupted) == 130
+    assert tuple(capsys.readouterr()) == ("", "stopped by Ctrl-C\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\nb \u00e9\u82b1", "a\nb \u00e9\u82b1"),
+        ("\x1b[31m\x00\t", "\\x1b[31m\\x00\\t"),
+        ("\udcff\u202e", "\\udcff\\u202e"),
+    ],
+)
+def test_messages_hold_nothing_a_terminal_would_obey(text: str, shown: str) -> None:
+    assert printable(text) == str(ConfigError(text)) == str(Failure(text)) == shown
+    shown.encode()
+
+
+def test_a_stream_outlasts_its_reader() -> None:
+    reading, writing = os.pipe()
+    stream = LastingStream(os.fdopen(writing, "w", buffering=1))
+    stream.write("heard\n")
+    assert os.read(reading, 100) == b"heard\n"
+    os.close(reading)
+    for _ in range(3):
+        assert stream.write("lost\n") == 5
+        stream.flush()
+    assert stream.writable() and not stream.isatty(), "all else is the stream's own"
+    stream.close()
+
+
+def test_a_stream_of_a_small_alphabet_escapes() -> None:
+    raw = io.BytesIO()
+    stream = LastingStream(io.TextIOWrapper(raw, encoding="latin-1"))
+    stream.write("\u00e9 \u82b1 \udcff\n")
+    stream.flush()
+    assert raw.getvalue() == b"\xe9 \\u82b1 \\udcff\n"
+
+
+def test_output_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    before = sys.stdout, sys.stderr
+    with pytest.raises(ZeroDivisionError), lasting_output():
+        assert isinstance(sys.stdout, LastingStream) and isinstance(sys.stderr, LastingStream)
+        print("to nobody")
+        raise ZeroDivisionError
+    assert (sys.stdout, sys.stderr) == before

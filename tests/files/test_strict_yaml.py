@@ -310,3 +310,8 @@ def test_dump_reads_back() -> None:
     assert [type(n) for n in back["numbers"]] == [type(n) for n in data["numbers"]]
     shared = [1, 2]
     assert parse_yaml(dump_yaml({"a": shared, "b": shared})).data == {"a": shared, "b": shared}
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "\x85", "\u2028x", "x\u2029"])
+def test_line_breaks_of_unicode_are_written_and_read_back(text: str) -> None:
+    assert parse_yaml(dump_yaml({"a": text})).data == {"a": text}

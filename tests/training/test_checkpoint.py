@@ -93,6 +93,7 @@ def test_round_trip_of_every_kind_of_value(tmp_path):
         "scalar": torch.tensor(3, dtype=torch.int64),
         "empty": torch.empty(0, 3),
     }
+    (tmp_path / "a").mkdir()
     path = save_checkpoint(tmp_path / "a" / "b", 1234, shared=shared, rank_state={"r": torch.arange(3)}, keep=1)
     assert path == tmp_path / "a" / "b" / "step-00001234"
     assert names(path) == ["manifest.json", "rank-00000.pt", "shared.pt"]
@@ -387,6 +388,9 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="was not saved"):
         save(tmp_path / "file" / "checkpoints", 1)
+    with pytest.raises(CheckpointError, match="No such file"):
+        save(tmp_path / "deleted" / "checkpoints", 1)
+    assert names(tmp_path) == ["file"]
 
 
 # ---- random states ----------------------------------------------------------------------------------------------

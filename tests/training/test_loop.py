@@ -23,7 +23,8 @@ from training.config import load_config
 from training.console import StopSignals
 from training.data.dataset import ReadError
 from training.distributed import World
-from training.loop import NonFiniteError, Stepped, dry_run, train, train_step, validate
+from training.loop import Stepped, dry_run, train, train_step, validate
+from training.non_finite import NonFiniteError
 from training.report import page
 from training.run_folder import RunFolder
 from training.setup import Setup
@@ -313,7 +314,7 @@ def damaging(monkeypatch: pytest.MonkeyPatch, epoch: int, path: Path) -> None:
     """Cuts an image short when that epoch, counted from 0, has been trained and before it is validated."""
     real = loop._end_epoch
 
-    def end_epoch(setup: Setup, folder: RunFolder, progress: Progress, **options: Any) -> dict[str, float]:
+    def end_epoch(setup: Setup, folder: RunFolder, progress: Progress, **options: Any) -> dict[str, float] | None:
         if progress.epoch == epoch:
             path.write_bytes(path.read_bytes()[:40])
         return real(setup, folder, progress, **options)

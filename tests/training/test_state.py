@@ -31,7 +31,7 @@ def test_a_checkpoint_behind_the_end_of_an_epoch_is_refused(images: list[str], t
     setup = build_tiny(*images)
     state = RunState(setup)
     state.progress.batch, state.progress.step = 4, 4
-    saved = load_checkpoint(state.save(RunFolder(tmp_path / "run")))
+    saved = load_checkpoint(state.save(RunFolder(tmp_path)))
     with pytest.raises(ConfigError, match="behind batch 4 of its epoch, which has only 3"):
         RunState(setup).restore(saved)
 

@@ -12,7 +12,7 @@ import pytest
 from files.errors import ConfigError, Failure
 from tests.training.parts import TINY, WORLD
 from training.config import load_config
-from training.loop import NonFiniteError
+from training.non_finite import NonFiniteError
 from training.report import page
 from training.run import run
 from training.run_folder import RunFolder

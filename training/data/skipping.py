@@ -6,8 +6,10 @@ import contextlib
 import csv
 import io
 import os
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +78,7 @@ class SkipList:
         """The batches (images, targets, indices), after doing what is to be done about samples missing in them.
 
         Raises:
-            ReadError: For the first unreadable sample, or the one above the ceiling.
-            RuntimeError: For a worker that died, see `lost_worker`.
+            ReadError: For the first unreadable sample, or the one above the ceiling, or a worker that died.
         """
         for batch in _received(batches):
             if isinstance(batch, PartialBatch):
@@ -116,9 +117,11 @@ class SkipList:
     def _listed(self) -> set[tuple[str, str]]:
         if self.path is None:
             return set()
-        with contextlib.suppress(FileNotFoundError), self._open("r") as file:
-            return {(row[0], row[1]) for row in csv.reader(file) if len(row) == 3 and row[0] != "part"}
-        return set()
+        found: set[tuple[str, str]] = set()
+        # a damaged list is read as far as it goes: what is not in it is listed again
+        with contextlib.suppress(FileNotFoundError, csv.Error), self._open("r") as file:
+            found.update((row[0], row[1]) for row in csv.reader(file) if len(row) == 3 and row[0] != "part")
+        return found
 
     def _append(self, row: tuple[str, str, str]) -> None:
         """Adds a row, on disk when this returns, by one write: several processes may do so at once."""
@@ -138,8 +141,13 @@ class SkipList:
 
 
 def _received(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches. A worker that dies while its batch is fetched breaks a connection before torch notices its death."""
+    """The batches. A worker that dies while its batch is fetched breaks a connection before torch notices its death.
+
+    Raises:
+        ReadError: A worker died. Raised here only, where no step has begun: the run can be saved as it is.
+    """
     iterator = iter(batches)
+    _notice_deaths_here()
     while True:
         try:
             batch = next(iterator)
@@ -147,8 +155,25 @@ def _received(batches: Iterable[Any]) -> Iterator[Any]:
             return
         except (OSError, EOFError) as error:
             what = f"{type(error).__name__}: {error}".rstrip(": ")
-            raise RuntimeError(f"DataLoader worker cannot hand over a batch (has it died?): {what}") from error
+            lost = RuntimeError(f"DataLoader worker cannot hand over a batch (has it died?): {what}")
+            raise ReadError(lost_worker(lost)) from error
+        except RuntimeError as error:
+            lost = lost_worker(error)
+            if lost is None:
+                raise
+            raise ReadError(lost) from error
         yield batch
+
+
+def _notice_deaths_here() -> None:
+    """Takes back torch's handler of SIGCHLD, which raises wherever the process is just then, in mid-step too.
+
+    The loader looks after its workers itself whenever it waits for a batch.
+    """
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        handler = signal.getsignal(signal.SIGCHLD)
+        if (getattr(handler, "__module__", None) or "").startswith("torch."):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def lost_worker(error: BaseException) -> str | None:

@@ -1,0 +1,62 @@
+"""What an error in mid-run means to the person who runs it: one to three lines that name it and what to do."""
+
+import errno
+import os
+from pathlib import Path
+
+import torch
+
+from files.durable import CheckpointError
+from files.errors import ConfigError, Failure
+from training.data.dataset import ReadError
+from training.data.skipping import lost_worker
+from training.distributed import World
+from training.lost_rank import describe_lost, is_lost, report
+
+# What a machine runs out of, or a disk that fails: never a mistake of the code.
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+            errno.ENOMEM}  # fmt: skip
+GO_ON = "go on from the last checkpoint with --resume"
+
+
+def explain(error: Exception, world: World, folder: Path | None) -> Failure | None:
+    """The failure to raise in place of an error; None for one that says all itself, or is a mistake of ours.
+
+    The other processes of the run are told either way, so that they can say why they cannot go on.
+
+    Args:
+        error: What ended the run.
+        world: The processes.
+        folder: That of the run; None where it is not made yet.
+    """
+    if is_lost(error) and world.size > 1:
+        return Failure(f"{describe_lost(world, error)}\n{GO_ON}")
+    report(world, error)
+    if isinstance(error, (OSError, CheckpointError)) and folder is not None and not folder.exists():
+        return Failure(f"the run folder {folder} is gone: deleted or moved while the run went on")
+    if isinstance(error, (ConfigError, Failure)):
+        return None
+    lost = lost_worker(error) if isinstance(error, RuntimeError) else None
+    if lost is not None:
+        return ReadError(lost)
+    if _is_out_of_memory(error):
+        return Failure(
+            f"out of memory on {world.device}: {str(error).splitlines()[0][:200] if str(error) else 'MemoryError'}\n"
+            f"lower data.batch_size (and raise optim.accumulate as much); {GO_ON}"
+        )
+    if isinstance(error, OSError) and (error.errno in _MACHINE or _is_below(error.filename, folder)):
+        where = f": {error.filename}" if error.filename else ""
+        return Failure(f"{error.strerror or error}{where}\n{GO_ON}")
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's words on a CPU
+    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def _is_below(name: object, folder: Path | None) -> bool:
+    if folder is None or not isinstance(name, (str, bytes, os.PathLike)):
+        return False
+    path, folder = Path(os.path.abspath(os.fsdecode(name))), Path(os.path.abspath(folder))
+    return path == folder or folder in path.parents
