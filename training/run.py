@@ -17,6 +17,7 @@ from training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from training.config import TrainConfig, load_config
 from training.console import Stopped, StopSignals
 from training.data.build import class_names_of_data
+from training.data.loading import end_workers
 from training.distributed import World, close_world, init_world
 from training.failures import explain
 from training.resuming import changes, check_epochs, same_total_batch
@@ -158,7 +159,11 @@ def _prepared(
             if world.is_main:
                 for change in changes(run_folder, checkpoint, setup):
                     warn(change)
-        yield _Prepared(setup, run_folder, checkpoint, claim, signals)
+        try:
+            yield _Prepared(setup, run_folder, checkpoint, claim, signals)
+        finally:
+            for loader in (setup.train_loader, setup.val_loader):
+                end_workers(loader)
         world.barrier()  # gloo may abort a process that leaves while another still receives from it
 
 

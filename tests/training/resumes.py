@@ -1,13 +1,16 @@
 """Runs that are interrupted and go on: what they may be made of, in rows that cover every pair, and how they are compared."""
 
 import csv
+import io
 import itertools
 import random
+import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -15,6 +18,7 @@ from tests.training.parts import build_tiny
 from training import loop
 from training import setup as building
 from training.checkpoint import latest_checkpoint
+from training.data.loading import end_workers
 from training.report import page
 from training.run_folder import RunFolder
 from training.state import RunState, Snapshot
@@ -42,6 +46,19 @@ FACTORS: Mapping[str, Mapping[str, list[str]]] = {
         "folder": ["data={dataset: folder, root: {root}, batch_size: 4}"],
         "skipping": ["data={dataset: folder, root: {root}-damaged, batch_size: 4, on_error: skip}"],
         "policy": ["data={dataset: folder, root: {root}, batch_size: 4}", "augment.auto_augment=rand-m9-mstd0.5"],
+        "split": ["data={dataset: folder, root: {root}/train, batch_size: 4, val_fraction: 0.25, train_samples: 13}"],
+        "csv": ["data={dataset: csv, root: {root}, train_file: {root}/train.csv, val_file: {root}/val.csv, batch_size: 4}"],
+        "shards": ["data={dataset: webdataset, root: {root}-shards, batch_size: 4}"],
+        "huggingface": ["data={dataset: huggingface, root: {root}-arrow, batch_size: 4}"],
+        "mnist5k": ["data={dataset: mnist5k, classes: ['3', '8'], train_samples: 22, batch_size: 4}"],
+    },
+    "classes": {
+        "as they are": [],
+        "balanced": ["data.sampler=balanced"],
+        "half": ["data.sampler=balanced", "data.balance_power=0.5"],
+        "weighted": ["loss.class_weights=auto"],
+        "bce": ["loss={name: bce, class_weights: auto}"],
+        "focal": ["loss={name: focal, gamma: 1.5}"],
     },
     "saving": {"thread": [], "waiting": ["checkpoint.background=false"]},
     "killed": {name: [] for name in ("in a step", "in a save", "before validation", "in validation", "behind its row")},
@@ -82,7 +99,10 @@ def settings(row: Mapping[str, str], root: Path) -> list[str]:
 
 
 def write_images(root: Path) -> None:
-    """22 training and 6 validation images of two classes, 5 batches of 4; beside them a copy with two damaged ones."""
+    """22 training and 6 validation images of two classes, 5 batches of 4; beside them a copy with two damaged ones.
+
+    In the folder stand tables of them, and beside it they are as shards and as a data set of Hugging Face.
+    """
     for folder, damaged in ((root, ()), (root.with_name(f"{root.name}-damaged"), ("train/dog/3", "val/cat/1"))):
         for part, count in (("train", 11), ("val", 3)):
             for label, name in enumerate(("cat", "dog")):
@@ -92,6 +112,26 @@ def write_images(root: Path) -> None:
                     Image.new("RGB", (9, 8), (100 * label + 9 * i, 40, 9 * i)).save(path)
                     if f"{part}/{name}/{i}" in damaged:
                         path.write_bytes(b"")
+    parts = {part: sorted((root / part).rglob("*.png")) for part in ("train", "val")}
+    for part, files in parts.items():
+        rows = [f"{path.relative_to(root).as_posix()},{path.parent.name}\n" for path in files]
+        (root / f"{part}.csv").write_text("path,label\n" + "".join(rows))
+        shard = root.with_name(f"{root.name}-shards") / part / "0.tar"
+        shard.parent.mkdir(parents=True)
+        with tarfile.open(shard, "w") as tar:
+            for number, path in enumerate(files):
+                for end, content in (("png", path.read_bytes()), ("cls", path.parent.name.encode())):
+                    member = tarfile.TarInfo(f"{number:03d}.{end}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    tables: dict[Any, Any] = {
+        part: datasets.Dataset.from_dict(
+            {"image": [str(path) for path in files], "label": [path.parent.name for path in files]}, features=features
+        )
+        for part, files in (("train", parts["train"]), ("validation", parts["val"]))
+    }
+    datasets.DatasetDict(dict(tables)).save_to_disk(str(root.with_name(f"{root.name}-arrow")))
 
 
 def train(folder: Path, overrides: list[str], *, resume: bool = False) -> dict[str, Any]:
@@ -103,7 +143,11 @@ def train(folder: Path, overrides: list[str], *, resume: bool = False) -> dict[s
         run_folder = RunFolder(folder)
         run_folder.make(fresh=not resume)
         checkpoint = latest_checkpoint(run_folder.checkpoints) if resume else None
-        return loop.train(setup, run_folder, checkpoint)
+        try:
+            return loop.train(setup, run_folder, checkpoint)
+        finally:
+            for loader in (setup.train_loader, setup.val_loader):
+                end_workers(loader)
 
 
 def result(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,9 @@ def test_mistakes(setting: str, message: str) -> None:
 def test_a_run_ends_early_says_so_and_may_be_given_more(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(page, "write_report", lambda _: None)
     values = iter([50.0, 60.0, 60.0, 55.0] + [70.0] * 9)
-    monkeypatch.setattr(loop, "validate", lambda *_: {m.column: 1.0 for m in METRICS} | {"val_top1": next(values)})
+    monkeypatch.setattr(
+        loop, "validate", lambda *_, **__: {m.column: 1.0 for m in METRICS} | {"val_top1": next(values)}
+    )
     settings = [*TINY, "optim.epochs=6", "checkpoint.every_epochs=5", "early_stopping.patience=2"]
     folder = tmp_path / "run"
     summary = run(load_config(None, settings), folder)

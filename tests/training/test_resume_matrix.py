@@ -48,7 +48,8 @@ def test_every_pair_is_exact(number: int, root: Path, tmp_path: Path) -> None:
 # ---- real kills -------------------------------------------------------------------------------------------------
 
 EVERYTHING = {"mode": "skip", "schedule": "cosine", "accumulate": "2", "ema": "warmup", "mixing": "both",
-              "erasing": "erasing", "workers": "1", "data": "policy", "saving": "thread", "killed": "in a step"}  # fmt: skip
+              "erasing": "erasing", "workers": "1", "data": "policy", "classes": "half",
+              "saving": "thread", "killed": "in a step"}  # fmt: skip
 
 
 def in_a_child(work: Callable[[], object]) -> int:

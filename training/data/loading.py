@@ -125,3 +125,13 @@ def _loader_options(workers: int, device: torch.device) -> dict[str, Any]:
         # loop's random stream, and once more after a resume in mid-epoch. Nothing depends on this seed.
         "generator": torch.Generator().manual_seed(0),
     }
+
+
+def end_workers(loader: DataLoader) -> None:
+    """Ends a loader's persistent workers now. Left to the garbage collector, which may close their queues first, each would
+    be waited for 5 seconds; torch has no public way.
+    """
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+        loader._iterator = None

@@ -18,7 +18,7 @@ from tests.training.data.parts import (
     train_loader,
 )
 from training.data.dataset import Position
-from training.data.loading import EpochSampler, build_val_loader
+from training.data.loading import EpochSampler, build_val_loader, end_workers
 
 
 @pytest.mark.parametrize("source", ["digits", "folder"])
@@ -143,3 +143,17 @@ def test_validation_samples_are_dealt_out_without_duplicates(image_root: Path) -
     assert [indices(r, 4, batch_size=4) for r in range(4)] == [[[0, 4]], [[1, 5]], [[2]], [[3]]]
     assert indices(7, 8, workers=2) == [], "more ranks than images"
     assert indices(1, 2, batch_size=2, workers=2) == [[1, 3], [5]]
+
+
+def test_workers_end_when_they_are_told(image_root: Path) -> None:
+    loader = train_loader(folder(image_root), batch_size=5, workers=1)
+    iterator = iter(loader)
+    next(iterator)
+    (worker,) = iterator._workers  # type: ignore[attr-defined]
+    assert worker.is_alive()
+    end_workers(loader)
+    assert not worker.is_alive()
+    end_workers(loader)
+    assert len(list(loader)) == len(loader), "the loader may be used again"
+    end_workers(loader)
+    end_workers(train_loader(folder(image_root), batch_size=5))

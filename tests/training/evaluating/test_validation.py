@@ -55,8 +55,8 @@ def test_equals_timm_by_hand(flip: bool, timm_weights: Path, photos: Path) -> No
     rows = range(len(labels))
     seen, prediction, top, of_label = found.per_sample.table.float().T
     assert seen.sum() == 12 and prediction.tolist() == probabilities.argmax(1).tolist()
-    assert torch.allclose(top, probabilities.max(1).values, atol=1e-6)
-    assert torch.allclose(of_label, probabilities[rows, labels], atol=1e-6)
+    assert torch.allclose(top, probabilities.max(1).values, atol=2e-5)
+    assert torch.allclose(of_label, probabilities[rows, labels], atol=2e-5)
     hits = (probabilities.argmax(1) == torch.tensor(labels)).sum().item()
     assert found.metrics["top1"] == pytest.approx(100 * hits / 12)
     assert found.metrics["nll"] == pytest.approx(-probabilities[rows, labels].log().mean().item(), abs=1e-5)
@@ -90,7 +90,7 @@ def test_a_part_of_the_models_classes_is_matched_by_name(timm_weights: Path, pho
     assert any("2 of the model's 3 classes" in note for note in found.notes)
     probabilities, _ = by_hand(timm_weights, photos)
     expected = probabilities[4:, 1:] / probabilities[4:, 1:].sum(1, keepdim=True)
-    assert torch.allclose(found.per_sample.table[:, 2].float(), expected.max(1).values, atol=1e-6)
+    assert torch.allclose(found.per_sample.table[:, 2].float(), expected.max(1).values, atol=2e-5)
 
 
 def test_names_that_differ_are_refused(timm_weights: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_an_image_that_cannot_be_read(timm_weights: Path, photos: Path, tmp_path
     whole = one(timm_weights, data=WantedData(images=photos, workers=0))
     assert (found.samples, found.skipped, found.predictions.samples.tolist()) == (11, 1, [4, 3, 4])
     kept = [i for i in range(12) if i != 5]
-    assert torch.allclose(found.per_sample.table[kept], whole.per_sample.table[kept], atol=1e-6)
+    assert torch.allclose(found.per_sample.table[kept], whole.per_sample.table[kept], atol=2e-5)
 
 
 def test_several_models_and_corruptions(digits_run: Path, tmp_path: Path) -> None:
@@ -154,6 +154,6 @@ def test_the_mean_of_probabilities_stays_one(digits_run: Path) -> None:
     images = torch.randn(4, 3, 2, 2)
     mean = Evaluated(model, flip=True)(images).exp()
     expected = (model(images).softmax(1) + model(images.flip(3)).softmax(1)) / 2
-    assert torch.allclose(mean, expected, atol=1e-6) and torch.allclose(mean.sum(1), torch.ones(4))
+    assert torch.allclose(mean, expected, atol=2e-5) and torch.allclose(mean.sum(1), torch.ones(4))
     picked = Evaluated(model, columns=[3, 1])(images)
     assert torch.equal(picked, model(images)[:, [3, 1]])
