@@ -112,13 +112,13 @@ def test_an_image_that_kills_its_worker(images: list[str], zygote: Zygote, tmp_p
     hook = """
 import os
 from training.data import images
-real = images.read_image
+real = images.read_pixels
 parent = os.getpid()
-def read(raw, channels):
+def read(raw, channels, decoder):
     if os.getpid() != parent and raw.name.endswith("cat/3.png") and "train" in raw.name:
         os.kill(os.getpid(), 11)
-    return real(raw, channels)
-images.read_image = read
+    return real(raw, channels, decoder)
+images.read_pixels = read
 """
     settings = [*SHORT, *images, "data.workers=1"]
     done = zygote.run(*settings, "--output", tmp_path / "run", cwd=tmp_path, hook=hook)

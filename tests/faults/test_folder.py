@@ -1,10 +1,12 @@
 """The run folder damaged, deleted or taken by a second run, while a run goes on or before one goes on."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +51,18 @@ def test_two_runs_on_one_folder(zygote: Zygote, whole: Path, tmp_path: Path) -> 
     gate = tmp_path / "gate"
     wait = at_step(7, f"\n        while not Path({str(gate)!r}).exists(): time.sleep(0.02)")
     first = zygote.start(*TINY, "--output", folder, cwd=tmp_path, hook=wait)
-    first.until(lambda: len(read_metrics(folder)) == 1 if (folder / "metrics.csv").exists() else False)
+
+    def at_the_gate() -> bool:
+        """The first epoch is noted, and nothing more is written."""
+        if not (folder / "metrics.csv").exists() or len(read_metrics(folder)) != 1:
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            seen = content(folder)
+            time.sleep(0.5)
+            return seen == content(folder)
+        return False
+
+    first.until(at_the_gate)
     before = content(folder)
     words = (f"{folder}: a run goes on here, process {first.pid} on {socket.gethostname()}, since ", "--output")
     for more in ([], ["--resume", "auto"], ["--dry-run"], ["--resume", "auto", "--dry-run"]):

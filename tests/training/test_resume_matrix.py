@@ -1,5 +1,7 @@
 """Exact resume, widely: rows that pair everything with everything, real kills at random times, several processes."""
 
+import functools
+import inspect
 import os
 import random
 import shutil
@@ -65,12 +67,32 @@ def in_a_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def alone(test: Callable[..., None]) -> Callable[..., None]:
+    """The test in a pytest of its own: once autograd has had threads in a process, none of its forks can train."""
+
+    @functools.wraps(test)
+    def run_alone(request: pytest.FixtureRequest, **fixtures: Any) -> None:
+        if "ALONE" in os.environ:
+            return test(**fixtures)
+        command = [sys.executable, "-m", "pytest", "-m", "slow", "-p", "no:cacheprovider", request.node.nodeid]
+        done = subprocess.run(
+            command, cwd=ROOT, env={**environment(), "ALONE": "1"}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
+
+    signature = inspect.signature(test)
+    asked = inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    run_alone.__signature__ = signature.replace(parameters=[asked, *signature.parameters.values()])  # type: ignore[attr-defined]
+    return run_alone
+
+
 def kill_oneself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("seed", range(3))
+@alone
 def test_killed_at_random_times(seed: int, root: Path, tmp_path: Path) -> None:
     """SIGKILL after random times, sometimes before the first step, until a run comes through."""
     chosen = [*settings(EVERYTHING, root), "optim.epochs=8", "checkpoint.every_steps=1"]
@@ -104,6 +126,7 @@ def test_killed_at_random_times(seed: int, root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("name", ["_write_state", "_write_manifest", "publish", "_prune"])
+@alone
 def test_killed_during_a_save_beside_training(name: str, root: Path, tmp_path: Path) -> None:
     """SIGKILL of the whole process while the thread writes: training has gone on meanwhile, and is done again."""
     chosen = settings(EVERYTHING, root)
@@ -222,7 +245,8 @@ def test_a_signal_to_the_whole_group_saves(tmp_path: Path) -> None:
 def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
     """Two, then three, then one: with a warning each, through the epochs that are left, every one of them noted."""
     folder = tmp_path / "run"
-    chosen = [*SMALL, "data.batch_size=64", "optim.epochs=3", "checkpoint.every_steps=4", "checkpoint.every_epochs=1"]
+    chosen = [*SMALL, "data.batch_size=64", "optim.epochs=3", "checkpoint.every_steps=4", "checkpoint.every_epochs=1",
+              "checkpoint.background=false"]  # fmt: skip
     (tmp_path / "dying.py").write_text(KILLED_AT.format(step=6, rank=0))
     launch = [str(a) for a in command(*chosen, "--output", folder, processes=2)]
     launch[launch.index(str(ROOT / "train.py"))] = str(tmp_path / "dying.py")
