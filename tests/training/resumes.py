@@ -94,7 +94,7 @@ def pairs_in(row: Mapping[str, str], factors: Mapping[str, Any]) -> set[tuple[tu
 
 def settings(row: Mapping[str, str], root: Path) -> list[str]:
     """The overrides of a row."""
-    chosen = [text for factor in ORDER for text in FACTORS[factor][row[factor]]]
+    chosen = [text for factor in ORDER if factor in row for text in FACTORS[factor][row[factor]]]
     return [*LENGTH, *(text.replace("{root}", str(root)) for text in chosen)]
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from configs import CONFIGS
+from models.factory import create_model, saved_config
+from models.weights import save_weights
 from tests.training.data.parts import (
     COLOUR,
     CPU,
@@ -24,7 +26,7 @@ from tests.training.data.parts import (
     train_loader,
     write_image,
 )
-from training.config import DataSection, load_config
+from training.config import DataSection, TrainConfig, load_config
 from training.data.build import build_datasets, class_names_of_data
 from training.data.dataset import DataBundle
 from training.data.images import check_images
@@ -37,6 +39,13 @@ from training.run_folder import RunFolder
 from training.setup import build, describe
 
 
+def a_teacher(config: TrainConfig, folder: Path) -> Path:
+    """Weights of a model of the config's kind for the two classes, as a run would leave them."""
+    model = create_model(config.model.name, num_classes=2, **config.model.overrides)
+    save_weights(folder / "teacher", model.state_dict(), saved_config(model))
+    return folder / "teacher"
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_config_trains_three_steps_on_a_folder(path: Path, tmp_path: Path) -> None:
     for split, count in (("train", 6), ("val", 2)):
@@ -46,6 +55,8 @@ def test_a_shipped_config_trains_three_steps_on_a_folder(path: Path, tmp_path: P
     (tmp_path / "data" / "val" / "class0" / "notes.txt").write_text("no image")
     overrides = ["data.dataset=folder", f"data.root={tmp_path / 'data'}", "data.image_size=32", "data.batch_size=4",
                  "data.workers=0", "optim.epochs=1", "optim.warmup_epochs=0", "runtime.device=cpu"]  # fmt: skip
+    if load_config(path).distill.teacher is not None:  # another run, which is not there
+        overrides.append(f"distill.teacher={a_teacher(load_config(path), tmp_path)}")
     if load_config(path).model.overrides.get("image_size"):
         overrides.remove("data.image_size=32")
     config = load_config(path, overrides)
