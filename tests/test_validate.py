@@ -41,18 +41,14 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def measuring(weights: Path, photos: Path, output: Path) -> list[str]:
+    """The command line that measures these weights on these photos."""
+    places = ["--images", str(photos), "--output", str(output)]
+    return [str(weights), *places, "--workers", "0", "--device", "cpu"]
+
+
 def test_one_model(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        str(weights),
-        "--images",
-        str(photos),
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    words = measuring(weights, photos, tmp_path / "out")
     assert main([*words, "--results", str(tmp_path / "r.csv")]) == 0
     said = capsys.readouterr()
     assert "12 images, 3 classes" in said.out and "top-1 " in said.out
@@ -64,17 +60,7 @@ def test_one_model(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_corruptions_have_a_row_and_a_folder_each(weights: Path, photos: Path, tmp_path: Path) -> None:
-    words = [
-        str(weights),
-        "--images",
-        str(photos),
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    words = measuring(weights, photos, tmp_path / "out")
     assert main([*words, "--corrupt", "jpeg:5", "--corrupt", "contrast", "--results", str(tmp_path / "r.csv")]) == 0
     assert {row["corruption"] for row in rows(tmp_path / "r.csv")} == {"jpeg:5", "contrast:3"}
     assert sum((folder / "metrics.json").exists() for folder in (tmp_path / "out").iterdir()) == 2

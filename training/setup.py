@@ -188,7 +188,7 @@ def build(
     config = config.model_copy(update={"drop_path": _with_rate(config.drop_path, facts.drop_path_rate)})
     depth = _set_drop_path(model, config, steps_per_epoch)
     config = _resolved(config, facts.arguments, model.num_classes, depth, data)
-    precision = _precision(config, world.device)
+    precision = autocast_dtype(config.runtime.precision, world.device, key="runtime.precision:")
     channels_last = (
         world.device.type == "cuda" if config.runtime.channels_last == "auto" else config.runtime.channels_last
     )
@@ -313,15 +313,23 @@ def _resolved(
     return config.model_copy(update={"model": section, "drop_path": drop_path, "data": data})
 
 
-def _precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The dtype of autocast."""
-    wanted = config.runtime.precision
+def autocast_dtype(wanted: str, device: torch.device, *, key: str) -> torch.dtype:
+    """The dtype of autocast.
+
+    Args:
+        wanted: auto, float32, bfloat16 or float16.
+        device: Where the model runs.
+        key: What the user gave it by, for the message.
+
+    Raises:
+        ConfigError: float16 on a CPU.
+    """
     if wanted == "auto":
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if wanted == "float16" and device.type == "cpu":
-        raise ConfigError("runtime.precision: float16 needs a GPU; on a CPU use float32 or bfloat16")
+        raise ConfigError(f"{key} float16 needs a GPU; on a CPU use float32 or bfloat16")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
 
 

@@ -5,25 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.parts import TINY, Zygote, same_result, steps, summary, write_images
+from tests.faults.parts import TINY, Zygote, at_step, same_result, steps, summary, write_images
 
 pytestmark = pytest.mark.slow
 
 SHORT = [*TINY, "optim.epochs=3", "checkpoint.every_epochs=null"]
-
-
-def at_step(number: int, act: str) -> str:
-    return f"""
-import os, shutil, signal
-from pathlib import Path
-from training import loop, setup as building
-real = loop.train_step
-def step(setup, trained, batches, progress, **options):
-    if progress.step == {number}:
-        {act}
-    return real(setup, trained, batches, progress, **options)
-loop.train_step = step
-"""
 
 
 @pytest.fixture

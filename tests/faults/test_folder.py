@@ -13,24 +13,9 @@ from pathlib import Path
 import pytest
 
 from files.lock import is_locked
-from tests.faults.parts import TINY, Zygote, content, read_metrics, same_result, steps
+from tests.faults.parts import TINY, Zygote, at_step, content, read_metrics, same_result, steps
 
 pytestmark = pytest.mark.slow
-
-
-def at_step(number: int, act: str) -> str:
-    """A hook that does something as a step begins."""
-    return f"""
-import os, shutil, time
-from pathlib import Path
-from training import loop
-real = loop.train_step
-def step(setup, trained, batches, progress, **options):
-    if progress.step == {number}:
-        {act}
-    return real(setup, trained, batches, progress, **options)
-loop.train_step = step
-"""
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from training.distributed import close_world, init_world
 from training.evaluating.classes import names_for_people
 from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, find_subject, image_spec
-from training.evaluating.validation import Compute, Evaluated, dtype_of
+from training.evaluating.validation import Compute, Evaluated
+from training.setup import autocast_dtype
 from training.threads import number_of_threads
 
 DEFAULT_BATCH = 64
@@ -193,9 +194,8 @@ class Predictor:
             raise ConfigError(f"predict.py runs as one process, not as {world.size}; give each its part of the images")
         self.device = world.device
         torch.set_num_threads(number_of_threads(runtime.threads if runtime else "auto"))
-        self.precision = dtype_of(
-            request.compute.precision or (runtime.precision if runtime else "float32"), self.device
-        )
+        wanted = request.compute.precision or (runtime.precision if runtime else "float32")
+        self.precision = autocast_dtype(wanted, self.device, key="--precision")
         model = subject.build()
         self.spec = image_spec(model)
         check_spec(self.spec)

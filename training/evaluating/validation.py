@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from files.errors import ConfigError, Failure
+from files.errors import Failure
 from models.counting import count_parameters
 from training.data.build import class_names_of_data
 from training.data.section import DataSection
@@ -29,7 +29,7 @@ from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, Subject, find_subject, image_spec
 from training.evaluation import evaluate
 from training.metrics import Predictions, evaluation_metrics
-from training.setup import on_main
+from training.setup import autocast_dtype, on_main
 from training.threads import number_of_threads
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,8 @@ def _evaluate_one(subject: Subject, data: DataSection, request: Request, world: 
     """The evaluations of one model."""
     runtime = subject.config.runtime if subject.config is not None else None
     torch.set_num_threads(number_of_threads(runtime.threads if runtime else "auto", processes=world.local_size))
-    precision = dtype_of(request.compute.precision or (runtime.precision if runtime else "float32"), world.device)
+    wanted = request.compute.precision or (runtime.precision if runtime else "float32")
+    precision = autocast_dtype(wanted, world.device, key="--precision")
     model = subject.build()
     parameters = sum(count_parameters(model))
     spec = image_spec(model)
@@ -257,14 +258,3 @@ def _evaluate_one(subject: Subject, data: DataSection, request: Request, world: 
             seconds=time.perf_counter() - start,
             notes=tuple(line for line in (note, f"left out: {part.left_out}" if part.left_out else "") if line),
         )
-
-
-def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast."""
-    if wanted == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if wanted == "float16" and device.type == "cpu":
-        raise ConfigError("--precision float16 needs a GPU; on a CPU use float32 or bfloat16")
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
