@@ -91,7 +91,7 @@ def train(
                 if setup.freezing.set_epoch(progress.epoch):
                     trained = data_parallel(model, world)
                 setup.sampler.set_position(progress.epoch, progress.batch)
-                batches = setup.feed.read(setup.skips.read(iter(setup.train_loader)))
+                batches = setup.feed.read(setup.skips.read(setup.train_loader))
                 state.random.put_back()  # nothing may draw between here and the first step
                 clock = time.perf_counter()
                 for group in _groups(batches, config.optim.accumulate, world):
@@ -377,7 +377,7 @@ def dry_run(setup: Setup) -> str:
     setup.sampler.set_position(0, 0)
     setup.model.train()
     setup.freezing.set_epoch(0)
-    batches = setup.feed.read(setup.skips.read(iter(setup.train_loader)))
+    batches = setup.feed.read(setup.skips.read(setup.train_loader))
     group = next(_groups(batches, setup.config.optim.accumulate, setup.world))
     start = time.perf_counter()
     loss, _ = train_step(setup, setup.model, group, Progress(), loss_fn=setup.loss_fn, signals=StopSignals())

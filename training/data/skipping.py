@@ -146,10 +146,12 @@ def _received(batches: Iterable[Any]) -> Iterator[Any]:
     Raises:
         ReadError: A worker died. Raised here only, where no step has begun: the run can be saved as it is.
     """
-    iterator = iter(batches)
-    _notice_deaths_here()
+    iterator = None
     while True:
         try:
+            if iterator is None:
+                iterator = iter(batches)  # an epoch begins with a word from each worker that stays, or with its death
+                _notice_deaths_here()
             batch = next(iterator)
         except StopIteration:
             return
