@@ -35,6 +35,11 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "training/data/shards.py": ({"files", "training"}, {"numpy", "tqdm", "braceexpand"}),  # webdataset's braces
     "training/report": ({"files", "layers", "training"}, {"numpy", "pydantic", "jinja2", "markupsafe", "matplotlib"}),
     "training/evaluating": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "tqdm", "matplotlib"}),
+    "tuning": ({*_TRAINING, "tuning"}, {"numpy", "optuna", "pydantic", "tqdm"}),
+    "tuning/report": (
+        {"files", "training", "tuning"},
+        {"numpy", "optuna", "pydantic", "jinja2", "markupsafe", "matplotlib"},
+    ),
     "benchmarks": ({*_TRAINING, "benchmarks"}, {*_ARRAYS, "PIL", "sklearn"}),
     "train.py": ({"files", "training"}, set()),
     "validate.py": ({"files", "training"}, set()),

@@ -321,6 +321,12 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_validated_where_needed(self) -> "TrainConfig":
+        if self.early_stopping.patience is not None and self.log.validate_every > 1:
+            raise FieldError("early_stopping.patience", "needs a validation after every epoch: log.validate_every=1")
+        return self
+
+    @model_validator(mode="after")
     def _check_balanced_once(self) -> "TrainConfig":
         if self.data.sampler == "balanced" and self.loss.class_weights == "auto":
             raise FieldError(

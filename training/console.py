@@ -1,6 +1,7 @@
 """What a person sees of a run, and the signals they send it."""
 
 import contextlib
+import math
 import signal
 import sys
 import threading
@@ -153,8 +154,10 @@ class ProgressBar:
         self.bar.update()
 
     def epoch(self, row: dict[str, float]) -> None:
-        told = [metric.text(row[metric.column]) for metric in METRICS if metric.in_line]
-        self.measured = "".join(f" {m.label} {f'{row[m.column]:{m.form}}'.strip()}" for m in METRICS if m.in_bar)
+        measured = METRICS if not math.isnan(row["val_top1"]) else ()
+        told = [metric.text(row[metric.column]) for metric in measured if metric.in_line] or ["not validated"]
+        if measured:
+            self.measured = "".join(f" {m.label} {f'{row[m.column]:{m.form}}'.strip()}" for m in measured if m.in_bar)
         self.write(
             f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.4f}  {'  '.join(told)}"
             f"  {row['images_per_second']:.0f} images/s, {row['data_share']:.0%} waiting for data"
@@ -193,7 +196,7 @@ class Board:
         self.tracker.finish(failed=kind is not None)
 
     def write(self, row: dict[str, float], step: int) -> None:
-        scalars = {key: value for key, value in row.items() if key not in ("epoch", "step")}
+        scalars = {key: value for key, value in row.items() if key not in ("epoch", "step") and not math.isnan(value)}
         with self._optional():
             if self.writer is not None:
                 for key, value in scalars.items():

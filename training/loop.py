@@ -244,7 +244,7 @@ def _stop(
 
 
 def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, signals: StopSignals) -> dict[str, float] | None:
-    """Evaluates, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch.
+    """Evaluates where it is time, notes the epoch in metrics.csv, keeps the best weights, and moves on to the next epoch.
 
     Args:
         setup: The run.
@@ -253,15 +253,17 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, signals: 
         signals: May end the evaluation early.
 
     Returns:
-        The row of metrics.csv. `None` where a process was told to stop before the evaluation was done: nothing is noted then,
-        and a resumed run begins with it.
+        The row of metrics.csv, with NaN for what was not measured after this epoch. `None` where a process was told to
+        stop before the evaluation was done: nothing is noted then, and a resumed run begins with it.
     """
     world = setup.world
     clock = time.perf_counter()
     loss_sum, samples = world.sum(torch.tensor([progress.loss_sum, progress.samples], dtype=torch.float64)).tolist()
     times = torch.tensor([progress.epoch_data_seconds, progress.epoch_seconds], dtype=torch.float64)
     data_seconds, train_seconds = world.sum(times).tolist()
-    metrics = validate(setup, signals=signals)
+    every, epoch = setup.config.log.validate_every, progress.epoch + 1
+    validated = epoch % every == 0 or epoch == setup.config.optim.epochs
+    metrics = validate(setup, signals=signals) if validated else {metric.column: math.nan for metric in METRICS}
     if world.any(signals.received is not None):
         return None
     progress.seconds += time.perf_counter() - clock
@@ -276,8 +278,8 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, signals: 
         "seconds": progress.seconds,
         "data_share": data_seconds / train_seconds,  # no column of metrics.csv
     }
-    better = metrics["val_top1"] > progress.best_top1
-    progress.best_top1 = max(progress.best_top1, metrics["val_top1"])
+    better = metrics["val_top1"] > progress.best_top1  # NaN is not
+    progress.best_top1 = metrics["val_top1"] if better else progress.best_top1
     progress.next_epoch()
     weights = whole_state(setup.evaluated) if better else {}
     if world.is_main:
@@ -323,9 +325,10 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         return {}
     device = setup.world.device
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else _peak_rss_mb()
+    final = metrics.get("val_top1", math.nan)
     summary = {
         "best_top1": progress.best_top1 if progress.best_top1 >= 0 else None,
-        "final_top1": metrics.get("val_top1"),
+        "final_top1": None if math.isnan(final) else final,
         "epochs": progress.epoch,
         "steps": progress.step,
         "skipped_images": {part: setup.skips.count(part) for part in ("train", "val")},
@@ -339,7 +342,8 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "stopped_early": stop_reason(setup.config.early_stopping, progress),
     }
     folder.write_json(folder.summary, summary)
-    _write_report(folder)
+    if setup.config.log.report:
+        _write_report(folder)
     return summary
 
 

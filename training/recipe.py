@@ -94,8 +94,15 @@ class DistillSection(Section):
 
 
 class LogSection(Section):
-    """Where the figures of each epoch go, besides metrics.csv, TensorBoard and the report."""
+    """When the figures of an epoch are taken, and where they go besides metrics.csv, TensorBoard and the report."""
 
+    validate_every: int = Field(
+        default=1,
+        ge=1,
+        description="Epochs between two validations; the last epoch is always validated. best/ is the best of those.",
+    )
+
+    report: bool = Field(default=True, description="Write report.html at the end; it can be made later all the same.")
     wandb: str | None = Field(
         default=None, min_length=1, description="A project of Weights & Biases (extra wandb); null: not there."
     )

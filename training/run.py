@@ -273,9 +273,9 @@ def describe_result(summary: dict[str, Any]) -> str:
     if not summary or "stopped_by" in summary:
         return ""
     folder = RunFolder(summary["folder"])
+    told = f"report: {folder.report}" if folder.report.exists() else f"run: {folder.path}"
     lines = [
-        f"final top-1 {summary['final_top1']:.2f}, best {summary['best_top1']:.2f}, {summary['seconds']:.1f} s; "
-        f"report: {folder.report}"
+        f"final top-1 {summary['final_top1']:.2f}, best {summary['best_top1']:.2f}, {summary['seconds']:.1f} s; {told}"
     ]
     skipped = summary["skipped_images"]
     if any(skipped.values()):

@@ -19,6 +19,7 @@ from tests.training.parts import TINY
 from training.config import TrainConfig, load_config
 from training.data.dataset import ReadError
 from training.report import page
+from training.report.page import write_report
 from training.run import describe_result, dry_run, find_config, find_folder, run
 from training.run_folder import COLUMNS, RunFolder
 
@@ -192,3 +193,21 @@ def test_both_decoders_resume_exactly(decoder: str, tmp_path: Path, capsys: pyte
     other = {"torchcodec": "pillow", "pillow": "torchcodec"}[decoder]
     run(config(other, 0), tmp_path / "run", resume=tmp_path / "run" / "checkpoints" / "step-00000006")
     assert f"decoder was {told}, is now {other}" in capsys.readouterr().err
+
+
+def test_validation_every_few_epochs_changes_what_is_measured_and_nothing_else(tmp_path: Path) -> None:
+    short = ["optim.epochs=3", "log.report=false"]
+    every = run(load_config(None, [*TINY, *short]), tmp_path / "every")
+    some = run(load_config(None, [*TINY, *short, "log.validate_every=2"]), tmp_path / "some")
+    assert some["weights_sha256"] == every["weights_sha256"]
+    assert some["final_top1"] == every["final_top1"]
+    first, second, third = (row["val_top1"] for row in rows_of(tmp_path / "some"))
+    assert (first, second, third) == ("nan", *(row["val_top1"] for row in rows_of(tmp_path / "every")[1:]))
+    assert all(row["train_loss"] != "nan" for row in rows_of(tmp_path / "some"))
+    assert not (tmp_path / "some" / "report.html").exists()
+    assert write_report(tmp_path / "some").exists()  # a page can be made later, from rows without a validation too
+
+
+def test_early_stopping_needs_every_validation() -> None:
+    with pytest.raises(ConfigError, match=r"early_stopping\.patience.*log\.validate_every=1"):
+        load_config(None, [*TINY, "early_stopping.patience=3", "log.validate_every=2"])

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,6 +74,8 @@ def _chart(caption: str, draw: Callable[[Axes], None], *, xlabel: str = "epoch")
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    known = [(a, b) for a, b in zip(x, y, strict=True) if not math.isnan(b)]  # not every epoch may have been validated
+    x, y = [a for a, _ in known], [b for _, b in known]
     # Few points need markers: a single epoch would otherwise draw nothing.
     axes.plot(x, y, marker="o" if len(is_known(y)) <= 12 else None, markersize=3.5, linewidth=1.6, **style)
 
