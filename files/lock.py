@@ -38,15 +38,19 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     """Holds the lock of a folder that exists.
 
     Children of this process do not: one that outlives it, such as a loader's worker, keeps nobody out.
 
+    Args:
+        folder: To lock.
+        wait: Seconds to wait for another process to give it back.
+
     Raises:
         ConfigError: Another process holds it; the message says which, and since when.
     """
-    held = _acquire(folder)
+    held = _acquire(folder, wait)
     if held is None:
         yield
         return
@@ -93,11 +97,11 @@ def refuse_locked(folder: Path) -> None:
         raise _in_use(folder, who)
 
 
-def _acquire(folder: Path) -> int | None:
+def _acquire(folder: Path, wait: float) -> int | None:
     """A descriptor of the locked file; None where the folder cannot be locked."""
     if fcntl is None:
         return None
-    attempts = 4
+    attempts = 4 + int(wait / 0.05)
     while True:
         try:
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)

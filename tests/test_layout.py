@@ -42,6 +42,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "benchmarks": ({*_TRAINING, "benchmarks"}, {*_ARRAYS, "PIL", "sklearn"}),
     "train.py": ({"files", "training"}, set()),
+    "tune.py": ({"files", "training", "tuning"}, set()),
     "validate.py": ({"files", "training"}, set()),
     "predict.py": ({"files", "training"}, set()),
     "export.py": ({"files", "models", "training"}, {"torch"}),
@@ -149,6 +150,7 @@ def test_every_source_file_is_tested() -> None:
         "training/data",
         "training/report",
         "training/evaluating",
+        "tuning",
         "benchmarks",
     )
     for package in packages:

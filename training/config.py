@@ -371,16 +371,21 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Train
         ConfigError: Naming file and line, or the override, with key, value and what is allowed.
     """
     document = load_yaml(DEFAULT_CONFIG if path is None else path)
-    known = known_keys(TrainConfig)
-
-    def annotation(key: str) -> Any:
-        # model.* may be any key of the model's configuration, which create_model knows.
-        if key not in known and not re.fullmatch(r"model(\.\w+)+", key):
-            raise ConfigError(unknown_key(key, known))
-        return annotation_at(TrainConfig, key)
-
-    set_overrides(document, overrides, annotation=annotation, example="optim.epochs=3")
+    set_overrides(document, overrides, annotation=annotation_of_key, example="optim.epochs=3")
     return validate(TrainConfig, document)
+
+
+def annotation_of_key(key: str) -> Any:
+    """The type of a dotted key that may be overridden, `None` where only the value can tell.
+
+    Raises:
+        ConfigError: There is no such key.
+    """
+    known = known_keys(TrainConfig)
+    # model.* may be any key of the model's configuration, which create_model knows.
+    if key not in known and not re.fullmatch(r"model(\.\w+)+", key):
+        raise ConfigError(unknown_key(key, known))
+    return annotation_at(TrainConfig, key)
 
 
 def dump_config(config: TrainConfig) -> str:

@@ -46,7 +46,9 @@ FREE_TO_CHANGE = {
 FREE_WITH_OTHER_PROCESSES = {"optim": {"accumulate"}}
 
 
-def run(config: TrainConfig, folder: Path | None, *, resume: Resume = None, name: str = "run") -> dict[str, Any]:
+def run(
+    config: TrainConfig, folder: Path | None, *, resume: Resume = None, name: str = "run", claimed: bool = False
+) -> dict[str, Any]:
     """Trains a config to its end, or until a signal; alone, or as one of the processes that torchrun started.
 
     Args:
@@ -54,6 +56,7 @@ def run(config: TrainConfig, folder: Path | None, *, resume: Resume = None, name
         folder: Where the run is written; None: runs/NAME-TIME, or with `resume` where that says.
         resume: Whether and from where to go on.
         name: Of the folder where none is given.
+        claimed: The caller holds the lock of `folder`, which is there; `resume` must be given then.
 
     Returns:
         The content of summary.json and `folder`, the path; with `stopped_by` where a signal ended the run early, and
@@ -65,7 +68,8 @@ def run(config: TrainConfig, folder: Path | None, *, resume: Resume = None, name
         NonFiniteError, ReadError, CheckpointError, Failure: What went wrong while running.
     """
     try:
-        with _prepared(config, folder, resume, name) as (setup, run_folder, checkpoint, claim, signals):
+        prepared = _prepared(config, folder, resume, name, claimed=claimed)
+        with prepared as (setup, run_folder, checkpoint, claim, signals):
             world = setup.world
             on_main(world, lambda: claim.make(run_folder, fresh=resume is None))
             if world.is_main:
@@ -128,12 +132,14 @@ class _Prepared(NamedTuple):
 
 @contextlib.contextmanager
 def _prepared(
-    config: TrainConfig, folder: Path | None, resume: Resume, name: str, *, writes: bool = True
+    config: TrainConfig, folder: Path | None, resume: Resume, name: str, *, writes: bool = True, claimed: bool = False
 ) -> Iterator[_Prepared]:
     """The run built, its checkpoint read and its folder found and compared with it; leaves the other processes at the end."""
     path = find_folder(folder, resume=resume, name=name)
     world = init_world(config.runtime.device, timeout=timedelta(minutes=config.runtime.timeout_minutes))
     with StopSignals(early=True) as signals, _Claim() as claim, _in_words(world, claim):
+        if claimed:
+            claim.folder = path
         if writes and resume is not None and path is not None and path.is_dir():
             on_main(world, lambda: claim.take(path))  # a checkpoint is read when nobody writes it
         if not world.is_main:

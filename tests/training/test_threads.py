@@ -14,7 +14,7 @@ from training.threads import number_of_threads, wait_passively
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"train.py": "--print-config", "validate.py": "--help", "predict.py": "--help", "export.py": "--help",
-           "benchmark.py": "--help"}  # fmt: skip
+           "benchmark.py": "--help", "tune.py": "--print-config"}  # fmt: skip
 CORES = joblib.cpu_count(only_physical_cores=True)
 
 

@@ -1,0 +1,102 @@
+"""Finds the drop-path rate of a training config: `python tune.py --config FILE [key=value ...]`. The same command goes on
+with a study that was stopped, and helps one that runs."""
+
+from training.threads import wait_passively
+
+wait_passively()  # before torch loads
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+from files.errors import ConfigError, run_command
+from tuning.config import StudyConfig, dump_study, json_schema, load_study
+from tuning.opening import check_base, default_folder, describe_study, open_study, warn
+from tuning.units import forget_failures
+from tuning.worker import end_helpers, finish, share_of_threads, start_helpers, work
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of tune.py, but for `tune.py advise`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, epilog="python tune.py advise --help: a rate without a search"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the study, or of its training config")
+    parser.add_argument("--config", type=Path, help="a YAML of configs/tune; default: the handwritten digits")
+    parser.add_argument("--output", type=Path, help="the study's folder; default: runs/tune-NAME; one there goes on")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes on this machine; default: the config's")
+    parser.add_argument("--print-config", action="store_true", help="print the whole config of the study and stop")
+    parser.add_argument("--json-schema", action="store_true", help="print the JSON schema of a study and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check all, print the plan, leave nothing behind")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one that --jobs started
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0 done or saved, 1 failed while running, 2 a mistake in what was given."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["advise"] and importlib.util.find_spec("tuning.advice") is not None:
+        return importlib.import_module("tuning.advice").main(argv[1:])
+    args = parse_args(argv)
+    return run_command(lambda: tune(args))
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Prints the config, its schema or the plan, or works on the study."""
+    if args.json_schema:
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    study = load_study(args.config, args.overrides)
+    jobs = study.tune.jobs if args.jobs is None else args.jobs
+    if jobs < 1:
+        raise ConfigError(f"--jobs: must be at least 1, got {jobs}")
+    folder = args.output or default_folder(study)
+    if args.print_config:
+        print(dump_study(study.tune), end="")
+        return 0
+    if args.dry_run:
+        print(describe_study(study, folder, check_base(study)))
+        return 0
+    return search(study, folder, jobs, args)
+
+
+def search(study: StudyConfig, folder: Path, jobs: int, args: argparse.Namespace) -> int:
+    """Works on the study to its end, or until a signal."""
+    if not args.worker:
+        setup = check_base(study)
+        plan = describe_study(study, folder, setup)
+        del setup
+    opened = open_study(study, folder)
+    if args.worker:
+        work(opened, bar=False)
+        return 0
+    print(plan, flush=True)
+    cores = os.cpu_count() or 1
+    if jobs > cores:
+        warn(f"{jobs} processes share {cores} cores; more than one per core gain nothing")
+    if again := forget_failures(opened.folder.units):
+        print(f"trying again {again} runs that failed")
+    threads = share_of_threads(study, jobs)
+    given = [*(["--config", str(args.config)] if args.config else []), *args.overrides]
+    command = [sys.executable, __file__, *given, "--output", str(folder), "--jobs", "1", "--worker"]
+    helpers = start_helpers(command, jobs - 1, threads=threads)
+    stopped = "an error"
+    try:
+        stopped = work(opened, threads=threads)
+    finally:
+        failed = end_helpers(helpers, stop=stopped is not None)
+    if stopped is not None:
+        print(f"{stopped}: the study is saved in {folder}; the same command goes on")
+        return 0
+    if failed:
+        warn(f"{failed} of the processes ended with an error, see above")
+    print(finish(opened))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""A study before it begins: its folder, what it starts with, and all that can be found wrong before anything is trained."""
+
+import contextlib
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from files.durable import save_text
+from files.errors import ConfigError
+from files.lock import LOCK, locked
+from files.strict_yaml import load_yaml, validate
+from training.config import TrainConfig, dump_config
+from training.distributed import init_world
+from training.setup import Setup, build
+from tuning.config import FREE_TO_CHANGE, StudyConfig, TuneConfig, dump_study, first_difference
+from tuning.links import Finalist, Links, published_rate
+from tuning.plan import Plan, finalist, in_words
+from tuning.race import Decision
+from tuning.search import Search, Start, sampler_name
+from tuning.space import Space, Values
+from tuning.study import StudyFolder
+
+WAIT = 600.0
+"""Seconds that a process waits for the study's lock, which the others hold for moments, and for a report at the end."""
+
+
+@dataclass
+class Opened:
+    """A study that is ready to be worked on.
+
+    Attributes:
+        study: As read.
+        folder: Where it is.
+        plan: What is next.
+        links: Its neighbours.
+    """
+
+    study: StudyConfig
+    folder: StudyFolder
+    plan: Plan
+    links: Links
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """The study's lock: while one process decides, the others wait."""
+        with locked(self.folder.path, wait=WAIT):
+            yield
+
+
+def default_folder(study: StudyConfig) -> Path:
+    """Where a study goes without --output, and where the same command finds it again."""
+    return Path("runs") / f"tune-{study.name}"
+
+
+def check_base(study: StudyConfig) -> Setup:
+    """Builds the training config that is tuned, as a run would: its model, weights and data must be there.
+
+    Raises:
+        ConfigError: Whatever cannot work; or the data lack the part that the verdict is to be scored on.
+    """
+    setup = build(study.base, init_world(study.base.runtime.device))
+    verdict = study.tune.verdict
+    if verdict is not None and verdict.split == "test" and not setup.data.test:
+        what = "no test part" if setup.data.test is None else "an empty test part"
+        raise study.refuse(
+            "verdict.split",
+            f"'test', but dataset {study.base.data.dataset!r} has {what}: a verdict needs data that no search saw\n"
+            "give the data one (a folder 'test', data.test_file), or set verdict=null, or verdict.split=val as a hint",
+        )
+    return setup
+
+
+def find_starts(study: StudyConfig, space: Space, links: Links) -> tuple[list[Start], list[Finalist], list[Decision]]:
+    """What is tried first, what the winner is compared with in the end, and what was left out and why."""
+    left_out: list[Decision] = []
+    known: dict[str, Values] = {"zero": {"drop_path.rate": 0.0}}
+    if isinstance(study.base.drop_path.profile, list):
+        known["zero"]["drop_path.profile"] = "linear"
+    try:
+        advice = links.advise(study.base)
+        published = published_rate(study.base) if advice is None else advice.published
+        profile = None if advice is None else advice.published_profile
+        if advice is not None:
+            known["advice"] = _strength(advice.rate, advice.profile)
+        if published is not None:
+            known["published"] = _strength(published, profile or "linear")
+    except ConfigError as error:
+        left_out.append(Decision("no advice", str(error)))
+    starts = []
+    for origin in study.tune.search.start or ():
+        if origin not in known:
+            left_out.append(Decision(f"nothing to start with from: {origin}", "no such rate is known for this model"))
+            continue
+        inside = {key: value for key, value in known[origin].items() if key in space.parameters}
+        outside = [key for key, value in inside.items() if not space.holds(key, value)]
+        if "drop_path.rate" not in inside or outside:
+            why = f"the space does not hold {', '.join(outside) or 'drop_path.rate'} of {in_words(known[origin])}"
+            left_out.append(Decision(f"not tried first: {origin}", why))
+            continue
+        starts.append(Start(origin, space.completed(inside)))
+    starts += [Start("given", space.completed(values)) for values in study.tune.search.enqueue]
+    finalists = []
+    if study.tune.verdict is not None:
+        for role in ("zero", "published"):
+            if role in known:
+                inside = {k: v for k, v in known[role].items() if k == "drop_path.rate" or k in space.parameters}
+                if role == "zero":
+                    inside = known[role]
+                finalists.append(finalist(study, role, inside))
+    return starts, finalists, left_out
+
+
+def _strength(rate: float, profile: str) -> Values:
+    """A rate as it is published: the largest over blocks, through all of training."""
+    return {
+        "drop_path.rate": rate,
+        "drop_path.profile": profile,
+        "drop_path.rate_is": "max",
+        "drop_path.schedule": {"kind": "constant"},
+    }
+
+
+def open_study(study: StudyConfig, path: Path, links: Links | None = None) -> Opened:
+    """Makes the folder of a study, or goes on with the one there.
+
+    Args:
+        study: As read.
+        path: The folder.
+        links: The neighbours.
+
+    Raises:
+        ConfigError: The folder holds a study of another config, or something else, or cannot be written; or the storage
+            cannot be used.
+    """
+    links = links or Links()
+    space = Space(study)
+    folder = StudyFolder(path)
+    _make(folder)
+    with locked(path, wait=WAIT):
+        changed = _check_same(study, folder)
+        starts, finalists, left_out = find_starts(study, space, links)
+        fingerprint = _fingerprint(study)
+        sign = study.tune.objective.sign
+        search = Search(path, space, fingerprint=fingerprint, sign=sign, starts=starts)
+        save_text(folder.train, dump_config(study.base))
+        save_text(folder.config, dump_study(study.tune))
+        plan = Plan(study, folder, search, finalists)
+        plan.note([*left_out, *([Decision("the study goes on with another config", changed)] if changed else [])])
+    return Opened(study, folder, plan, links)
+
+
+def _make(folder: StudyFolder) -> None:
+    path = folder.path
+    try:
+        if path.exists() and not folder.config.exists():
+            held = [entry.name for entry in path.iterdir() if entry.name != LOCK]
+            # what a process leaves that was killed while it made the study is no other's
+            if any(name not in (folder.journal.name, folder.train.name) for name in held):
+                raise ConfigError(f"{path} is not empty and holds no study; choose another --output")
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {path}: {error.strerror}; choose another --output") from None
+
+
+def _check_same(study: StudyConfig, folder: StudyFolder) -> str:
+    """Refuses a study of another config; says what changed that may."""
+    if not folder.config.exists():
+        return ""
+    before = validate(TuneConfig, load_yaml(folder.config)).model_dump()
+    after = study.tune.model_dump()
+    trained = validate(TrainConfig, load_yaml(folder.train)).model_dump()
+    # how the training config was given does not matter, it is compared itself
+    for config in (before, after):
+        del config["train"], config["overrides"]
+    other = first_difference(trained, study.base.model_dump())
+    found = f"the training config: {other}" if other else first_difference(before, after, FREE_TO_CHANGE)
+    if found:
+        found = found.replace(" here and ", f" in {folder.path} and ", 1)
+        raise ConfigError(
+            f"{folder.path} holds a study of another config; {found.removesuffix(' there')} in what was given\n"
+            "choose another --output, or give it as it was (only "
+            f"{', '.join(FREE_TO_CHANGE)} may change)"
+        )
+    return first_difference(before, after, ("jobs",)) or ""
+
+
+def _fingerprint(study: StudyConfig) -> str:
+    """Of what must not change while a study goes on."""
+    tune = study.tune.model_dump(
+        mode="json", exclude_defaults=True, exclude={"train", "overrides", "jobs", "race", "verdict"}
+    )
+    tune.get("search", {}).pop("trials", None)
+    tune.pop("storage", None)
+    text = json.dumps([tune, study.base.model_dump(mode="json", exclude_defaults=True)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def describe_study(study: StudyConfig, path: Path, setup: Setup, links: Links | None = None) -> str:
+    """The plan of a study in a few lines, before it is made."""
+    space = Space(study)
+    starts, finalists, left_out = find_starts(study, space, links or Links())
+    tune = study.tune
+    grid = tune.search.sampler == "grid"
+    trials = len(space.grid()) if grid else tune.search.trials or 12
+    rounds = tune.race.seeds
+    kept = tune.race.kept(trials)
+    runs = rounds[0] * trials + sum(
+        min(k, trials) * (b - a) for k, a, b in zip(kept, rounds[:-1], rounds[1:], strict=True)
+    )
+    fresh = (len({f.digest for f in finalists}) + 1) * tune.verdict.seeds if tune.verdict else 0
+    lines = [
+        f"study     {path}: {study.base.model.name} on {study.base.data.dataset}, {study.base.optim.epochs} epochs, "
+        f"{setup.total_steps} steps a run",
+        *(f"varied    {key}: {_varied(values)}" for key, values in tune.space.items()),
+        f"search    {trials} trials, sampler {sampler_name(tune.search, len(space.parameters))}, seed {tune.search.seed}; "
+        f"{tune.objective.metric} of the last epoch",
+        *(f"first     {start.origin}: {in_words(start.values)}" for start in starts),
+        *(f"note      {decision.what}: {decision.why}" for decision in left_out),
+        f"race      {' -> '.join(map(str, rounds))} seeds; {', '.join(map(str, kept)) or 'no'} trials go on",
+        f"verdict   {_verdict(tune, finalists)}",
+        f"runs      at most {runs} of search and race and {fresh} of the verdict: {(runs + fresh) * setup.total_steps} steps",
+    ]
+    return "\n".join(lines)
+
+
+def _varied(values: Any) -> str:
+    if isinstance(values, list):
+        return ", ".join(json.dumps(value) if not isinstance(value, str) else value for value in values)
+    step = f" in steps of {values.step:g}" if values.step is not None else ""
+    return f"{values.low:g} to {values.high:g}{step}{', evenly over the logarithm' if values.log else ''}"
+
+
+def _verdict(tune: TuneConfig, finalists: list[Finalist]) -> str:
+    if tune.verdict is None:
+        return "none"
+    roles = " and ".join(["the winner", *(f"{f.role}" for f in finalists)])
+    few = "; below 6 seeds no significance can be claimed" if tune.verdict.seeds < 6 else ""
+    return f"{roles} on {tune.verdict.seeds} fresh seeds, scored on {tune.verdict.split}{few}"
+
+
+def warn(message: str) -> None:
+    """Says something that stops nothing."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def command_of(study_path: Path, config: Path | None) -> str:
+    """The command that goes on with a study."""
+    parts = ["python", "tune.py", *(["--config", str(config)] if config else []), "--output", str(study_path)]
+    return shlex.join(parts)

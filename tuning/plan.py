@@ -1,0 +1,297 @@
+"""What a study has done, and what is next: a function of Optuna's trials and of the units' folders.
+
+Any process may ask, as often as it likes, under the study's lock. It is the same answer whoever asks: nothing is kept in
+memory that a kill could lose.
+"""
+
+import datetime
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from files.errors import Failure
+from training.config import TrainConfig
+from tuning.config import StudyConfig
+from tuning.links import Finalist
+from tuning.race import Decision, Standing, race
+from tuning.search import Proposal, Search
+from tuning.space import Values, candidate, digest_of
+from tuning.study import StudyFolder, Trial, TrialState
+from tuning.units import Unit, read_failure
+
+
+@dataclass
+class Next:
+    """Where a study stands.
+
+    Attributes:
+        trials: All of them.
+        now: Units to be run, the first ones first.
+        spare: Units that will be needed, for a process that has nothing else to do.
+        running: Units that other processes run at present.
+        may_ask: Optuna may be asked for another trial.
+        winner: Number of the trial that won; None while that is open.
+        left: About how many units are left to be run, those that run at present included.
+    """
+
+    trials: list[Trial] = field(default_factory=list)
+    now: list[Unit] = field(default_factory=list)
+    spare: list[Unit] = field(default_factory=list)
+    running: int = 0
+    may_ask: bool = False
+    winner: int | None = None
+    left: int = 0
+
+
+@dataclass
+class _Entry:
+    """A trial while it is looked at."""
+
+    proposal: Proposal
+    config: TrainConfig | None
+    scores: dict[int, float] = field(default_factory=dict)
+    open: dict[int, str] = field(default_factory=dict)
+    failure: str = ""
+    same_as: int | None = None
+    steps: int = 0
+    seconds: float = 0.0
+
+
+class Plan:
+    """Of one study.
+
+    Args:
+        study: As read.
+        folder: Where it is.
+        search: Its trials.
+        finalists: Rate 0 and the published one; empty where there is no final.
+    """
+
+    def __init__(self, study: StudyConfig, folder: StudyFolder, search: Search, finalists: Sequence[Finalist]) -> None:
+        self.study, self.folder, self.search = study, folder, search
+        self.finalists = finalists
+        self._configs: dict[int, TrainConfig] = {}
+        self._logged: set[tuple[str, str]] | None = None
+
+    def unit(self, config: TrainConfig, digest: str, seed: int) -> Unit:
+        """The unit of a config and a seed."""
+        return Unit(config, seed, self.folder.unit(digest, seed))
+
+    @property
+    def verdict_seeds(self) -> list[int]:
+        """The fresh seeds; none where there is no final."""
+        verdict = self.study.tune.verdict
+        return [] if verdict is None else [verdict.first_seed + i for i in range(verdict.seeds)]
+
+    def update(self) -> Next:
+        """Looks at all units, tells Optuna what is new, decides, notes decisions and trials; says what is next.
+
+        Raises:
+            Failure: All trials failed; or the storage cannot be reached any more.
+        """
+        tune = self.study.tune
+        first, rounds = tune.race.seeds[0], tune.race.seeds
+        entries = self._entries()
+        after = Next()
+        asked = len(entries)
+        live = [e for e in entries if not e.failure and e.same_as is None]
+        opened = [(e, seed) for e in live for seed in e.open if seed < first]
+        standing = Standing()
+        if opened:
+            self._want(after, opened)
+            after.may_ask = not after.now and asked < self.search.target
+        elif asked < self.search.target:
+            after.may_ask = True
+        else:
+            self._check_any(entries, live)
+            scores = {e.proposal.number: e.scores for e in live}
+            standing = race(scores, rounds, tune.race.kept(asked), sign=tune.objective.sign)
+            needed = [(e, seed) for e in live for seed in standing.needed.get(e.proposal.number, ())]
+            self._want(after, needed)
+            after.winner = standing.winner
+        self._want_final(after, live)
+        after.trials = [self._trial(e, standing) for e in entries]
+        after.left += self._left(entries, standing)
+        self.note([*self._about(entries), *standing.decisions])
+        self.folder.write_trials(after.trials)
+        return after
+
+    def _entries(self) -> list[_Entry]:
+        """Every trial with what its units scored; Optuna is told what it does not know yet."""
+        tune = self.study.tune
+        entries: list[_Entry] = []
+        by_digest: dict[str, int] = {}
+        for proposal in self.search.proposals():
+            entry = _Entry(proposal, None, failure=proposal.refused)
+            entries.append(entry)
+            if entry.failure:
+                continue
+            entry.config = self.config_of(proposal)
+            entry.same_as = by_digest.get(proposal.digest)
+            by_digest.setdefault(proposal.digest, proposal.number)
+            for seed in range(tune.race.seeds[-1]):
+                self._look(entry, self.unit(entry.config, proposal.digest, seed))
+            if proposal.told:
+                continue
+            first = [entry.scores[seed] for seed in range(tune.race.seeds[0]) if seed in entry.scores]
+            if entry.failure:
+                self.search.tell(proposal.number, None)
+            elif len(first) == tune.race.seeds[0]:
+                self.search.tell(proposal.number, sum(first) / len(first))
+        return entries
+
+    def _look(self, entry: _Entry, unit: Unit) -> None:
+        state = unit.state
+        if state == "done":
+            try:
+                score = unit.score(self.study.tune.objective.metric)
+            except Failure as failure:
+                entry.failure = entry.failure or str(failure)
+                return
+            entry.scores[unit.seed] = score.value
+            entry.steps += score.steps
+            entry.seconds += score.seconds
+        elif state == "failed":
+            entry.failure = entry.failure or read_failure(unit.folder) or "unknown"
+        else:
+            entry.open[unit.seed] = state
+
+    def config_of(self, proposal: Proposal) -> TrainConfig:
+        """The training config of a trial."""
+        if proposal.number not in self._configs:
+            self._configs[proposal.number] = self.search.space.candidate(proposal.values)
+        return self._configs[proposal.number]
+
+    def _want(self, after: Next, wanted: Sequence[tuple[_Entry, int]]) -> None:
+        """Sorts units into those to be run and those that run; what was begun goes first."""
+        for entry, seed in sorted(wanted, key=lambda pair: pair[0].open[pair[1]] != "interrupted"):
+            if entry.open[seed] == "running":
+                after.running += 1
+            elif entry.config is not None:
+                after.now.append(self.unit(entry.config, entry.proposal.digest, seed))
+        after.left += len(wanted)
+
+    def finalists_of(self, winner: Proposal) -> list[Finalist]:
+        """The winner, and those it is compared with."""
+        of_winner = Finalist("winner", winner.values, winner.digest, self.config_of(winner), {})
+        return [of_winner, *self.finalists]
+
+    def _want_final(self, after: Next, live: Sequence[_Entry]) -> None:
+        """Adds the units of the final: to do now where the winner is known, else for who has nothing else to do."""
+        seeds = self.verdict_seeds
+        if not seeds:
+            return
+        won = next((e.proposal for e in live if e.proposal.number == after.winner), None)
+        finalists = list(self.finalists) if won is None else self.finalists_of(won)
+        units = {(f.digest, seed): self.unit(f.config, f.digest, seed) for seed in seeds for f in finalists}
+        for unit in units.values():
+            state = unit.state
+            if state in ("missing", "interrupted"):
+                (after.spare if won is None else after.now).append(unit)
+            if state == "running" and won is not None:
+                after.running += 1
+            after.left += state in ("missing", "interrupted", "running")
+        after.left += len(seeds) if won is None else 0
+
+    def _left(self, entries: Sequence[_Entry], standing: Standing) -> int:
+        """About how many units of the search and the race are still to come, beside those wanted now."""
+        if standing.winner is not None:
+            return 0
+        rounds = self.study.tune.race.seeds
+        kept = self.study.tune.race.kept(self.search.target)
+        left = rounds[0] * (self.search.target - len(entries))
+        steps = zip(kept, rounds[:-1], rounds[1:], strict=True)
+        if not standing.needed:
+            return left + sum(count * (b - a) for count, a, b in steps)
+        # the rounds behind the one that is run now
+        reached = max(seed for seeds in standing.needed.values() for seed in seeds)
+        return sum(count * (b - a) for count, a, b in steps if a > reached)
+
+    @staticmethod
+    def _check_any(entries: Sequence[_Entry], live: Sequence[_Entry]) -> None:
+        if live:
+            return
+        reasons = [e.failure for e in entries if e.failure]
+        most = max(reasons, key=reasons.count)
+        raise Failure(
+            f"all {len(reasons)} trials failed; {reasons.count(most)} of them: {most}\n"
+            "mend what is wrong and start the study again: it goes on with what it has"
+        )
+
+    @staticmethod
+    def _trial(entry: _Entry, standing: Standing) -> Trial:
+        proposal = entry.proposal
+        number = proposal.number
+        state: TrialState = "racing" if entry.scores or "running" in entry.open.values() else "waiting"
+        reason = ""
+        if entry.failure:
+            state, reason = "failed", entry.failure
+        elif entry.same_as is not None:
+            state, reason = "dropped", f"the same configuration as trial {entry.same_as}"
+        elif number == standing.winner:
+            state = "winner"
+        elif number in standing.dropped:
+            state, reason = "dropped", standing.dropped[number]
+        return Trial(
+            number,
+            proposal.digest,
+            proposal.values,
+            proposal.origin,
+            dict(sorted(entry.scores.items())),
+            state,
+            reason,
+            entry.steps,
+            round(entry.seconds, 3),
+        )
+
+    @staticmethod
+    def _about(entries: Sequence[_Entry]) -> list[Decision]:
+        """What was decided about single trials."""
+        told = []
+        for entry in entries:
+            number = entry.proposal.number
+            what = f"trial {number} tries {in_words(entry.proposal.values)}"
+            told.append(Decision(what, f"proposed by: {entry.proposal.origin}"))
+            if entry.failure:
+                told.append(Decision(f"trial {number} failed", entry.failure))
+            elif entry.same_as is not None:
+                told.append(Decision(f"trial {number} is not run", f"the same configuration as trial {entry.same_as}"))
+        return told
+
+    def note(self, decisions: Sequence[Decision]) -> None:
+        """Adds decisions to decisions.jsonl, each once."""
+        known = {(d.get("what", ""), d.get("why", "")) for d in self.folder.read_decisions()}
+        new = [d for d in decisions if (d.what, d.why) not in known]
+        if not new:
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        path = self.folder.decisions
+        cut_short = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        lines = [json.dumps({"time": now, "what": d.what, "why": d.why}) + "\n" for d in new]
+        with path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if cut_short else "") + "".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def in_words(values: Values) -> str:
+    """'drop_path.rate 0.123, drop_path.profile linear'."""
+    return ", ".join(f"{key} {value_in_words(value)}" for key, value in values.items())
+
+
+def value_in_words(value: object) -> str:
+    """Numbers to three digits, the rest as JSON."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def finalist(study: StudyConfig, role: str, values: Values) -> Finalist:
+    """A configuration for the final, without scores.
+
+    Raises:
+        ConfigError: The training config refuses it.
+    """
+    config = candidate(study.document, values)
+    return Finalist(role, values, digest_of(config), config, {})
