@@ -15,7 +15,7 @@ from pathlib import Path
 
 from files.errors import ConfigError, run_command
 from tuning.config import StudyConfig, dump_study, json_schema, load_study
-from tuning.opening import check_base, default_folder, describe_study, open_study, warn
+from tuning.opening import check_base, check_folder, default_folder, describe_study, open_study, warn
 from tuning.units import forget_failures
 from tuning.worker import end_helpers, finish, share_of_threads, start_helpers, work
 
@@ -59,6 +59,7 @@ def tune(args: argparse.Namespace) -> int:
         print(dump_study(study.tune), end="")
         return 0
     if args.dry_run:
+        check_folder(study, folder)
         print(describe_study(study, folder, check_base(study)))
         return 0
     return search(study, folder, jobs, args)
@@ -67,6 +68,7 @@ def tune(args: argparse.Namespace) -> int:
 def search(study: StudyConfig, folder: Path, jobs: int, args: argparse.Namespace) -> int:
     """Works on the study to its end, or until a signal."""
     if not args.worker:
+        check_folder(study, folder)
         setup = check_base(study)
         plan = describe_study(study, folder, setup)
         del setup

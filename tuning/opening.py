@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,14 +153,32 @@ def open_study(study: StudyConfig, path: Path, links: Links | None = None) -> Op
     return Opened(study, folder, plan, links)
 
 
+def check_folder(study: StudyConfig, path: Path) -> None:
+    """Refuses a folder that this study cannot go to; writes nothing.
+
+    Raises:
+        ConfigError: It holds a study of another config, or something else, or is no folder.
+    """
+    folder = StudyFolder(path)
+    try:
+        _refuse_other(folder)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {path}: {error.strerror}; choose another --output") from None
+    _check_same(study, folder)
+
+
+def _refuse_other(folder: StudyFolder) -> None:
+    if folder.path.exists() and not folder.config.exists():
+        held = [entry.name for entry in folder.path.iterdir() if entry.name != LOCK]
+        # what a process leaves that was killed while it made the study is nobody else's
+        if any(name not in (folder.journal.name, folder.train.name) for name in held):
+            raise ConfigError(f"{folder.path} is not empty and holds no study; choose another --output")
+
+
 def _make(folder: StudyFolder) -> None:
     path = folder.path
     try:
-        if path.exists() and not folder.config.exists():
-            held = [entry.name for entry in path.iterdir() if entry.name != LOCK]
-            # what a process leaves that was killed while it made the study is no other's
-            if any(name not in (folder.journal.name, folder.train.name) for name in held):
-                raise ConfigError(f"{path} is not empty and holds no study; choose another --output")
+        _refuse_other(folder)
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
         probe.touch()
@@ -249,9 +266,3 @@ def _verdict(tune: TuneConfig, finalists: list[Finalist]) -> str:
 def warn(message: str) -> None:
     """Says something that stops nothing."""
     print(f"warning: {message}", file=sys.stderr)
-
-
-def command_of(study_path: Path, config: Path | None) -> str:
-    """The command that goes on with a study."""
-    parts = ["python", "tune.py", *(["--config", str(config)] if config else []), "--output", str(study_path)]
-    return shlex.join(parts)

@@ -79,7 +79,7 @@ class Search:
         self.space, self.section = space, space.study.tune.search
         self.url = space.study.tune.storage
         self.journal = folder / "journal.log"
-        name = folder.resolve().name
+        name = "study" if self.url is None else folder.resolve().name  # a folder with its journal may be moved
         with self._reached(ConfigError):
             storage = self._open()
             self.study = optuna.create_study(

@@ -96,8 +96,10 @@ def work(opened: Opened, *, threads: int | None = None, bar: bool = True) -> str
                         after = opened.plan.update()
                         unit = _claim(opened, after, claim)
                     console.show(after)
+                    if signals.received is not None:
+                        break
                     if unit is None:
-                        if not after.running:
+                        if not after.running and not after.now:
                             return None
                         console.wait(f"waiting for {after.running} runs of other processes")
                         time.sleep(POLL_SECONDS)
@@ -115,6 +117,9 @@ def work(opened: Opened, *, threads: int | None = None, bar: bool = True) -> str
                 line = _line(opened, unit, after, seconds=time.monotonic() - start)
                 console.write(line)
             return signals.received
+    except OSError as error:  # a disk that is full or gone
+        where = f": {error.filename}" if error.filename else ""
+        raise Failure(f"{error.strerror or error}{where}\nthe study is intact, start it again") from error
     finally:
         console.close()
 
