@@ -162,7 +162,7 @@ class TuneConfig(Section):
     """One study."""
 
     train: str | dict[str, Any] = Field(
-        description="The training config that is tuned: a path, from here or from beside this file or above it; or the config itself."
+        description="The training config that is tuned: itself, or a path from here, from beside this file or above it."
     )
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Keys of the training config and their values, as in {optim.epochs: 30}."

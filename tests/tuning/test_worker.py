@@ -6,15 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.tuning.parts import Trained, opened
 
 from files.errors import ConfigError, Failure
 from files.lock import is_locked, locked
+from tests.tuning.parts import Trained, opened, stand_in
 from training.config import load_config
 from training.non_finite import NonFiniteError
 from tuning.study import Trial
 from tuning.units import forget_failures
 from tuning.worker import Console, end_helpers, finish, share_of_threads, start_helpers, table, work
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
+    return stand_in(monkeypatch)
 
 
 def told(tmp_path: Path) -> list[str]:
