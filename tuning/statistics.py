@@ -11,7 +11,7 @@ The interval is the percentile bootstrap of the mean difference, expanded for sm
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +121,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = highest
     return corrected
+
+
+def pooled_spread(samples: Iterable[Sequence[float]]) -> tuple[float, int]:
+    """Standard deviation within samples, as of one population, and its degrees of freedom; NaN and 0 without repeats."""
+    squares, freedom = 0.0, 0
+    for values in samples:
+        if len(values) > 1:
+            mean = math.fsum(values) / len(values)
+            squares += math.fsum((value - mean) ** 2 for value in values)
+            freedom += len(values) - 1
+    return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
+
+
+def half_width(spread: float, freedom: int, count: int, *, level: float = 0.95) -> float:
+    """Of the interval of a mean of `count` values, by Student's t with a spread from `pooled_spread`; NaN without one."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + level) / 2, freedom)) * spread / math.sqrt(count) if freedom else math.nan
 
 
 # ---- in words -----------------------------------------------------------------------------------------------------

@@ -203,11 +203,18 @@ def conclude(
         if found.found and ahead is other and (best is winner or _paired(other, best, lower=lower).difference > 0):
             best = other
         sentence = claim(found, _called(ahead), _called(behind), unit=unit, lower=lower)
-        clauses.append(sentence)
+        clauses.append((found, ahead, behind))
         comparisons.append(_row(found, ahead, behind, sentence))
     known = [row for row in comparisons if row["p"] is not None]
     for row, p in zip(known, holm([row["p"] for row in known]), strict=True):
         row["p_holm"] = p
+    lead = _lead(winner, best, alone=not clauses)
+    # what the lead has named is "it" behind it
+    names = {id(c): "it" if lead and c is winner else _called(c) for c in merged}
+    told = [claim(found, names[id(a)], names[id(b)], unit=unit, lower=lower) for found, a, b in clauses]
+    sentence = "; ".join(told) or "nothing else was run to compare it with"
+    sentence = f"{lead}: {sentence}" if lead else sentence[0].upper() + sentence[1:]
+    sentence += f"; scored on {SEEN[split]}." if split in SEEN else "."
     verdict = {
         "metric": name,
         "split": split,
@@ -228,7 +235,7 @@ def conclude(
         "comparisons": comparisons,
         "recommended": best.role,
         "note": _note(len(known), split),
-        "sentence": _sentence(winner, best, clauses, split),
+        "sentence": sentence,
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     save_text(folder.verdict, json.dumps(verdict, indent=1) + "\n")
@@ -270,24 +277,17 @@ def _row(found: Comparison, ahead: Contender, behind: Contender, sentence: str) 
     }
 
 
-def _sentence(winner: Contender, best: Contender, clauses: Sequence[str], split: str) -> str:
-    """The verdict: which configuration the search found, if that says more than its label, and what it is worth."""
-    if {"zero", "published"} <= {*winner.roles}:
-        lead = f"The best configuration found is {winner.label}, which is also the published default"
-    elif "zero" in winner.roles:
-        lead = "The best rate found is 0" if winner.label == "rate 0" else f"The best found is {winner.label}"
-    elif "published" in winner.roles:
-        lead = f"The best configuration found is the published default, {winner.label}"
-    else:
-        lead = ""
-    if not clauses:
-        clauses = ["nothing else was run to compare it with"]
-        lead = lead or f"The best configuration found is {winner.label}"
+def _lead(winner: Contender, best: Contender, *, alone: bool) -> str:
+    """What the search found, where that says more than a comparison of the winner does; empty else."""
     if best is not winner:
-        lead = f"The search's choice, {winner.label}, does not hold on fresh seeds"
-    text = "; ".join(clauses)
-    text = f"{lead}: {text}" if lead else text[0].upper() + text[1:]
-    return text + (f"; scored on {SEEN[split]}" if split in SEEN else "") + "."
+        return f"The search's choice, {winner.label}, does not hold on fresh seeds"
+    if {"zero", "published"} <= {*winner.roles}:
+        return f"The best configuration found is {winner.label}, which is also the published default"
+    if "zero" in winner.roles:
+        return "The best rate found is 0"
+    if "published" in winner.roles:
+        return f"The best configuration found is the published default, {winner.label}"
+    return f"The best configuration found is {winner.label}" if alone else ""
 
 
 def _note(comparisons: int, split: str) -> str:

@@ -138,7 +138,7 @@ def test_no_difference_is_said(study: StudyFolder) -> None:
 
 def test_best_found_is_rate_0(study: StudyFolder) -> None:
     text = said(study, contender("winner", 0, 89), contender("zero", 0, 89), contender("published", 0.1, 87))
-    assert text.startswith("The best rate found is 0: rate 0 beats the published rate 0.1 (linear) by 2.0 points (95 %")
+    assert text.startswith("The best rate found is 0: it beats the published rate 0.1 (linear) by 2.0 points (95 %")
     verdict = json.loads(study.verdict.read_text())
     assert [(c["role"], c["also"]) for c in verdict["configs"]] == [("winner", ["zero"]), ("published", [])]
 
@@ -146,7 +146,7 @@ def test_best_found_is_rate_0(study: StudyFolder) -> None:
 def test_best_found_is_the_published(study: StudyFolder) -> None:
     text = said(study, contender("winner", 0.1, 89, also=("published",)), contender("zero", 0, 87))
     assert text.startswith(
-        "The best configuration found is the published default, rate 0.1 (linear): rate 0.1 (linear) be"
+        "The best configuration found is the published default, rate 0.1 (linear): it beats rate 0 by 2.0 points"
     )
     alone = [contender(role, 0, 89) for role in ("zero", "published", "winner")]
     assert said(study, *alone) == (
