@@ -72,6 +72,8 @@ def verdict_sentence(study: Study) -> str:
     seeds = len(best.scores)
     over = f"over {seeds} seed{'s' if seeds > 1 else ''}"
     what = f"{called(best, study.parameters)} ({study.metric.label} {number(best.mean)} {over})"
+    if study.winner is not None and study.config.get("verdict", {}) is None:
+        return f"No final was asked for: the search chose {what}, and its lead may be luck."
     if study.winner is not None:
         return (
             f"No verdict yet: the search chose {what}. Whether it beats rate 0, runs on fresh seeds will tell; "

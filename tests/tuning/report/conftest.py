@@ -108,7 +108,8 @@ def _make_study(
         winner = next(t for t in known if t.state == "winner")
         seeds = list(range(1000, 1000 + final))
         configs: list[tuple[Role, Trial]] = [("winner", winner)]
-        configs += [(role, trial) for role in OTHERS for trial in known if trial.origin == role]
+        for role in OTHERS:
+            configs += [(role, trial) for trial in known if trial.origin == role]
         conclude(
             folder,
             [

@@ -32,6 +32,11 @@ def test_sentence_of_a_study_that_is_not_at_its_end(tmp_path: Path, make_study) 
     folder = make_study(tmp_path / "a", trials=6, final=0, keys=("drop_path.rate",))
     trials = folder.read_trials()
     assert verdict_sentence(read_study(folder.path)).startswith("No verdict yet: the search chose rate 0.1 (top-1 9")
+    with folder.config.open("a") as file:
+        file.write("verdict: null\n")
+    assert verdict_sentence(read_study(folder.path)).startswith(
+        "No final was asked for: the search chose rate 0.1 (top-1 9"
+    )
     racing = [
         replace(t, state="racing" if t.number < 2 else "waiting", scores={0: 90.0} if t.number < 2 else {})
         for t in trials
