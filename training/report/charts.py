@@ -40,7 +40,7 @@ def _style(run: int) -> dict[str, Any]:
     return {"color": SERIES[run % len(SERIES)], "linestyle": DASHES[run // len(SERIES) % len(DASHES)]}
 
 
-def _chart(caption: str, draw: Callable[[Axes], None], *, xlabel: str = "epoch") -> tuple[str, Markup]:
+def draw_chart(caption: str, draw: Callable[[Axes], None], *, xlabel: str = "epoch") -> tuple[str, Markup]:
     """Draws one small chart and returns its caption and inline SVG that takes its colours from the page."""
     rc: dict[Any, Any] = {
         "svg.fonttype": "none",
@@ -80,7 +80,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> N
     axes.plot(x, y, marker="o" if len(is_known(y)) <= 12 else None, markersize=3.5, linewidth=1.6, **style)
 
 
-def _legend(axes: Axes, **options: Any) -> None:
+def draw_legend(axes: Axes, **options: Any) -> None:
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, labelcolor=INK, borderaxespad=0.2, **options
     )
@@ -108,13 +108,13 @@ def run_charts(run: Run) -> list[tuple[str, Markup]]:
     def loss(axes: Axes) -> None:
         _line(axes, epochs, metrics["train_loss"], label="training", color=SERIES[1])
         _line(axes, epochs, metrics["val_loss"], label="validation", color=SERIES[0])
-        _legend(axes)
+        draw_legend(axes)
 
     def accuracy(axes: Axes) -> None:
         for metric, color in zip(percents, itertools.cycle((SERIES[0], *SERIES[2:])), strict=False):
             _line(axes, epochs, metrics[metric.column], label=metric.label, color=color)
         _focus(axes, [epochs] * len(percents), [metrics[metric.column] for metric in percents])
-        _legend(axes, handlelength=1.2, columnspacing=1.2)
+        draw_legend(axes, handlelength=1.2, columnspacing=1.2)
 
     def alone(metric: Metric) -> Callable[[Axes], None]:
         return lambda axes: _line(axes, epochs, metrics[metric.column], color=SERIES[0])
@@ -130,11 +130,11 @@ def run_charts(run: Run) -> list[tuple[str, Markup]]:
         axes.set_ylim(0, max([0.1, *(1.1 * r for r in is_known(metrics["drop_path_rate"]))]))
 
     return [
-        _chart("Loss", loss),
-        _chart("Validation accuracy in % (the axis may leave out the first rise)", accuracy),
-        *(_chart(f"Validation: {metric.label}", alone(metric)) for metric in others),
-        _chart("Learning rate", learning_rate),
-        _chart("Drop-path rate: the largest over blocks, after the schedule", drop_path_rate),
+        draw_chart("Loss", loss),
+        draw_chart("Validation accuracy in % (the axis may leave out the first rise)", accuracy),
+        *(draw_chart(f"Validation: {metric.label}", alone(metric)) for metric in others),
+        draw_chart("Learning rate", learning_rate),
+        draw_chart("Drop-path rate: the largest over blocks, after the schedule", drop_path_rate),
     ]
 
 
@@ -146,9 +146,9 @@ def rates_chart(blocks: Sequence[Block]) -> tuple[str, Markup]:
         axes.set_xlim(-0.7, len(blocks) - 0.3)
         axes.xaxis.set_major_formatter(lambda i, _: blocks[int(i)].block if 0 <= i < len(blocks) else "")
         axes.set_ylim(0, max([0.1, *(1.1 * r for b in blocks for r in is_known((b.nominal, b.realised)))]))
-        _legend(axes)
+        draw_legend(axes)
 
-    return _chart("Drop-path rate of each block", draw, xlabel="block, first to last")
+    return draw_chart("Drop-path rate of each block", draw, xlabel="block, first to last")
 
 
 def schedule_chart(run: Run) -> tuple[str, Markup] | None:
@@ -174,7 +174,7 @@ def schedule_chart(run: Run) -> tuple[str, Markup] | None:
 
     highest = max(rates) * max(schedule(step) for step in range(per_epoch * epochs))
     caption = f"Drop-path rate of each block as planned: from 0 (pale) to {highest:.3g} (dark)"
-    return _chart(caption, draw, xlabel="optimizer step")
+    return draw_chart(caption, draw, xlabel="optimizer step")
 
 
 def compare_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
@@ -188,8 +188,8 @@ def compare_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
         return draw
 
     return [
-        _chart("Validation top-1 in % (the axis may leave out the first rise)", overlay("val_top1")),
-        _chart("Validation loss", overlay("val_loss")),
+        draw_chart("Validation top-1 in % (the axis may leave out the first rise)", overlay("val_top1")),
+        draw_chart("Validation loss", overlay("val_loss")),
     ]
 
 
