@@ -80,7 +80,12 @@ def advise(config: TrainConfig, *, images: int | None = None) -> Advice:
     Raises:
         ConfigError: The model cannot be built as the config says.
     """
-    facts, published = find_facts(config, images), load_published()
+    return advice_for(config, find_facts(config, images))
+
+
+def advice_for(config: TrainConfig, facts: Facts) -> Advice:
+    """The advice for a config of which the facts are known."""
+    published = load_published()
     kind = config.drop_path.schedule.kind
     schedule = kind if kind in ("early", "late") else "constant"
     own = own_row(facts, published, schedule)
@@ -126,9 +131,7 @@ def advise(config: TrainConfig, *, images: int | None = None) -> Advice:
         rows += [] if row in rows else [row]
     low, high = max(0.0, round(low, 2)), max(rate, min(WIDEST, round(high, 2)))
     advice = Advice(rate, profile, low, high, *told, rows, reasons, [], facts)
-    return replace(
-        advice, reasons=reasons + _about_schedules(config, advice), warnings=_warnings(config, advice)
-    )  # fmt: skip
+    return replace(advice, reasons=reasons + _about_schedules(config, advice), warnings=_warnings(config, advice))
 
 
 def _mean(estimate: Estimate, depths: Sequence[int]) -> float:
@@ -204,7 +207,7 @@ def _warnings(config: TrainConfig, advice: Advice) -> list[str]:
             found.append(f"{what} is far below the range from {advice.low:g} to {advice.high:g}{_because(facts)}")
     if facts.purpose == "finetune" and (config.augment.mixup or config.augment.cutmix) and facts.epochs <= SHORT:
         found.append(
-            f"mixup or cutmix is on in a fine-tuning of {facts.epochs} epochs; those of MetaFormer at 384 px and of ConvNeXt, "
+            f"mixup or cutmix is on in a fine-tuning of {facts.epochs} epochs; MetaFormer's at 384 px and ConvNeXt's, "
             "30 epochs each, turn both off: augment.mixup=0 augment.cutmix=0"
         )
     return found

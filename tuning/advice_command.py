@@ -8,7 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from configs import CONFIGS
 from files.errors import ConfigError, run_command
+from files.strict_yaml import dump_yaml
 from training.config import DEFAULT_CONFIG, TrainConfig, load_config
 from tuning.advice import Advice, advise
 from tuning.published import Row, load_published
@@ -40,22 +42,23 @@ def tell(args: argparse.Namespace) -> int:
         raise ConfigError(f"--images: must be at least 1, got {args.images}")
     config = load_config(args.config, args.overrides)
     advice = advise(config, images=args.images)
-    commands = next_commands(args.config, args.overrides, config, advice)
-    print(json.dumps(as_json(advice, commands), indent=2) if args.json else describe(advice, commands))
+    command = next_command(args.config, args.overrides, config, advice)
+    study = next_study(args.config, args.overrides, config, advice)
+    print(json.dumps(as_json(advice, command, study), indent=2) if args.json else describe(advice, command, study))
     return 0
 
 
-def as_json(advice: Advice, commands: list[str]) -> dict[str, Any]:
+def as_json(advice: Advice, command: str, study: dict[str, Any]) -> dict[str, Any]:
     """All of the advice as plain data."""
     rows = [row.model_dump(exclude_none=True) for row in advice.rows]
-    return {**asdict(advice), "rows": rows, "commands": commands}
+    return {**asdict(advice), "rows": rows, "command": command, "study": study}
 
 
-def describe(advice: Advice, commands: list[str]) -> str:
+def describe(advice: Advice, command: str, study: dict[str, Any]) -> str:
     """All of the advice for people."""
     facts = advice.facts
     images = "unknown number of" if facts.images is None else f"{facts.images:,}"
-    steps = "" if facts.steps is None else f", {facts.steps:,} optimizer steps by this number of processes"
+    steps = "" if facts.steps is None else f", {facts.steps:,} optimizer steps"
     start = f" from {facts.pretraining} weights" if facts.pretraining else ""
     published = "nothing is published for this very model and purpose"
     if advice.published is not None:
@@ -69,14 +72,16 @@ def describe(advice: Advice, commands: list[str]) -> str:
         f"advice     start at drop_path.rate {advice.rate:g}, profile {advice.profile}; search from {advice.low:g} to "
         f"{advice.high:g}",
         "",
-        *(f"- {reason[0].upper()}{reason[1:]}." for reason in advice.reasons),
+        *(f"- {reason}" for reason in advice.reasons),
         "",
         *table(advice.rows),
         *(f"warning: {warning}" for warning in advice.warnings),
         *([""] if advice.warnings else []),
-        "next:",
-        *(f"  {command}" for command in commands),
+        f"next       {command}",
     ]
+    if study:
+        text = dump_yaml(study).rstrip().replace("\n", "\n             ")
+        lines += [f"or search  python tune.py --config study.yaml, and in study.yaml:\n             {text}"]
     return "\n".join(lines)
 
 
@@ -94,19 +99,40 @@ def table(rows: list[Row]) -> list[str]:
     return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells] + [""]
 
 
-def next_commands(file: Path | None, overrides: list[str], config: TrainConfig, advice: Advice) -> list[str]:
-    """Commands to go on with: the advised run."""
-    settings = [f"drop_path.rate={advice.rate:g}"]
-    if advice.rate and config.drop_path.profile != advice.profile:
-        settings.append(f"drop_path.profile={advice.profile}")
-    elif isinstance(config.drop_path.profile, list):
-        settings.append("drop_path.profile=linear")
+def next_command(file: Path | None, overrides: list[str], config: TrainConfig, advice: Advice) -> str:
+    """The training command of a config with what is advised."""
+    settings = {"drop_path.rate": f"{advice.rate:g}", **_settings(config, advice)}
+    kept = [word for word in overrides if word.partition("=")[0].strip() not in settings]
+    words = ["python", "train.py", *([] if file is None else ["--config", str(file)])]
+    return shlex.join([*words, *kept, *(f"{key}={value}" for key, value in settings.items())])
+
+
+def next_study(file: Path | None, overrides: list[str], config: TrainConfig, advice: Advice) -> dict[str, Any]:
+    """A study of the advised range; empty where no rate has an effect."""
+    if advice.low == advice.high:
+        return {}
+    given: dict[str, Any] = {}
+    plain = config.model_dump(exclude_unset=True)
+    for key in dict.fromkeys(word.partition("=")[0].strip() for word in overrides):
+        value: Any = plain
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if key != "drop_path.rate" and value is not None:
+            given[key] = value
+    given |= _settings(config, advice)
+    study: dict[str, Any] = {"train": str(file or DEFAULT_CONFIG.relative_to(CONFIGS.parent))}
+    study |= {"overrides": given} if given else {}
+    return study | {"space": {"drop_path.rate": {"low": advice.low, "high": advice.high}}}
+
+
+def _settings(config: TrainConfig, advice: Advice) -> dict[str, str]:
+    """What must be set beside the rate for it to be what is advised."""
+    settings = {}
+    if config.drop_path.profile != advice.profile:
+        settings["drop_path.profile"] = advice.profile
     if config.drop_path.rate_is != "max":
-        settings.append("drop_path.rate_is=max")
-    replaced = {setting.partition("=")[0] for setting in settings}
-    kept = [word for word in overrides if word.partition("=")[0].strip() not in replaced]
-    words = ["python", "train.py", "--config", str(file or DEFAULT_CONFIG), *kept, *settings]
-    return [shlex.join(words if file else words[:2] + words[4:])]
+        settings["drop_path.rate_is"] = "max"
+    return settings
 
 
 if __name__ == "__main__":

@@ -125,7 +125,9 @@ def _by_data(rows: Sequence[Row], facts: Facts, published: Published) -> Estimat
             used = used + used_too
         else:
             used, why = used_too, why_too
-        rate, epochs = between, used_too[-1].epochs if share >= 0.5 else epochs
+        rate = between
+        if epochs is not None and used_too[-1].epochs is not None:
+            epochs = round(epochs ** (1 - share) * used_too[-1].epochs ** share)
     elif share > 0:
         why.append(
             f"the same model takes lower rates on more data, about half on {most:,} images: {rate:.2g} on {small}, here "
