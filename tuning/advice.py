@@ -88,7 +88,7 @@ def advice_for(config: TrainConfig, facts: Facts) -> Advice:
     published = load_published()
     kind = config.drop_path.schedule.kind
     schedule = kind if kind in ("early", "late") else "constant"
-    own = own_row(facts, published, schedule)
+    own = own_row(facts, published, schedule) or own_row(facts, published, "constant")
     told: tuple[float | None, ProfileName | None] = (own.rate, own.profile) if own else (None, None)
     if own is None and facts.purpose == "train" and facts.default_rate is not None:
         told = (facts.default_rate, "linear")
@@ -115,6 +115,8 @@ def advice_for(config: TrainConfig, facts: Facts) -> Advice:
         reasons.append(f"published with profile {other}; in the mean over blocks, {profile} {full:.2f} is as strong")
     share = _share_of_steps(facts.steps)
     rate = round(full * share, 2)
+    if own is not None and own.schedule != schedule:
+        reasons.append(f"the {own.rate:g} that is published for this model is constant over time")
     spread = [at_mean(mean, facts.depths, profile) for mean in (min(means), max(means))]
     low, high = min(full / 2, full - 0.1, spread[0]), max(full * 1.5, full + 0.1, spread[1])
     if share < 1:
@@ -190,7 +192,7 @@ def _warnings(config: TrainConfig, advice: Advice) -> list[str]:
     if mean is not None:
         equal = at_mean(mean, facts.depths, advice.profile)
         what = "drop_path.profile, a list," if listed else f"drop_path.rate {facts.rate:g} ({section.profile})"
-        if equal != facts.rate:
+        if not math.isclose(equal, facts.rate or 0.0, abs_tol=1e-9):
             what += f", as strong as {equal:.2f} {advice.profile},"
         published = [row for row in advice.rows if row.profile != section.profile and row.rate > 0]
         if not listed and facts.rate and published and section.profile in ("constant", "linear"):
@@ -205,7 +207,9 @@ def _warnings(config: TrainConfig, advice: Advice) -> list[str]:
             found.append(f"{what} is far above the range from {advice.low:g} to {advice.high:g}{_because(facts)}")
         elif equal < advice.low - 0.005:
             found.append(f"{what} is far below the range from {advice.low:g} to {advice.high:g}{_because(facts)}")
-    if facts.purpose == "finetune" and (config.augment.mixup or config.augment.cutmix) and facts.epochs <= SHORT:
+    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
+    published_mixes = any(row.mixing for row in advice.rows if row.purpose == "finetune")
+    if facts.purpose == "finetune" and mixes and not published_mixes and facts.epochs <= SHORT:
         found.append(
             f"mixup or cutmix is on in a fine-tuning of {facts.epochs} epochs; MetaFormer's at 384 px and ConvNeXt's, "
             "30 epochs each, turn both off: augment.mixup=0 augment.cutmix=0"

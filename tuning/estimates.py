@@ -39,24 +39,21 @@ def estimates(facts: Facts, published: Published, schedule: str) -> tuple[list[E
     """
     purpose: Purpose = "finetune" if facts.purpose == "finetune" else "train"
     families, reasons = _families(facts, published, purpose, schedule)
-    found: list[tuple[bool, Estimate]] = []
+    found: list[tuple[bool, bool, Estimate]] = []
     for name, rows_purpose in families:
-        rows = published.of_family(name, rows_purpose, schedule)
+        rows, fits = published.of_family(name, rows_purpose, schedule), True
         if rows_purpose == "finetune":
             rows = _nearest_finetuning(rows, facts)
             fits = facts.pretraining is None or rows[0].pretraining == facts.pretraining
-            rate, used, why = _by_size(rows, facts, published)
-            if not fits:
-                why.append(
-                    f"what is published starts from {rows[0].pretraining} weights, these are {facts.pretraining}"
-                )
-            if rows[0].image_size and abs(math.log(facts.image_size / rows[0].image_size)) > math.log(1.25):
-                why.append(f"it was fine-tuned at {rows[0].image_size} px, this is at {facts.image_size}")
-            found.append((fits, Estimate(rate, used, why)))
+            estimate = _of_finetuning(rows, facts, published, fits=fits)
         else:
-            found.append((True, _by_data(rows, facts, published)))
-    fitting = [estimate for fits, estimate in found if fits] or [estimate for _, estimate in found]
-    return fitting, reasons
+            estimate = _by_data(rows, facts, published)
+        near = min(_distance(row, facts, published) for row in rows) < math.log(2)
+        found.append((fits, near, estimate))
+    # of several, those with weights and a size like the config's
+    for place in (0, 1):
+        found = [entry for entry in found if entry[place]] or found
+    return [estimate for *_, estimate in found], reasons
 
 
 def _families(
@@ -71,6 +68,9 @@ def _families(
     def labels(names: Sequence[tuple[str, Purpose]]) -> str:
         return ", ".join(published.families[name].label for name, _ in names)
 
+    if schedule != "constant":
+        found = with_rows([*own, *kin], purpose) or with_rows([*own, *kin], "train")
+        return found, [f"schedule {schedule}: the rates of {labels(found)} are the only ones published with it"]
     if found := with_rows(own, purpose):
         return found, []
     if found := with_rows(kin, purpose):
@@ -81,18 +81,30 @@ def _families(
         return found, [
             f"no fine-tuning rate is published for {facts.model}; the training rate of {labels(found)} stands in"
         ]
-    # families of their own kind are closer than any other, so what is left is a model of which nothing is known
-    others = with_rows(list(published.families), purpose)
-    found = sorted(others, key=lambda entry: _distance(entry[0], facts, published))[:3]
+    rows = [row for name in published.families for row in published.of_family(name, purpose, schedule)]
+    nearest: dict[str, str] = {}  # one family of each repository, whose families share their figures
+    for row in sorted(rows, key=lambda row: _distance(row, facts, published)):
+        nearest.setdefault(row.source.partition(",")[0], row.family)
+    found = with_rows(list(dict.fromkeys(nearest.values()))[:3], purpose)
     return found, [
-        f"nothing published is near {facts.model} ({facts.blocks} blocks, {facts.params:.3g} M parameters): the families "
-        f"nearest in parameters, {labels(found)}, are a weak basis"
+        f"nothing published is near {facts.model} ({facts.blocks} blocks, {facts.params:.3g} M parameters): what is nearest "
+        f"in parameters, {labels(found)}, is a weak basis"
     ]
 
 
-def _distance(family: str, facts: Facts, published: Published) -> float:
-    """How far the nearest size of a family is, in the logarithm of parameters."""
-    return min(abs(math.log(facts.params / size.params)) for size in published.families[family].sizes.values())
+def _distance(row: Row, facts: Facts, published: Published) -> float:
+    """How far the size of a row is, in the logarithm of parameters."""
+    return abs(math.log(facts.params / published.size_of(row).params))
+
+
+def _of_finetuning(rows: Sequence[Row], facts: Facts, published: Published, *, fits: bool) -> Estimate:
+    """The rate of fine-tuning: by size alone, and in what the published one differs."""
+    rate, used, why = _by_size(rows, facts, published)
+    if not fits:
+        why.append(f"what is published starts from {rows[0].pretraining} weights, these are {facts.pretraining}")
+    if rows[0].image_size and abs(math.log(facts.image_size / rows[0].image_size)) > math.log(1.25):
+        why.append(f"it was fine-tuned at {rows[0].image_size} px, this is at {facts.image_size}")
+    return Estimate(rate, used, why)
 
 
 def _nearest_finetuning(rows: Sequence[Row], facts: Facts) -> list[Row]:
@@ -156,16 +168,18 @@ def _by_size(rows: Sequence[Row], facts: Facts, published: Published) -> tuple[f
         row = same[0]
         return row.rate, [row], [f"{label} {row.size}: {row.rate:g} is published ({row.conditions})"]
     sizes = [published.size_of(row).params for row in ordered]
+    close = min(ordered, key=lambda row: _distance(row, facts, published))
+    if _distance(close, facts, published) < math.log(1.05) and facts.blocks >= published.size_of(close).blocks:
+        return close.rate, [close], [f"of the size of {label} {close.size}: {close.rate:g} ({close.conditions})"]
     if facts.params <= sizes[0]:
-        row, size = ordered[0], published.size_of(ordered[0])
-        rate = row.rate * min(1.0, facts.blocks / size.blocks)
-        why = f"smaller than {label} {row.size}, the smallest that is published ({row.rate:g}, {size.blocks} blocks)"
-        return rate, [row], [f"{why}: in proportion to its {facts.blocks} blocks {rate:.2g}"]
+        row, blocks = ordered[0], published.size_of(ordered[0]).blocks
+        rate = row.rate * min(1.0, facts.blocks / blocks)
+        why = f"smaller than {label} {row.size}, the smallest that is published ({row.rate:g}, {blocks} blocks): "
+        fewer = f"in proportion to its {facts.blocks} blocks {rate:.2g}"
+        return rate, [row], [why + (fewer if facts.blocks < blocks else f"with as many blocks the same {rate:g}")]
     if facts.params >= sizes[-1]:
         row = ordered[-1]
-        close = facts.params <= 1.15 * sizes[-1]
-        why = "of the size of" if close else "larger than"
-        return row.rate, [row], [f"{why} {label} {row.size}, the largest that is published: {row.rate:g}"]
+        return row.rate, [row], [f"larger than {label} {row.size}, the largest that is published: its {row.rate:g}"]
     above = next(i for i, size in enumerate(sizes) if size > facts.params)
     low, high = ordered[above - 1], ordered[above]
     share = math.log(facts.params / sizes[above - 1]) / math.log(sizes[above] / sizes[above - 1])

@@ -1,6 +1,7 @@
 """Advice holds to what is published, and moves as the rule says."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,12 @@ import pytest
 from files.errors import ConfigError
 from tests.tuning.recipes import KNOWN, config, facts_of, rate, recipe, row_of
 from training.config import load_config
-from tuning.advice import FULL_STEPS, NO_STEPS, Advice, advice_for, advise, at_mean
+from tuning.advice import FULL_STEPS, MEASURED, NO_STEPS, Advice, advice_for, advise, at_mean
+from tuning.estimates import LONGER
 from tuning.facts import Facts
 from tuning.published import Row
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +93,7 @@ def test_early_and_late_schedules_have_rates_of_their_own() -> None:
     assert (early.rate, late.rate) == (0.5, 0.4)
     hint = "a model that underfits may gain from an early schedule"
     assert any(hint in reason for reason in advice_for(config(), facts_of(row)).reasons)
+    assert (late.published, early.published) == (0.1, 0.1) and any("is constant over time" in r for r in late.reasons)
     other = advice_for(config("drop_path.schedule={kind: ramp}"), facts_of(row))
     assert any("ramp" in reason for reason in other.reasons)
 
@@ -124,6 +129,8 @@ def test_mixup_in_a_short_fine_tuning_is_warned_of() -> None:
     facts = facts_of(row_of("caformer", "s18", purpose="finetune"))
     (warning,) = warnings(facts, "augment.mixup=0.8")
     assert "augment.mixup=0 augment.cutmix=0" in warning and "30 epochs" in warning
+    swin = facts_of(row_of("swin", "base", purpose="finetune"))
+    assert not warnings(swin, "augment.mixup=0.8"), "its published fine-tuning keeps it"
     assert not warnings(replace(facts, epochs=100), "augment.mixup=0.8") and not warnings(facts)
 
 
@@ -147,3 +154,15 @@ def test_of_a_config_as_it_stands() -> None:
 def test_an_unknown_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean"):
         advise(load_config(None, ["model.name=poolformer_s13"]))
+
+
+def test_the_docs_say_the_same() -> None:
+    page = " ".join((ROOT / "docs" / "stochastic-depth.md").read_text().split())
+    assert " ".join(MEASURED.split()) in page
+    assert f"below {FULL_STEPS:,} optimizer steps, to 0 at {NO_STEPS:,}" in page
+    assert f"twice the published epochs take {LONGER} more" in page and f"half of them {LONGER} less" in page
+    assert "| ViT-T | 73.9 | 72.6 | 74.4 |" in page
+    row = row_of("deit", "tiny", purpose="train")
+    assert any(
+        "ViT-T 73.9 without, 72.6 constant, 74.4 early" in r for r in advice_for(config(), facts_of(row)).reasons
+    )

@@ -63,7 +63,7 @@ def test_nothing_published_is_near() -> None:
     row = row_of("swin", "tiny", purpose="train", data="imagenet-1k")
     advice = advice_for(config(), facts_of(row, model="timm/nfnet_f0"))
     assert any("nothing published is near timm/nfnet_f0" in reason for reason in advice.reasons)
-    assert len({r.family for r in advice.rows}) == 3 and advice.published is None
+    assert len({r.source for r in advice.rows}) == 3 and advice.published is None
 
 
 def test_kin_speak_for_a_model_without_rates() -> None:
@@ -87,3 +87,11 @@ def test_a_fine_tuning_of_a_family_without_one_falls_back_on_its_training() -> N
 def test_fine_tuning_depends_on_where_it_starts(pretraining: Any, size: int, wanted: float) -> None:
     row = row_of("convnext", "base", purpose="finetune")
     assert rate(facts_of(row, pretraining=pretraining, image_size=size)) == wanted
+
+
+def test_of_kin_those_count_that_have_its_size() -> None:
+    """BEiT is published after ImageNet-21k in one size, four times ViT-B: DeiT-III has this size."""
+    row = row_of("deit3", "base", purpose="finetune", pretraining="imagenet-21k")
+    advice = advice_for(config("drop_path.profile=constant"), facts_of(row, model="timm/vit_base_patch16_224"))
+    assert ({r.family for r in advice.rows}, advice.rate) == ({"deit3"}, 0.15)
+    assert any("of the size of DeiT-III base" in reason for reason in advice.reasons)
