@@ -37,6 +37,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "training/evaluating": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "tqdm", "matplotlib"}),
     "tuning": ({*_TRAINING, "tuning"}, {"numpy", "optuna", "pydantic", "tqdm"}),
     "tuning/statistics.py": (set(), {"numpy", "scipy"}),  # exact tests and the bootstrap
+    "tuning/facts.py": ({*_TRAINING, "tuning"}, {"torch"}),  # builds the model on the meta device
     "tuning/report": (
         {"files", "training", "tuning"},
         {"numpy", "optuna", "pydantic", "jinja2", "markupsafe", "matplotlib"},
