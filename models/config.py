@@ -413,8 +413,10 @@ class ModelFacts:
         pretrained_cfg: timm's description of its input and classifier, as the model will carry it.
         arguments: Of `create_model`, all that make the same model again, `num_classes` apart.
         drop_path_rate: That of its authors' training, where it is known.
+        finetune_rate: That of their fine-tuning of its weights, where it is known.
     """
 
     pretrained_cfg: dict[str, Any]
     arguments: dict[str, Any]
     drop_path_rate: float | None = None
+    finetune_rate: float | None = None

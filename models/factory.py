@@ -112,7 +112,14 @@ def model_facts(name: str | Path | MetaFormerConfig, **arguments: Any) -> ModelF
     left_open = {key for key in ("num_classes", "in_chans", "image_size") if arguments.get(key) is None}
     config = _config(name, {key: value for key, value in arguments.items() if key not in left_open})
     keys = config.model_dump(exclude={"name", "published", "pretrained", "num_classes"})
-    return ModelFacts(make_pretrained_cfg(config), keys, config.published.drop_path_rate if config.published else None)
+    published = config.published
+    tuned = published.finetune_384 if published else None
+    return ModelFacts(
+        make_pretrained_cfg(config),
+        keys,
+        drop_path_rate=published.drop_path_rate if published else None,
+        finetune_rate=tuned.drop_path_rate if tuned else None,
+    )
 
 
 def saved_config(model: MetaFormer | Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torchvision
 from timm.models import adapt_input_conv, model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from files.errors import ConfigError, nearest
 from models.published import through_hub
@@ -201,7 +203,8 @@ def load_foreign(
     lines = [f"weights from {origin}"]
     state = _without_wrappers(state)
     if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in own.items()}:
-        state = dict(_filtered(model, name, state))
+        given, state = state, dict(_filtered(model, name, state))
+        lines += _resized(given, state)
     for conv in _as_names(cfg.get("first_conv")):
         key = f"{conv}.weight"
         if adapt_input and key in state and state[key].ndim == 4 and state[key].shape[1] != own[key].shape[1]:
@@ -261,12 +264,29 @@ def _filtered(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> Mappi
     """What timm makes of weights in another layout or of another image size, where it knows how."""
     library, base, _ = split_name(name)
     convert = getattr(sys.modules[_entry(library, base).__module__], "checkpoint_filter_fn", None)
+    if library == "torchvision" and base.startswith("vit_"):
+        convert = _with_positions
     if convert is None:
         return state
     try:
         return convert(dict(state), model)
     except Exception:  # not weights of such a model: what does not fit is said of them as they are
         return state
+
+
+def _with_positions(state: dict[str, Tensor], model: Any) -> Mapping[str, Tensor]:
+    """torchvision's own resampling of its ViT's positions, which it leaves to the user to call."""
+    return interpolate_embeddings(model.image_size, model.patch_size, OrderedDict(state))
+
+
+def _resized(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """What was resampled to another number of positions, in words; a tensor of as many numbers has another layout only."""
+    keys = [key for key, value in after.items() if key in before and before[key].numel() != value.numel()]
+    if not keys:
+        return []
+    more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+    old, new = (" x ".join(map(str, side[keys[0]].shape)) for side in (before, after))
+    return [f"{keys[0]} resampled from {old} to {new}{more}"]
 
 
 def _as_names(names: Any) -> tuple[str, ...]:

@@ -107,7 +107,9 @@ class DropPathSection(Section):
     """Stochastic depth: how often which block is dropped."""
 
     rate: Fraction | None = Field(
-        default=None, description="In [0, 1]; see rate_is. Default: the rate in the model's YAML."
+        default=None,
+        description="In [0, 1]; see rate_is. Default: the rate published for training the model, or where the run starts "
+        "from weights for fine-tuning it; else 0.",
     )
     profile: ProfileName | list[Fraction] = Field(
         default="linear",

@@ -21,7 +21,7 @@ from stochastic_depth.blocks import NoBlocksError
 from stochastic_depth.compute import Macs, count_macs
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import StochasticDepth, break_even_of, set_drop_path
-from training.config import DropPathSection, TrainConfig, build_schedule
+from training.config import TrainConfig, build_schedule
 from training.data.build import build_datasets
 from training.data.dataset import DataBundle
 from training.data.identity import check_same_data
@@ -30,6 +30,7 @@ from training.data.loading import EpochSampler, build_train_loader, build_val_lo
 from training.data.mixing import BatchMixer
 from training.data.skipping import SkipList
 from training.data.transforms import ImageSpec
+from training.default_rate import with_default_rate
 from training.distillation import Distillation, NoTeacher, build_distillation
 from training.distributed import World
 from training.freezing import Freezing
@@ -69,6 +70,7 @@ class Setup:
     ema: ModelEmaV3 | None
     freezing: Freezing
     distillation: Distillation | NoTeacher
+    rate_origin: str = ""  # where a drop-path rate comes from that the config did not name
 
     def __post_init__(self) -> None:
         self.feed: Feed = build_feed(self.to_device, self.world.device)
@@ -185,7 +187,8 @@ def build(
     on_main(world, lambda: check_images(data, allowed=config.data.max_skipped or 0))
     assert isinstance(train_loader.batch_sampler, EpochSampler)
     steps_per_epoch = math.ceil(train_loader.batch_sampler.batches_per_epoch / config.optim.accumulate)
-    config = config.model_copy(update={"drop_path": _with_rate(config.drop_path, facts.drop_path_rate)})
+    drop_path, rate_origin = with_default_rate(config.drop_path, config.model, facts)
+    config = config.model_copy(update={"drop_path": drop_path})
     depth = _set_drop_path(model, config, steps_per_epoch)
     config = _resolved(config, facts.arguments, model.num_classes, depth, data)
     precision = autocast_dtype(config.runtime.precision, world.device, key="runtime.precision:")
@@ -232,6 +235,7 @@ def build(
             memory_format=memory_format,
             autocast=torch.autocast(world.device.type, dtype=precision, enabled=precision != torch.float32),
         ),
+        rate_origin=rate_origin,
     )
 
 
@@ -269,13 +273,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _with_rate(section: DropPathSection, published: float | None) -> DropPathSection:
-    """The section with the rate given, else the model's published one; `None` where a list says all rates."""
-    if section.rate is not None or isinstance(section.profile, list):
-        return section
-    return section.model_copy(update={"rate": published or 0.0})
 
 
 def _set_drop_path(model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> StochasticDepth:
@@ -379,6 +376,7 @@ def describe(setup: Setup) -> str:
         f"schedule {section.schedule.kind}: "
         f"expected depth {report.expected_depth:.2f} of {len(report.blocks)} blocks, "
         f"{report.compute_saved or 0.0:.1%} of training compute saved",
+        *([f"rate      {setup.rate_origin}"] if setup.rate_origin else []),
     ]
     notes = setup.depth.notes if not setup.depth.blocks else []
     return "\n".join(lines + [f"warning: {w}" for w in report.warnings] + [f"note      {note}" for note in notes])

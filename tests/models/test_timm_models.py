@@ -1,5 +1,6 @@
 """models/timm_models.py: models of timm and torchvision are built, changed, saved and loaded as ours are."""
 
+from collections import OrderedDict
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from files.errors import ConfigError
 from models.factory import class_names_of, create_model, saved_config
@@ -62,10 +64,31 @@ def test_renamed_classes_replace_the_classifier(tmp_path: Path, caplog) -> None:
     assert not torch.equal(other.fc.weight, model.fc.weight) and "though of as many" in caplog.text
 
 
-def test_positions_of_another_size_are_resampled(tmp_path: Path) -> None:
+def test_positions_of_another_size_are_resampled_and_that_is_said(tmp_path: Path, caplog) -> None:
     folder, _ = saved(tmp_path, "timm/vit_tiny_patch16_224")
     other: Any = create_model("timm/vit_tiny_patch16_224", checkpoint=folder, **{**SMALL, "image_size": 64})
     assert other.pos_embed.shape[1] == 17 and other(torch.randn(1, 1, 64, 64)).shape == (1, 5)
+    assert "pos_embed resampled from 1 x 5 x 192 to 1 x 17 x 192" in caplog.text
+
+
+def test_a_layout_of_as_many_numbers_is_not_called_resampled(tmp_path: Path, caplog) -> None:
+    """timm reads patches that were projected by a linear layer."""
+    folder, model = saved(tmp_path, "timm/vit_tiny_patch16_224")
+    state = model.state_dict()
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flatten(1)
+    save_weights(folder, state, saved_config(model))
+    again = create_model("timm/vit_tiny_patch16_224", checkpoint=folder, **SMALL).eval()
+    assert torch.equal(again(IMAGES), model(IMAGES)) and "resampled" not in caplog.text
+
+
+@pytest.mark.slow  # torchvision has no small one
+def test_torchvisions_positions_are_resampled_as_torchvision_does(tmp_path: Path, caplog) -> None:
+    folder, model = saved(tmp_path, "torchvision/vit_b_32", image_size=64)
+    other: Any = create_model("torchvision/vit_b_32", checkpoint=folder, **{**SMALL, "image_size": 96})
+    expected = interpolate_embeddings(96, 32, OrderedDict(model.state_dict()))["encoder.pos_embedding"]
+    assert torch.equal(other.encoder.pos_embedding, expected) and expected.shape[1] == 10
+    assert "encoder.pos_embedding resampled from 1 x 5 x 768 to 1 x 10 x 768" in caplog.text
+    assert other.eval()(torch.zeros(1, 1, 96, 96)).shape == (1, 5)
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""Runs of a benchmark over seeds, and how two settings differ over the same seeds.
+
+A unit is one run folder. One that is finished is not trained again, and one that was interrupted is gone on with, so that
+a benchmark of an hour may be stopped and started again at no cost.
+"""
+
+import contextlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from files.durable import save_text
+from files.errors import ConfigError, Failure
+from training.config import TrainConfig, dump_config
+from training.evaluating.part import Split, WantedData
+from training.evaluating.validation import Request, validate
+from training.run import run
+
+SCORE = "score.json"
+"""In a unit's folder: the config that was asked for and what came of it. There once the unit is finished."""
+
+FEWEST_SEEDS = 6
+"""With fewer the smallest p there is, 2 / 2^n, is above 0.05."""
+
+
+def score(config: TrainConfig, folder: Path, *, split: Split) -> dict[str, float]:
+    """Trains a unit to its end where that has not been done, and scores its best weights.
+
+    Args:
+        config: Of the run; validated at the end alone (`log.validate_every`), it has no weights to choose among.
+        folder: Of the run. Its console goes to the file `NAME.log` beside it.
+        split: The part of the data to score on.
+
+    Returns:
+        `top1` in percent on that part, and `cpu_seconds` that the unit took, as far as it ran without a break.
+
+    Raises:
+        ConfigError: Another unit lies in the folder.
+        Failure: The run was stopped by a signal.
+    """
+    asked, place = f"{split}\n{dump_config(config)}", folder / SCORE
+    with contextlib.suppress(FileNotFoundError):
+        known = json.loads(place.read_text(encoding="utf-8"))
+        if known["asked"] != asked:
+            raise ConfigError(f"--work: {folder} holds a unit of other settings; name another folder, or delete it")
+        return known["score"]
+    start = time.process_time()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.log").open("a") as log, contextlib.redirect_stdout(log):
+        summary = run(config, folder, resume="auto")
+        if "stopped_by" in summary:
+            raise Failure(f"stopped by {summary['stopped_by']}; the same command goes on from here")
+        top1 = summary["best_top1"]  # of the validation part
+        if split != "val":
+            (evaluation,) = validate(Request([str(folder)], data=WantedData(split=split)))
+            top1 = evaluation.metrics["top1"]
+    found = {"top1": top1, "cpu_seconds": time.process_time() - start}
+    save_text(place, json.dumps({"asked": asked, "score": found}))
+    return found
+
+
+def spread(scores: Mapping[int, float]) -> dict[str, Any]:
+    """Scores by seed, their mean, and their standard deviation over seeds."""
+    values = list(scores.values())
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return {"scores": rounded(scores), "mean": round(statistics.mean(values), 2), "sd": round(deviation, 2)}
+
+
+def rounded(scores: Mapping[int, float]) -> dict[int, float]:
+    return {seed: round(value, 3) for seed, value in scores.items()}
+
+
+def compare(first: tuple[str, Mapping[int, float]], second: tuple[str, Mapping[int, float]]) -> dict[str, Any]:
+    """Two settings on the same seeds: exact paired sign-flip test, bootstrap interval, and the sentence.
+
+    Args:
+        first: What it is called, and its scores in percent by seed.
+        second: The same of the other one, which is the worse one unless the sentence says otherwise.
+
+    Returns:
+        `difference` of the means in points, first minus second; `interval`, which holds 95 % of the means of 10,000 draws of
+        as many seeds; `p` of all 2^n changes of signs; `seeds`, how many; `sentence`.
+    """
+    import numpy as np
+    from scipy import stats
+
+    (name, scores), (other, others) = first, second
+    differences = np.array([scores[seed] - others[seed] for seed in sorted(scores.keys() & others.keys())])
+    count, mean = len(differences), float(differences.mean())
+    told: dict[str, Any] = {"first": name, "second": other, "difference": round(mean, 2), "seeds": count}
+    if count < 2:
+        return {**told, "sentence": f"{name} is {mean:+.1f} points from {other} on one seed, which tells nothing"}
+    test = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=2**16, rng=0)
+    reached = stats.bootstrap((differences,), np.mean, n_resamples=10_000, method="percentile", rng=0)
+    low, high = (float(end) for end in reached.confidence_interval)
+    p = float(test.pvalue)
+    told |= {"interval": [round(low, 2), round(high, 2)], "p": round(p, 5)}
+    evidence = f"95 %: {low:.1f} to {high:.1f}; p = {p:.3f}; {count} seeds"
+    if count < FEWEST_SEEDS:
+        sentence = f"{name} is {mean:+.1f} points from {other}, and {count} seeds are too few to tell ({evidence})"
+    elif p >= 0.05:
+        sentence = f"no difference found between {name} and {other} ({mean:+.1f} points; {evidence})"
+    else:
+        better, worse = (name, other) if mean > 0 else (other, name)
+        low, high = (low, high) if mean > 0 else (-high, -low)
+        evidence = f"95 %: {low:.1f} to {high:.1f}; p = {p:.3f}; {count} seeds"
+        sentence = f"{better} beats {worse} by {abs(mean):.1f} points ({evidence})"
+    return {**told, "sentence": sentence}

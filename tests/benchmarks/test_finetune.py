@@ -1,0 +1,53 @@
+"""What fine-tuning is worth: the settings differ in what they say they do, and in nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmark import main
+from benchmarks import finetune
+from training.config import TrainConfig
+
+
+def test_settings_see_the_same_labels_for_as_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, TrainConfig] = {}
+
+    def scored(config: TrainConfig, folder: Path, *, split: str) -> dict[str, float]:
+        assert split == "test"
+        asked[folder.relative_to(tmp_path).as_posix()] = config
+        return {"top1": 90.0 + len(asked) % 5, "cpu_seconds": 6.0}
+
+    monkeypatch.setattr(finetune, "score", scored)
+    output = tmp_path / "a.json"
+    assert main(["finetune", "--seeds", "6", "--work", str(tmp_path), "--output", str(output)]) == 0
+    assert len(asked) == 6 * 5 and all(c.log.validate_every == c.optim.epochs for c in asked.values())
+    for seed in range(6):
+        first, *arms = (asked[f"seed-{seed}/{name}"] for name in (
+            "pre-training", "fine-tuned", "fine-tuned-at-rate-0", "linear-probe", "from-scratch"
+        ))  # fmt: skip
+        assert first.data.classes == ["0", "1", "2", "3", "4"] and first.seed == seed
+        assert len({(c.seed, str(c.data), c.optim.epochs, c.runtime.threads) for c in arms}) == 1
+        tuned, at_zero, probe, scratch = arms
+        assert tuned.model.checkpoint == str(tmp_path / f"seed-{seed}" / "pre-training" / "best")
+        assert scratch.model.checkpoint is None and scratch.freeze.epochs == 0 and scratch.optim.layer_decay is None
+        assert scratch.augment == tuned.augment and scratch.optim.lr == tuned.optim.lr
+        assert probe.freeze.epochs == "all" and probe.model == tuned.model
+        assert at_zero.drop_path.rate == 0 and tuned.drop_path.rate == 0.1
+        assert at_zero.model_copy(update={"drop_path": tuned.drop_path}) == tuned
+    told = json.loads(output.read_text())
+    assert told["cpu_minutes"] == 3.0 and told["settings"]["fine-tuned"]["mean"] == 92.0
+    # 92 against 90 at each seed
+    assert told["comparisons"][0]["sentence"].startswith(
+        "fine-tuned beats from scratch by 2.0 points (95 %: 2.0 to 2.0;"
+    )
+
+
+@pytest.mark.slow
+def test_a_whole_benchmark_of_one_seed(tmp_path: Path) -> None:
+    work, output = tmp_path / "work", tmp_path / "a.json"
+    small = ["model.depths=[1, 1]", "model.dims=[8, 16]", "optim.epochs=5", "optim.warmup_epochs=0"]
+    assert main(["finetune", "--seeds", "1", "--work", str(work), "--output", str(output), *small]) == 0
+    told = json.loads(output.read_text())
+    assert all(0 <= setting["mean"] <= 100 for setting in told["settings"].values())
+    assert "on one seed" in told["comparisons"][0]["sentence"]
