@@ -171,7 +171,8 @@ def _refuse_other(folder: StudyFolder) -> None:
     if folder.path.exists() and not folder.config.exists():
         held = [entry.name for entry in folder.path.iterdir() if entry.name != LOCK]
         # what a process leaves that was killed while it made the study is nobody else's
-        if any(name not in (folder.journal.name, folder.train.name) for name in held):
+        own = (folder.journal.name, folder.train.name, folder.decisions.name, ".tmp-")
+        if not all(name.startswith(own) for name in held):
             raise ConfigError(f"{folder.path} is not empty and holds no study; choose another --output")
 
 
@@ -200,9 +201,9 @@ def _check_same(study: StudyConfig, folder: StudyFolder) -> str:
     other = first_difference(trained, study.base.model_dump())
     found = f"the training config: {other}" if other else first_difference(before, after, FREE_TO_CHANGE)
     if found:
-        found = found.replace(" here and ", f" in {folder.path} and ", 1)
+        found = f"{found.replace(' here and ', ' in what was given and ', 1).removesuffix(' there')} in the folder"
         raise ConfigError(
-            f"{folder.path} holds a study of another config; {found.removesuffix(' there')} in what was given\n"
+            f"{folder.path} holds a study of another config; {found}\n"
             "choose another --output, or give it as it was (only "
             f"{', '.join(FREE_TO_CHANGE)} may change)"
         )

@@ -1,0 +1,158 @@
+"""What is wrong with a study is found before anything is trained, and a folder keeps its study."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from files.errors import ConfigError
+from tests.tuning.parts import STUDY, links, opened, study
+from tuning.opening import check_base, check_folder, default_folder, describe_study, find_starts, open_study
+from tuning.space import Space
+
+ADVICE: Any = SimpleNamespace(rate=0.1, profile="linear", published=0.2, published_profile="constant")
+TEST_PART = STUDY.replace("dataset: digits", "dataset: mnist5k").replace("image_size: 8", "image_size: 28")
+
+
+def test_the_folder_holds_the_study(tmp_path: Path) -> None:
+    one = opened(tmp_path)
+    assert one.folder.config.exists() and one.folder.train.exists() and one.folder.journal.exists()
+    opened(tmp_path)
+    assert default_folder(one.study) == Path("runs/tune-some")
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        (
+            "optim.lr=0.1",
+            r"the training config: optim\.lr is 0\.1 in what was given and 0\.003 in the folder\nchoose",
+        ),
+        ("space.drop_path.rate=[0.0, 0.1]", r"space\.drop_path\.rate is \[0\.0, 0\.1\]"),
+        ("search.seed=4", r"search\.seed is 4"),
+        ("search.sampler=gp", r"search\.sampler is 'gp'"),
+        ("objective.metric=val_loss", r"objective\.metric is 'val_loss'"),
+        ("storage=sqlite:///x.db", "storage is 'sqlite"),
+    ],
+)
+def test_a_study_of_another_config_is_refused(tmp_path: Path, word: str, told: str) -> None:
+    one = opened(tmp_path)
+    before = {path: path.read_bytes() for path in one.folder.path.iterdir()}
+    with pytest.raises(ConfigError, match=f"out holds a study of another config; {told}"):
+        opened(tmp_path, word)
+    with pytest.raises(ConfigError, match=told):
+        check_folder(study(tmp_path, word), one.folder.path)
+    assert {path: path.read_bytes() for path in one.folder.path.iterdir()} == before
+
+
+@pytest.mark.parametrize("word", ["jobs=2", "search.trials=9", "race={seeds: [1]}", "verdict={split: val}"])
+def test_what_nothing_trained_depends_on_may_change(tmp_path: Path, word: str) -> None:
+    opened(tmp_path)
+    opened(tmp_path, word)
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "holiday.jpg").touch()
+    with pytest.raises(ConfigError, match="is not empty and holds no study; choose another --output"):
+        opened(tmp_path)
+    assert [path.name for path in out.iterdir()] == ["holiday.jpg"]
+    (out / "holiday.jpg").unlink()
+    out.rmdir()
+    out.touch()
+    for check in (lambda: opened(tmp_path), lambda: check_folder(study(tmp_path), out)):
+        with pytest.raises(ConfigError, match=r"cannot write to .*choose another --output"):
+            check()
+
+
+def test_a_study_that_was_killed_while_it_was_made_is_made(tmp_path: Path) -> None:
+    one = opened(tmp_path)
+    one.folder.config.unlink()
+    opened(tmp_path)
+
+
+def test_it_starts_with_what_is_known(tmp_path: Path) -> None:
+    words = ["search.start=[zero, published, advice]", "space.drop_path.profile=[linear, constant]"]
+    read = study(tmp_path, *words, "search.enqueue=[{drop_path.rate: 0.4}]", "verdict={split: val}")
+    starts, finalists, left_out = find_starts(read, Space(read), links(advise=lambda config: ADVICE))
+    assert [(start.origin, *start.values.values()) for start in starts] == [
+        ("zero", 0.0, "linear"),
+        ("published", 0.2, "constant"),
+        ("advice", 0.1, "linear"),
+        ("given", 0.4, "linear"),
+    ]
+    assert not left_out
+    assert [(f.role, f.config.drop_path.rate, f.config.drop_path.profile) for f in finalists] == [
+        ("zero", 0.0, "linear"),
+        ("published", 0.2, "constant"),
+    ]
+
+
+def test_what_the_space_does_not_hold_is_left_out_and_said(tmp_path: Path) -> None:
+    read = study(tmp_path, "space.drop_path.rate={low: 0.15, high: 0.5}", "verdict={split: val}")
+    starts, finalists, left_out = find_starts(read, Space(read), links(advise=lambda config: ADVICE))
+    assert [start.origin for start in starts] == ["published"]
+    assert [decision.what for decision in left_out] == ["not tried first: zero", "not tried first: advice"]
+    assert [f.role for f in finalists] == ["zero", "published"], "compared with all the same"
+
+
+def test_without_an_advisor_the_model_s_own_rate_is_published(tmp_path: Path) -> None:
+    text = STUDY.replace("name: convformer_n4, in_chans: 1, image_size: 8, depths: [1, 1], dims: [16, 32]",
+                         "name: poolformer_s12, in_chans: 1, image_size: 32")  # fmt: skip
+    read = study(tmp_path, text=text)
+    starts, _, _ = find_starts(read, Space(read), links())
+    assert [(start.origin, start.values) for start in starts][1] == ("published", {"drop_path.rate": 0.1})
+
+
+def test_advice_that_cannot_be_had_is_no_mistake(tmp_path: Path) -> None:
+    def refuse(config: Any) -> Any:
+        raise ConfigError("no such data")
+
+    read = study(tmp_path)
+    starts, _, left_out = find_starts(read, Space(read), links(advise=refuse))
+    assert [start.origin for start in starts] == ["zero"]
+    assert (left_out[0].what, left_out[0].why) == ("no advice", "no such data")
+
+
+def test_the_base_is_built_before_anything_is_searched(tmp_path: Path) -> None:
+    assert check_base(study(tmp_path)).total_steps == 10
+    with pytest.raises(ConfigError, match="depth: unknown key; did you mean 'depths'"):
+        check_base(study(tmp_path, "model.depth=[1]"))
+    with pytest.raises(ConfigError, match="nowhere"):
+        check_base(study(tmp_path, "data={dataset: folder, root: /nowhere/at/all}"))
+
+
+def test_a_verdict_needs_a_test_part(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"verdict\.split: 'test', but dataset 'digits' has no test part.*\ngive the data one"
+    ):
+        check_base(study(tmp_path, "verdict={}"))
+    check_base(study(tmp_path, "verdict={split: val}"))
+    check_base(study(tmp_path, "verdict={}", text=TEST_PART))
+
+
+def test_the_plan_of_a_study(tmp_path: Path) -> None:
+    read = study(tmp_path, "verdict={split: val, seeds: 5}", "space.optim.lr={low: 1e-4, high: 1e-2, log: true}")
+    plan = describe_study(read, tmp_path / "out", check_base(read), links())
+    lines = plan.splitlines()
+    assert "10 steps a run" in lines[0]
+    assert lines[1:3] == [
+        "varied    drop_path.rate: 0 to 0.5",
+        "varied    optim.lr: 0.0001 to 0.01, evenly over the logarithm",
+    ]
+    assert "6 trials, sampler random, seed 0; val_top1 of the last epoch" in plan
+    assert "first     zero: drop_path.rate 0, optim.lr 0.003" in lines
+    assert "below 6 seeds no significance" in plan
+    # 6 trials with 1 seed, 3 with one more, 2 with a third; two configurations in the final
+    assert lines[-1].startswith("runs      at most 11 of search and race and 10 of the verdict: 210 steps")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_may_be_moved(tmp_path: Path) -> None:
+    one = opened(tmp_path)
+    one.plan.search.ask()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    again = open_study(study(tmp_path), tmp_path / "moved", links())
+    assert len(again.plan.search.proposals()) == 1

@@ -1,0 +1,118 @@
+"""What is next follows from the trials and the units' folders alone."""
+
+from pathlib import Path
+
+import pytest
+
+from files.durable import save_text
+from files.lock import locked
+from tests.tuning.parts import Trained, opened, stand_in
+from tuning.plan import in_words
+from tuning.race import Decision
+from tuning.units import note_failure
+from tuning.worker import work
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
+    return stand_in(monkeypatch)
+
+
+def test_a_study_begins_with_a_question(tmp_path: Path) -> None:
+    one = opened(tmp_path)
+    first = one.plan.update()
+    assert first.may_ask and not first.now and first.winner is None and first.left == 11
+    one.plan.search.ask()
+    second = one.plan.update()
+    assert [unit.seed for unit in second.now] == [0] and not second.may_ask and second.left == 11
+    assert second.trials[0].state == "waiting"
+
+
+def test_an_interrupted_unit_goes_first(tmp_path: Path) -> None:
+    one = opened(tmp_path)
+    for _ in range(3):
+        one.plan.search.ask()
+    units = one.plan.update().now
+    units[2].folder.mkdir(parents=True)
+    assert one.plan.update().now == [units[2], units[0], units[1]]
+
+
+def test_two_equal_trials_are_one(tmp_path: Path, trained: Trained) -> None:
+    one = opened(tmp_path, "space.drop_path.rate=[0.0, 0.1]", "search.trials=5")
+    work(one)
+    assert len(trained.runs) == len(set(trained.runs))
+    trials = one.folder.read_trials()
+    assert len(trials) == 5
+    same = [trial for trial in trials if trial.reason.startswith("the same configuration as trial")]
+    assert len(same) == 3 and all(trial.scores for trial in same)
+    assert [trial.told for trial in one.plan.search.proposals()] == [True] * 5
+
+
+def test_a_failure_late_in_the_race_makes_room(tmp_path: Path, trained: Trained) -> None:
+    one = opened(tmp_path)
+    work(one)
+    won = next(trial for trial in one.folder.read_trials() if trial.state == "winner")
+    note_failure(one.folder.unit(won.digest, 2), "the disk broke", final=False)
+    after = one.plan.update()
+    assert after.winner is None and after.now, "the next best has seeds to run"
+    work(one)
+    trials = one.folder.read_trials()
+    assert trials[won.number].state == "failed"
+    assert [trial.state for trial in trials].count("winner") == 1
+
+
+def test_who_has_nothing_else_to_do_runs_for_the_final(tmp_path: Path) -> None:
+    one = opened(tmp_path, "search.trials=1", "verdict={seeds: 2, split: val}")
+    one.plan.search.ask()
+    (unit,) = one.plan.update().now
+    unit.folder.mkdir(parents=True)
+    with locked(unit.folder):
+        after = one.plan.update()
+    assert not after.now and not after.may_ask and after.running == 1
+    assert [unit.seed for unit in after.spare] == [1000, 1001]
+
+
+def test_optuna_is_told_the_mean_of_the_first_round(tmp_path: Path, trained: Trained) -> None:
+    trained.score = lambda config: 90.0 + config.seed
+    one = opened(tmp_path, "race={seeds: [2, 3], keep: [1]}", "search.trials=2")
+    work(one)
+    assert {trial.value for trial in one.plan.search.study.get_trials()} == {90.5}
+
+
+def test_what_a_dead_process_did_not_tell_is_told(tmp_path: Path, trained: Trained) -> None:
+    trained.stops = lambda config: "SIGTERM" if len(trained.runs) == 2 else None
+    work(opened(tmp_path))
+    one = opened(tmp_path)
+    assert [proposal.told for proposal in one.plan.search.proposals()] == [True, False]
+    trained.stops = lambda config: None
+    work(one)
+    assert all(proposal.told for proposal in one.plan.search.proposals())
+
+
+def test_decisions_are_noted_once_also_behind_a_line_cut_short(tmp_path: Path) -> None:
+    one = opened(tmp_path)
+    count = len(one.folder.read_decisions())
+    one.plan.note([Decision("a", "b")])
+    one.plan.note([Decision("a", "b"), Decision("a", "c")])
+    with one.folder.decisions.open("a") as file:
+        file.write('{"what": "cut')
+    one.plan.note([Decision("d", "e")])
+    told = [(decision["what"], decision["why"]) for decision in one.folder.read_decisions()[count:]]
+    assert told == [("a", "b"), ("a", "c"), ("d", "e")]
+    assert all("T" in decision["time"] for decision in one.folder.read_decisions())
+
+
+def test_values_in_words() -> None:
+    assert (
+        in_words({"a": 0.123456, "b": [1, 2], "c": "x", "d": {"kind": "early"}})
+        == 'a 0.123, b [1, 2], c x, d {"kind": "early"}'
+    )
+
+
+def test_a_damaged_summary_is_trained_again(tmp_path: Path, trained: Trained) -> None:
+    one = opened(tmp_path, "search.trials=1", "race={seeds: [1]}")
+    work(one)
+    unit = one.folder.unit(one.folder.read_trials()[0].digest, 0)
+    save_text(unit / "summary.json", "{")
+    work(one)
+    assert len(trained.runs) == 2
