@@ -98,8 +98,12 @@ class Study:
 
     @cached_property
     def scored(self) -> list[Trial]:
-        """Trials with a score, the best first: those that came further in the race before the others."""
-        known = [t for t in self.trials if t.scores]
+        """Trials with a score, the best first: those that came further in the race before the others.
+
+        Of trials of one configuration, which share their runs, the first only.
+        """
+        first = {t.digest: t for t in reversed(self.trials)}
+        known = [t for t in self.trials if t.scores and first[t.digest] is t]
         ahead = {"winner": 0}
         sign = 1 if self.lower_is_better else -1
         return sorted(known, key=lambda t: (ahead.get(t.state, 1), -len(t.scores), sign * t.mean, t.number))
@@ -110,12 +114,9 @@ class Study:
 
     @cached_property
     def search(self) -> Cost:
-        """Cost of the search."""
-        return Cost(
-            sum(len(t.scores) for t in self.trials),
-            sum(t.steps for t in self.trials),
-            math.fsum(t.seconds for t in self.trials),
-        )
+        """Cost of the search; trials of one configuration share their runs."""
+        of = {t.digest or str(t.number): t for t in self.trials}.values()
+        return Cost(sum(len(t.scores) for t in of), sum(t.steps for t in of), math.fsum(t.seconds for t in of))
 
     # ---- what was varied
 

@@ -25,7 +25,6 @@ TRAIN = """model: {name: convformer_n4, in_chans: 1, image_size: 28}
 data: {dataset: mnist5k, train_samples: 500}
 optim: {epochs: 30}
 """
-OTHERS: tuple[Role, ...] = ("zero", "published")
 PROFILES = ("linear", "constant")
 
 
@@ -108,8 +107,9 @@ def _make_study(
         winner = next(t for t in known if t.state == "winner")
         seeds = list(range(1000, 1000 + final))
         configs: list[tuple[Role, Trial]] = [("winner", winner)]
-        for role in OTHERS:
-            configs += [(role, trial) for trial in known if trial.origin == role]
+        for trial in known:
+            if trial.origin == "zero" or trial.origin == "published":
+                configs.append((trial.origin, trial))
         conclude(
             folder,
             [

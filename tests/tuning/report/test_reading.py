@@ -24,6 +24,17 @@ def test_study_is_read(study: StudyFolder) -> None:
     assert found.final == Cost(runs, 480 * runs, 12.5 * runs)
 
 
+def test_trials_of_one_configuration_share_their_runs(tmp_path: Path, make_study, study_page) -> None:
+    folder = make_study(tmp_path / "a", trials=4, rounds=(1, 2), final=0, keys=("drop_path.rate",))
+    before = read_study(folder.path)
+    trials = folder.read_trials()
+    again = [replace(trials[0], number=n, state="dropped", reason="the same configuration as trial 0") for n in (4, 5)]
+    folder.write_trials([*trials, *again])
+    found = read_study(folder.path)
+    assert found.search == before.search and found.scored == before.scored and len(found.trials) == 6
+    assert study_page(folder).text.count("the same configuration as trial 0") == 2
+
+
 def test_runs_that_the_search_paid_for_are_not_counted_twice(tmp_path: Path, make_study) -> None:
     folder = make_study(tmp_path / "a", final=2)
     verdict = json.loads(folder.verdict.read_text())
