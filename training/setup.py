@@ -21,7 +21,7 @@ from stochastic_depth.blocks import NoBlocksError
 from stochastic_depth.compute import Macs, count_macs
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import StochasticDepth, break_even_of, set_drop_path
-from training.config import DropPathSection, TrainConfig, build_schedule
+from training.config import DropPathSection, ModelSection, TrainConfig, build_schedule
 from training.data.build import build_datasets
 from training.data.dataset import DataBundle
 from training.data.identity import check_same_data
@@ -139,12 +139,7 @@ def build(
     _check_parallel(config, world)
     check_log(config.log)
     section = config.model
-    elsewhere = {
-        "drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode", "class_names": "data.class_names"
-    }  # fmt: skip
-    for key, instead in elsewhere.items():
-        if key in section.overrides:  # create_model takes them, and what is done below would replace them
-            raise ConfigError(f"model.{key}: has no effect in a training config; did you mean {instead!r}?")
+    check_model_keys(section)
     overrides = dict(section.overrides)
     if config.data.image_size is not None:
         overrides["image_size"] = config.data.image_size
@@ -233,6 +228,20 @@ def build(
             autocast=torch.autocast(world.device.type, dtype=precision, enabled=precision != torch.float32),
         ),
     )
+
+
+def check_model_keys(section: ModelSection) -> None:
+    """Refuses what `create_model` takes and a run would replace.
+
+    Raises:
+        ConfigError: Naming the key that is meant.
+    """
+    elsewhere = {
+        "drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode", "class_names": "data.class_names"
+    }  # fmt: skip
+    for key, instead in elsewhere.items():
+        if key in section.overrides:
+            raise ConfigError(f"model.{key}: has no effect in a training config; did you mean {instead!r}?")
 
 
 def _count(model: nn.Module) -> Macs | None:

@@ -115,6 +115,10 @@ def advice_for(config: TrainConfig, facts: Facts) -> Advice:
         reasons.append(f"published with profile {other}; in the mean over blocks, {profile} {full:.2f} is as strong")
     share = _share_of_steps(facts.steps)
     rate = round(full * share, 2)
+    if config.freeze.epochs == "all":
+        reasons.append(
+            "what is frozen for the whole run (freeze.stages) drops nothing: the rate acts on the other blocks alone"
+        )
     if own is not None and own.schedule != schedule:
         reasons.append(f"the {own.rate:g} that is published for this model is constant over time")
     spread = [at_mean(mean, facts.depths, profile) for mean in (min(means), max(means))]
