@@ -169,7 +169,7 @@ def _pretraining(tag: str) -> Pretraining | None:
     """What published weights were trained on, read off timm's tag of them."""
     if any(word in tag for word in ("in21k", "in22k", "21k", "22k")):
         return "imagenet-21k"
-    if any(word in tag for word in ("mae", "mim", "dino", "moco", "ssl")) and "ft_" not in tag:
+    if any(word in tag for word in ("mae", "mim", "dino", "moco", "ssl", "lvd")) and "ft_" not in tag:
         return "self-supervised"
     return "imagenet-1k" if "1k" in tag.lower() else None
 
