@@ -21,7 +21,7 @@ from stochastic_depth.blocks import NoBlocksError
 from stochastic_depth.compute import Macs, count_macs
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import StochasticDepth, break_even_of, set_drop_path
-from training.config import TrainConfig, build_schedule
+from training.config import ModelSection, TrainConfig, build_schedule
 from training.data.build import build_datasets
 from training.data.dataset import DataBundle
 from training.data.identity import check_same_data
@@ -141,12 +141,7 @@ def build(
     _check_parallel(config, world)
     check_log(config.log)
     section = config.model
-    elsewhere = {
-        "drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode", "class_names": "data.class_names"
-    }  # fmt: skip
-    for key, instead in elsewhere.items():
-        if key in section.overrides:  # create_model takes them, and what is done below would replace them
-            raise ConfigError(f"model.{key}: has no effect in a training config; did you mean {instead!r}?")
+    check_model_keys(section)
     overrides = dict(section.overrides)
     if config.data.image_size is not None:
         overrides["image_size"] = config.data.image_size
@@ -237,6 +232,20 @@ def build(
         ),
         rate_origin=rate_origin,
     )
+
+
+def check_model_keys(section: ModelSection) -> None:
+    """Refuses what `create_model` takes and a run would replace.
+
+    Raises:
+        ConfigError: Naming the key that is meant.
+    """
+    elsewhere = {
+        "drop_path_rate": "drop_path.rate", "drop_path_mode": "drop_path.mode", "class_names": "data.class_names"
+    }  # fmt: skip
+    for key, instead in elsewhere.items():
+        if key in section.overrides:
+            raise ConfigError(f"model.{key}: has no effect in a training config; did you mean {instead!r}?")
 
 
 def _count(model: nn.Module) -> Macs | None:

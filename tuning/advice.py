@@ -3,8 +3,8 @@
 The rule, in its order; `Advice.reasons` says which parts were used:
 
 1. What counts are the published rates of the model's family for the config's purpose; without any, those of families that
-   are built alike; without these, those of the three families nearest in parameters, and it is said that nothing
-   published is near. Of several families each gives a rate, and the median of their means over depth is taken.
+   are built alike; without these, those of the three families nearest in parameters: it is said then that nothing published
+   is near, and the range starts at 0. Of several families each gives a rate, and the median of their means over depth counts.
 2. In a family: the rate of this very size; between two sizes linear in the logarithm of parameters; above the largest
    the largest's; below the smallest the smallest's in proportion to the number of residual blocks.
 3. The same model takes lower rates on more data: between ImageNet-1k and ImageNet-21k linear in the logarithm of images.
@@ -102,7 +102,8 @@ def advice_for(config: TrainConfig, facts: Facts) -> Advice:
     found, reasons = estimates(facts, published, schedule)
     reasons += [reason for estimate in found for reason in estimate.reasons]
     means = [_mean(estimate, facts.depths) for estimate in found]
-    profile, wanted = _profile(config, found, max(means), facts.depths)
+    near = all(estimate.is_near(facts, published) for estimate in found)
+    profile, wanted = _profile(config, found if near else [], max(means), facts.depths)
     if profile != wanted:
         reasons.append(
             f"profile {wanted} cannot be as strong as what is published (mean {max(means):.2f}); constant can"
@@ -115,6 +116,10 @@ def advice_for(config: TrainConfig, facts: Facts) -> Advice:
         reasons.append(f"published with profile {other}; in the mean over blocks, {profile} {full:.2f} is as strong")
     share = _share_of_steps(facts.steps)
     rate = round(full * share, 2)
+    if config.freeze.epochs == "all":
+        reasons.append(
+            "what is frozen for the whole run (freeze.stages) drops nothing: the rate acts on the other blocks alone"
+        )
     if own is not None and own.schedule != schedule:
         reasons.append(f"the {own.rate:g} that is published for this model is constant over time")
     spread = [at_mean(mean, facts.depths, profile) for mean in (min(means), max(means))]
@@ -125,6 +130,8 @@ def advice_for(config: TrainConfig, facts: Facts) -> Advice:
             f"{facts.steps:,} optimizer steps are few: below {FULL_STEPS:,} the rate shrinks, to 0 at {NO_STEPS:,}; here "
             f"from {full:.2f} to {rate:.2f}. This is our inference, not a publication: {MEASURED}"
         )
+    elif not near:
+        low = 0.0
     elif facts.steps is None:
         low = 0.0
         reasons.append(f"the number of training images is not known ({facts.images_from}), so the range starts at 0")
@@ -148,7 +155,7 @@ def at_mean(mean: float, depths: Sequence[int], profile: ProfileName) -> float:
 def _profile(
     config: TrainConfig, found: Sequence[Estimate], mean: float, depths: Sequence[int]
 ) -> tuple[ProfileName, ProfileName]:
-    """The profile to give the rate in, and that which was wanted: the config's, or the published one if it names none."""
+    """The profile to give the rate in, and that which was wanted: the config's, or where it names none the published one."""
     section = config.drop_path
     wanted: ProfileName = "linear" if isinstance(section.profile, list) else section.profile
     if "profile" not in section.model_fields_set and len({estimate.profile for estimate in found}) == 1:

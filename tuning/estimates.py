@@ -28,6 +28,11 @@ class Estimate:
         """Of the rate."""
         return self.rows[0].profile
 
+    def is_near(self, facts: Facts, published: Published) -> bool:
+        """Whether the family is the model's own, or built alike."""
+        own, kin = published.families_of(facts.model)
+        return self.rows[0].family in (*own, *kin)
+
 
 def estimates(facts: Facts, published: Published, schedule: str) -> tuple[list[Estimate], list[str]]:
     """The estimate of each family that counts, and why these count.
@@ -146,7 +151,12 @@ def _by_data(rows: Sequence[Row], facts: Facts, published: Published) -> Estimat
             f"{rate * (1 - share * (1 - MORE_DATA)):.2g}"
         )
         rate *= 1 - share * (1 - MORE_DATA)
-    if epochs is not None and images >= published.images[small] / 2 and facts.epochs != epochs:
+    if (
+        facts.purpose == "train"
+        and epochs is not None
+        and images >= published.images[small] / 2
+        and facts.epochs != epochs
+    ):
         change = LONGER * min(1.0, max(-1.0, math.log2(facts.epochs / epochs)))
         longer = "longer training takes 0.05 more" if change > 0 else "shorter training takes up to 0.05 less"
         why.append(f"{facts.epochs} epochs where {epochs} are published: {longer}")

@@ -21,6 +21,7 @@ from stochastic_depth.blocks import Block, stage_depths
 from stochastic_depth.places import block_names, find_owners
 from training.config import TrainConfig
 from training.data.split import divide
+from training.setup import check_model_keys
 from tuning.published import Pretraining, load_published
 
 RunPurpose = Literal["train", "finetune", "probe"]
@@ -75,6 +76,7 @@ def find_facts(config: TrainConfig, images: int | None = None) -> Facts:
         ConfigError: The model cannot be built as the config says.
     """
     section = config.model
+    check_model_keys(section)
     overrides = dict(section.overrides)
     if config.data.image_size is not None:
         overrides["image_size"] = config.data.image_size
@@ -167,7 +169,7 @@ def _pretraining(tag: str) -> Pretraining | None:
     """What published weights were trained on, read off timm's tag of them."""
     if any(word in tag for word in ("in21k", "in22k", "21k", "22k")):
         return "imagenet-21k"
-    if any(word in tag for word in ("mae", "mim", "dino", "moco", "ssl")) and "ft_" not in tag:
+    if any(word in tag for word in ("mae", "mim", "dino", "moco", "ssl", "lvd")) and "ft_" not in tag:
         return "self-supervised"
     return "imagenet-1k" if "1k" in tag.lower() else None
 

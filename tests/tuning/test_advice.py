@@ -142,6 +142,12 @@ def test_what_has_no_effect() -> None:
     assert not advise(load_config(None, ["freeze={epochs: all}", "drop_path.rate=0"])).warnings
 
 
+def test_parts_that_are_frozen_drop_nothing() -> None:
+    advice = advise(load_config(None, ["freeze={epochs: all, stages: 1}"]))
+    assert advice.facts.purpose == "train" and advice.high > 0
+    assert any("drops nothing" in reason for reason in advice.reasons)
+
+
 def test_of_a_config_as_it_stands() -> None:
     advice: Advice = advise(load_config("configs/train/imagenet_poolformer_s12.yaml", ["data.root=nowhere"]))
     assert (advice.rate, advice.published, advice.profile) == (0.1, 0.1, "linear")

@@ -93,6 +93,7 @@ def test_the_number_of_images_can_be_told(capsys: pytest.CaptureFixture[str]) ->
         (["--config", "configs/train/digit.yaml"], "no such file; did you mean 'digits.yaml'?"),
         (["model.name=poolformer_s13"], "unknown model 'poolformer_s13'; did you mean"),
         (["model.depth=[1, 1]"], "did you mean 'depths'?"),
+        (["model.drop_path_rate=0.1"], "has no effect in a training config; did you mean 'drop_path.rate'?"),
         (["drop_path.rate=1.5"], "must be at most 1, got 1.5"),
         (["--images", "0"], "--images: must be at least 1, got 0"),
     ],

@@ -64,6 +64,7 @@ def test_nothing_published_is_near() -> None:
     advice = advice_for(config(), facts_of(row, model="timm/nfnet_f0"))
     assert any("nothing published is near timm/nfnet_f0" in reason for reason in advice.reasons)
     assert len({r.source for r in advice.rows}) == 3 and advice.published is None
+    assert (advice.low, advice.profile) == (0.0, "linear") and advice.rate > 0
 
 
 def test_kin_speak_for_a_model_without_rates() -> None:
@@ -78,6 +79,7 @@ def test_a_fine_tuning_of_a_family_without_one_falls_back_on_its_training() -> N
     row = row_of("poolformer", "s36", purpose="train")
     advice = advice_for(config(), facts_of(row, purpose="finetune"))
     assert (advice.rate, advice.published) == (0.2, None)
+    assert rate(facts_of(row, purpose="finetune", epochs=30)) == 0.2, "its epochs are not to be compared"
     assert any("no fine-tuning rate is published" in reason for reason in advice.reasons)
 
 
