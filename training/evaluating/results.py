@@ -56,7 +56,7 @@ def result_row(evaluation: Evaluation) -> dict[str, Any]:
         **{key: round(values[key], 6) for key in _MEASURED},
         "samples": evaluation.samples,
         "samples_per_second": round(evaluation.samples / evaluation.seconds, 2),
-        "weights": evaluation.subject.weights,
+        "weights": evaluation.weights,
         "dataset": evaluation.data.dataset,
         "split": evaluation.part.name,
         "flip": evaluation.flip,
@@ -75,7 +75,7 @@ def describe(evaluation: Evaluation) -> str:
     where = f" in {evaluation.part.source.location}" if evaluation.part.source.location else ""
     told = [metric.text(evaluation.metrics[metric.column]) for metric in evaluation_metrics()[0]]
     lines = [
-        f"{subject.text}: {subject.weights}, {evaluation.parameters / 1e6:.2f} M parameters",
+        f"{subject.text}: {evaluation.weights}, {evaluation.parameters / 1e6:.2f} M parameters",
         f"  data      {evaluation.data.dataset}, {evaluation.part.name}{where}: {evaluation.samples:,} images, "
         f"{len(evaluation.part.class_names):,} classes",
         f"  input     {'; '.join(settings)}; {evaluation.precision} on {evaluation.device}",
@@ -192,6 +192,7 @@ def folder_of(output: Path, evaluation: Evaluation, *, alone: bool) -> Path:
     if alone:
         return output
     parts = [evaluation.subject.text, *([] if evaluation.corruption is None else [str(evaluation.corruption)])]
+    parts += [] if evaluation.mc is None else [f"mc{evaluation.mc.passes}"]
     return output / re.sub(r"[^\w.=-]+", "_", "-".join(parts)).strip("_.")
 
 
@@ -246,6 +247,7 @@ def _facts(evaluation: Evaluation, per_class: list[dict[str, Any]]) -> dict[str,
         "data": evaluation.data.model_dump(exclude_none=True),
         "skipped": evaluation.skipped,
         "seconds": round(evaluation.seconds, 3),
+        **({} if evaluation.mc is None else {"mc": {"passes": evaluation.mc.passes, "rates": evaluation.mc.rates}}),
         "device": evaluation.device,
         "notes": list(evaluation.notes),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
