@@ -43,7 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--output", type=Path, required=True, metavar="PATH", help="a folder; for onnx and torch a file"
     )
     parser.add_argument(
-        "--drop-blocks", metavar="LIST|FILE", help="without these residual blocks: 4,5, or blocks.json[:N] of validate.py"
+        "--drop-blocks",
+        metavar="LIST|FILE",
+        help="without these residual blocks: 4,5, or blocks.json[:N] of validate.py",
     )
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--benchmark", action="store_true", help="compare speed with the model's, on this CPU")

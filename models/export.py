@@ -82,9 +82,10 @@ def export_model(model: MetaFormer | Any, fmt: Format, output: Path, *, force: b
 
     Args:
         model: Is left as it was; exported in float32 from the CPU.
-        fmt: `zoo`: a folder for `create_model(FOLDER/model.yaml, checkpoint=FOLDER)` (of a foreign model: its name
-            instead) and all that takes weights. `timm`: a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`. `onnx` and `torch`: a file
-            (.onnx, .pt2) with a dynamic batch. `folded`: a folder for `load_folded`.
+        fmt: `zoo`: a folder for `create_model("FOLDER/model.yaml", checkpoint="FOLDER")` (of a foreign model: its name
+            instead) and all that takes weights. `timm`: a folder for
+            `timm.create_model("local-dir:FOLDER", pretrained=True)`. `onnx` and `torch`: a file (.onnx, .pt2) with a
+            dynamic batch. `folded`: a folder for `load_folded`.
         output: File or folder.
         force: Replace what is there, if it is an export of the same kind.
 

@@ -92,7 +92,9 @@ def named_blocks(text: str) -> list[str]:
         return _read(Path(text), None)
     if path and Path(path).is_file():
         if not (count.isascii() and count.isdigit() and int(count)):
-            raise ConfigError(f"{OPTION} {text}: behind the file stands how many of its blocks to remove, got {count!r}")
+            raise ConfigError(
+                f"{OPTION} {text}: behind the file stands how many of its blocks to remove, got {count!r}"
+            )
         return _read(Path(path), int(count))
     if "/" in text or text.endswith(".json"):
         raise ConfigError(f"{OPTION} {text}: there is no such file")

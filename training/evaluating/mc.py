@@ -1,8 +1,8 @@
 """MC drop-path: a prediction as the mean of several passes in which branches are dropped as in training.
 
 As MC dropout (Gal and Ghahramani 2016, arXiv 1506.02142), with stochastic depth for dropout: K passes in the training mode of
-the drop-path modules alone (batch norms and dropout stay in evaluation), each sample with masks of its own, and the mean of the
-probabilities. The masks are a function of (seed, sample, pass, module): they depend on no batch, worker or process.
+the drop-path modules alone (batch norms and dropout stay in evaluation), each sample with masks of its own, and the mean of
+the probabilities. The masks are a function of (seed, sample, pass, module): they depend on no batch, worker or process.
 """
 
 from __future__ import annotations

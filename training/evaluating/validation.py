@@ -177,7 +177,7 @@ def for_each_model(
     request: Request,
     measure: Callable[[Bench], Iterator[Result]],
     *,
-    check: Callable[[], object] | None = None,
+    check: Callable[[], None] | None = None,
     look: Callable[[Any], object] | None = None,
 ) -> Iterator[Result]:
     """Measures each model in turn.
@@ -223,9 +223,7 @@ def for_each_model(
         close_world(world)
 
 
-def _check(
-    subject: Subject, data: DataSection, request: Request, look: Callable[[Any], object] | None = None
-) -> None:
+def _check(subject: Subject, data: DataSection, request: Request, look: Callable[[Any], object] | None = None) -> None:
     """Builds a model and forgets it: what is wrong with it is known then."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # said when its turn comes
