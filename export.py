@@ -26,6 +26,7 @@ from models.export import (
 from models.factory import create_model, model_facts, set_class_names
 from models.loading import trained_config, trained_foreign
 from models.metaformer import MetaFormer
+from models.pruning import blocks_of, chosen_blocks, named_blocks, without_blocks
 from models.registry import model_config, published_config
 from models.timm_facts import is_foreign
 from models.weights import CONFIG, load_weights
@@ -40,6 +41,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="PATH", help="a folder; for onnx and torch a file"
+    )
+    parser.add_argument(
+        "--drop-blocks",
+        metavar="LIST|FILE",
+        help="without these residual blocks: 4,5, or blocks.json[:N] of validate.py",
     )
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--benchmark", action="store_true", help="compare speed with the model's, on this CPU")
@@ -57,11 +63,18 @@ def main(argv: list[str] | None = None) -> int:
 def export(args: argparse.Namespace) -> int:
     """Builds the model, writes it, and says what was written."""
     check_output(args.format, args.output, force=args.force)  # before the weights are read
+    wanted = None if args.drop_blocks is None else named_blocks(args.drop_blocks)
     model = build(args)
+    dropped = [] if wanted is None else chosen_blocks(wanted, blocks_of(model))
+    if dropped:
+        model = without_blocks(model, dropped)
     if args.checkpoint is None and not any(word.startswith("pretrained=") for word in args.overrides):
         print("warning: no --checkpoint, no pretrained=true: the weights are freshly initialised", file=sys.stderr)
     exported = export_model(model, args.format, args.output, force=args.force)
     print(describe(args.output, exported))
+    if dropped:
+        told = ", ".join(f"{block.number} ({block.name})" for block in dropped)
+        print(f"  without block{'s' * (len(dropped) > 1)} {told}; logits are those of the model with them switched off")
     if args.benchmark:
         before, after = compare_speed(model, exported.run)
         print(

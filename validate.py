@@ -9,11 +9,14 @@ import logging
 import sys
 from pathlib import Path
 
-from files.errors import run_command
+from files.errors import ConfigError, run_command
+from training.evaluating.block_tables import describe_study, write_study
+from training.evaluating.blocks import parse_wanted, study_blocks
 from training.evaluating.corruptions import parse_corruptions
+from training.evaluating.mc import MonteCarlo
 from training.evaluating.options import add_compute_options, add_weights_options, choice_of, compute_of, split_words
 from training.evaluating.part import WantedData
-from training.evaluating.results import ResultsFile, check_folder, describe, folder_of, write_details
+from training.evaluating.results import ResultsFile, check_folder, describe, folder_in, folder_of, write_details
 from training.evaluating.validation import Request, validate
 
 
@@ -31,6 +34,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     data.add_argument(
         "--corrupt", action="append", default=[], metavar="NAME[:1-5]", help="make the images worse; or all"
+    )
+    depth = parser.add_argument_group("depth afterwards")
+    depth.add_argument(
+        "--drop-blocks", metavar="one|greedy[:N]|LIST", help="instead: accuracy and latency without residual blocks"
+    )
+    depth.add_argument(
+        "--mc", type=int, metavar="K", help="beside it the mean of K passes with drop path as in training"
+    )
+    depth.add_argument(
+        "--mc-rate", type=float, metavar="P", help="its largest rate; default: the rates of the model's run"
     )
     add_compute_options(parser)
     told = parser.add_argument_group("results")
@@ -55,6 +68,8 @@ def request_of(args: argparse.Namespace) -> Request:
         ConfigError: What can be known to be wrong without looking at a model or data.
     """
     models, overrides = split_words(args.words)
+    if args.mc_rate is not None and args.mc is None:
+        raise ConfigError("--mc-rate: is of --mc K, the number of passes; give both")
     return Request(
         models,
         choice_of(args),
@@ -62,14 +77,17 @@ def request_of(args: argparse.Namespace) -> Request:
         compute_of(args),
         flip=args.flip,
         corruptions=parse_corruptions(args.corrupt),
+        mc=None if args.mc is None else MonteCarlo(args.mc, args.mc_rate),
     )
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Evaluates, prints and writes."""
     request = request_of(args)
+    if args.drop_blocks is not None:
+        return drop_blocks(args, request)
     results = ResultsFile(args.results) if args.results else None
-    alone = len(request.models) == 1 and len(request.corruptions) <= 1
+    alone = len(request.models) == 1 and len(request.corruptions) <= 1 and request.mc is None
 
     def check() -> None:
         if results is not None:
@@ -83,6 +101,22 @@ def evaluate(args: argparse.Namespace) -> int:
             results.add(evaluation)
         if args.output is not None:
             write_details(evaluation, folder_of(args.output, evaluation, alone=alone))
+    return 0
+
+
+def drop_blocks(args: argparse.Namespace, request: Request) -> int:
+    """Measures without blocks, prints and writes."""
+    if args.results is not None:
+        raise ConfigError("--results: holds whole models; what --drop-blocks measures goes to --output")
+
+    def check() -> None:
+        if args.output is not None:
+            check_folder(args.output)
+
+    for study in study_blocks(request, parse_wanted(args.drop_blocks), check=check):
+        print(describe_study(study), flush=True)
+        if args.output is not None:
+            write_study(study, args.output if len(request.models) == 1 else folder_in(args.output, study.text))
     return 0
 
 

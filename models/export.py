@@ -1,4 +1,5 @@
-"""Models for use elsewhere: timm folders, ONNX, torch.export, and an inference form with scales folded into weights.
+"""Models for use elsewhere: folders of weights, timm folders, ONNX, torch.export, and an inference form with scales folded
+into weights.
 
 Every export is written beside its place, read back, run, compared with the model, and only then moved to its name.
 """
@@ -23,25 +24,29 @@ from torch import Tensor
 
 from files.durable import make_folder, publish, sync_folder, tidy
 from files.errors import ConfigError, Failure
-from models.config import MetaFormerConfig
+from files.strict_yaml import dump_yaml
+from models.config import MetaFormerConfig, idle_keys, load_model_config
 from models.factory import class_names_of, saved_config
 from models.fold import fold_scales, load_folded
 from models.layouts import timm_head, to_timm
 from models.loading import in_our_layout
 from models.metaformer import MetaFormer
 from models.registry import is_model, model_config
-from models.weights import WEIGHTS, save_weights
+from models.timm_models import build_foreign, load_foreign
+from models.weights import WEIGHTS, load_weights, save_weights
 
-Format = Literal["timm", "onnx", "torch", "folded"]
+Format = Literal["zoo", "timm", "onnx", "torch", "folded"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 Runner = Callable[[Tensor], Tensor]
 OPSET = 20  # of ONNX: the first with GELU
 
-TOLERANCE: dict[Format, float] = {"timm": 1e-5, "onnx": 1e-4, "torch": 1e-5, "folded": 1e-5}
+TOLERANCE: dict[Format, float] = {"zoo": 1e-5, "timm": 1e-5, "onnx": 1e-4, "torch": 1e-5, "folded": 1e-5}
 """Largest difference of logits allowed, relative to the largest logit, in float32."""
 
-_SUFFIX: dict[Format, str] = {"timm": "", "onnx": ".onnx", "torch": ".pt2", "folded": ""}
+_SUFFIX: dict[Format, str] = {"zoo": "", "timm": "", "onnx": ".onnx", "torch": ".pt2", "folded": ""}
 _BATCHES = (1, 3)  # that an export is checked with
+MODEL = "model.yaml"
+"""The model of a folder of format zoo."""
 
 
 class ExportError(Failure):
@@ -77,8 +82,10 @@ def export_model(model: MetaFormer | Any, fmt: Format, output: Path, *, force: b
 
     Args:
         model: Is left as it was; exported in float32 from the CPU.
-        fmt: `timm`: a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`. `onnx` and `torch`: a file
-            (.onnx, .pt2) with a dynamic batch. `folded`: a folder for `load_folded`.
+        fmt: `zoo`: a folder for `create_model("FOLDER/model.yaml", checkpoint="FOLDER")` (of a foreign model: its name
+            instead) and all that takes weights. `timm`: a folder for
+            `timm.create_model("local-dir:FOLDER", pretrained=True)`. `onnx` and `torch`: a file (.onnx, .pt2) with a
+            dynamic batch. `folded`: a folder for `load_folded`.
         output: File or folder.
         force: Replace what is there, if it is an export of the same kind.
 
@@ -91,7 +98,7 @@ def export_model(model: MetaFormer | Any, fmt: Format, output: Path, *, force: b
     output = output.resolve()
     if not isinstance(model, MetaFormer):
         _refuse_foreign(model, fmt)
-    elif fmt in ("timm", "folded") and not model.head.global_pool:
+    elif fmt in ("zoo", "timm", "folded") and not model.head.global_pool:
         raise ConfigError(f"an unpooled model cannot be had as {fmt}: what is written beside the weights cannot say so")
     model = deepcopy(model).cpu().float().eval()
     with torch.no_grad():
@@ -145,7 +152,8 @@ def check_output(fmt: Format, output: Path, *, force: bool) -> None:
     if output.exists() and output.is_dir() == bool(suffix):
         raise ConfigError(f"--output {output} is a {'folder' if suffix else 'file'}; --force does not replace it")
     if not suffix and output.is_dir():
-        foreign = sorted({entry.name for entry in output.iterdir()} - {"config.json", WEIGHTS})
+        own = {"config.json", WEIGHTS} | ({MODEL} if fmt == "zoo" else set())
+        foreign = sorted({entry.name for entry in output.iterdir()} - own)
         if foreign:
             raise ConfigError(f"--output {output} holds other files ({', '.join(foreign[:3])}); name another")
     if fmt == "onnx":
@@ -159,6 +167,11 @@ def _refuse_foreign(model: Any, fmt: Format) -> None:
     name = model.zoo_config["name"]
     if fmt == "folded":
         raise ConfigError(f"model {name}: format folded is for models of the zoo; use --format onnx or torch")
+    if fmt in ("zoo", "timm") and (gone := getattr(model, "removed_blocks", ())):
+        raise ConfigError(
+            f"model {name}: format {fmt} has it built with all its blocks, also the {len(gone)} removed ones; use --format "
+            "onnx or torch, which hold what is computed"
+        )
     if fmt == "timm" and not name.startswith("timm/"):
         raise ConfigError(f"model {name}: format timm is for models that timm has; use --format onnx or torch")
 
@@ -175,6 +188,24 @@ def relative_error(expected: Tensor, actual: Tensor) -> float:
         return float("nan")
     difference = (actual - expected).abs().max()
     return float(difference / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _write_zoo(model: MetaFormer | Any, draft: Path) -> tuple[str, Runner]:
+    save_weights(draft, model.state_dict(), saved_config(model))
+    state, _ = load_weights(draft)
+    if not isinstance(model, MetaFormer):
+        about = dict(saved_config(model)["model"])
+        again = build_foreign(name := about.pop("name"), about, pretrained=False)
+        load_foreign(again, state, str(draft), replace_classifier=False)
+        return f'for create_model("{name}", checkpoint="FOLDER"), train.py and validate.py', again.eval()
+    config = model.config.model_dump(exclude_none=True)
+    for key in idle_keys(model.config):  # a model's YAML may not hold them
+        *section, last = key.split(".")
+        (config["head"] if section else config).pop(last, None)
+    (draft / MODEL).write_text(dump_yaml(config), encoding="utf-8")
+    again = MetaFormer(load_model_config(draft / MODEL))
+    again.load_state_dict(state)
+    return 'for create_model("FOLDER/model.yaml", checkpoint="FOLDER"), train.py and validate.py', again.eval()
 
 
 def _write_folded(model: MetaFormer, draft: Path) -> tuple[str, Runner]:
@@ -322,6 +353,7 @@ def _preprocessing(model: MetaFormer | Any) -> str:
 
 
 _WRITERS: dict[Format, Callable[[Any, Path], tuple[str, Runner]]] = {
+    "zoo": _write_zoo,
     "timm": _write_timm,
     "onnx": _write_onnx,
     "torch": _write_torch,

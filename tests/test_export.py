@@ -18,6 +18,7 @@ from models.factory import class_names_of, create_model
 from models.fold import load_folded
 from models.metaformer import MetaFormer
 from models.weights import save_weights
+from stochastic_depth.removal import removed, residual_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -241,3 +242,34 @@ def test_a_timm_folder(tmp_path: Path) -> None:
     code, out, _ = run(*arguments, cwd=tmp_path)
     assert code == 0 and "local-dir:FOLDER" in out
     assert json.loads((tmp_path / "out/config.json").read_text())["num_classes"] == 5
+
+
+def test_blocks_are_dropped_and_the_smaller_model_is_trained_and_exported_again(best, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model("caformer_n4", num_classes=7, in_chans=1, depths=[2, 2], image_size=16).eval()
+    save_weights(tmp_path / "four", model.state_dict(), {"model": model.config.model_dump()})
+    small = ("--checkpoint", tmp_path / "four", "--drop-blocks", "2,stages.1.blocks.0")
+    code, out, err = run(*small, "--format", "zoo", "--output", "small", cwd=tmp_path)
+    assert (code, err) == (0, "") and "without blocks 2 (stages.0.blocks.1), 3 (stages.1.blocks.0)" in out
+    again = create_model(tmp_path / "small" / "model.yaml", checkpoint=tmp_path / "small").eval()
+    images = torch.randn(2, 1, 16, 16)
+    with torch.no_grad(), removed([residual_blocks(model)[1], residual_blocks(model)[2]]):
+        torch.testing.assert_close(again(images), model(images))
+    code, out, err = run("--checkpoint", "small", "--format", "folded", "--output", "folded", cwd=tmp_path)
+    assert (code, err) == (0, "") and load_folded(tmp_path / "folded").config.depths == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("3", "there is no block 3: the model's blocks are 1 to 2"),
+        ("1", "stage 1 of 2 would have no block"),
+        ("1,2", "these are all blocks"),
+        ("blocks.json", "there is no such file"),
+        ("stages.0.blocks.O", "did you mean 'stages.0.blocks.0'?"),
+    ],
+)
+def test_blocks_that_cannot_be_dropped(words: str, told: str, best, tmp_path: Path) -> None:
+    arguments = ("--checkpoint", best[0], "--format", "zoo", "--output", "out", "--drop-blocks", words)
+    code, _, err = run(*arguments, cwd=tmp_path)
+    assert code == 2 and told in err and len(err.splitlines()) <= 3 and not (tmp_path / "out").exists()

@@ -34,7 +34,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "training/data/huggingface.py": ({"files", "training"}, {"datasets"}),
     "training/data/shards.py": ({"files", "training"}, {"numpy", "tqdm", "braceexpand"}),  # webdataset's braces
     "training/report": ({"files", "layers", "training"}, {"numpy", "pydantic", "jinja2", "markupsafe", "matplotlib"}),
-    "training/evaluating": ({"files", "models", "training"}, {*_ARRAYS, "PIL", "tqdm", "matplotlib"}),
+    "training/evaluating": (_TRAINING - {"configs"}, {*_ARRAYS, "PIL", "tqdm", "matplotlib"}),
     "tuning": ({*_TRAINING, "tuning"}, {"numpy", "optuna", "pydantic", "tqdm"}),
     "tuning/statistics.py": (set(), {"numpy", "scipy"}),  # exact tests and the bootstrap
     "tuning/facts.py": ({*_TRAINING, "tuning"}, {"torch"}),  # builds the model on the meta device

@@ -66,9 +66,30 @@ def test_corruptions_have_a_row_and_a_folder_each(weights: Path, photos: Path, t
     assert sum((folder / "metrics.json").exists() for folder in (tmp_path / "out").iterdir()) == 2
 
 
+def test_blocks_are_dropped(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*measuring(weights, photos, tmp_path / "out"), "--drop-blocks", "greedy"]) == 0
+    said = capsys.readouterr().out
+    assert "(whole model)" in said and "1: 1 (layer1.0)" in said and "these figures are optimistic" in said
+    assert "stays     2 (layer2.0), 3 (layer3.0), 4 (layer4.0): its output has another shape than its input" in said
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"blocks.json", "blocks.csv", "blocks.png"}
+
+
+def test_mc_has_a_row_and_a_folder_beside_the_plain_one(weights: Path, photos: Path, tmp_path: Path) -> None:
+    words = [*measuring(weights, photos, tmp_path / "out"), "--mc", "3", "--mc-rate", "0.5"]
+    assert main([*words, "--results", str(tmp_path / "r.csv")]) == 0
+    told = {row["weights"] for row in rows(tmp_path / "r.csv")}
+    assert told == {"weights", "weights, mean of 3 passes with drop path, rates up to 0.5 (linear)"}
+    found = [json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "out").iterdir()]
+    assert sorted(f.get("mc", {}).get("passes", 0) for f in found) == [0, 3]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["--drop-blocks", "one", "--results", "r.csv"], "goes to --output"),
+        (["--drop-blocks", "one", "--mc", "3", "--mc-rate", "0.1"], "--mc has no effect"),
+        (["--mc", "0"], "--mc: must be at least 1 pass, got 0"),
+        (["--mc-rate", "0.1"], "--mc-rate: is of --mc K"),
         (["--results", "no/r.csv"], "--results no/r.csv: there is no folder no"),
         (["--corrupt", "jpg"], "did you mean 'jpeg'?"),
         (["--split", "test"], "--split test has no effect"),
@@ -83,6 +104,24 @@ def test_mistakes_cost_a_line_or_three_and_exit_with_2(
     assert main([str(weights), "--images", str(photos), "--device", "cpu", *words]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("error: ") and told in said.err and len(said.err.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--drop-blocks", "9"], "there is no block 9: the model's blocks are 1 to 4"),
+        (["--drop-blocks", "2"], "block 2 (layer2.0) cannot be removed: its output has another shape"),
+        (["--drop-blocks", "greedy:2"], "of the model's 4 blocks 1 can be removed"),
+        (["--mc", "3"], "give --mc-rate RATE"),
+    ],
+)
+def test_what_shows_only_in_the_model_exits_with_2_too(
+    words: list[str], told: str, weights: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(weights), "--images", str(photos), "--device", "cpu", *words]) == 2
+    said = capsys.readouterr()
+    last = said.err.splitlines()[-1]
+    assert said.out == "" and last.startswith("error: ") and told in last
 
 
 def test_an_image_that_cannot_be_read_exits_with_1(

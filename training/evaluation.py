@@ -1,12 +1,12 @@
 """A model measured over batches; needs no optimizer and no run."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.data.dataset import ReadError
 from training.distributed import ALONE, World, stop_together
@@ -36,24 +36,51 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    gathered = list(dict.fromkeys(metric.gathering for metric in metrics))  # each once, though several share it
-    for gathering in gathered:
+    try:
+        return evaluate_each([model], batches, [metrics], world=world, autocast=autocast)[0]
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def evaluate_each(
+    models: Sequence[Callable[[Tensor], Tensor]],
+    batches: Iterable[tuple[Any, ...]],
+    metrics: Sequence[Sequence[Metric]],
+    *,
+    world: World = ALONE,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> list[dict[str, float]]:
+    """Values of metrics for each of several models, or forms of one, in one pass over the data.
+
+    Args:
+        models: From images (B, ...) to logits; in evaluation already.
+        batches: See `evaluate`.
+        metrics: For each model its own.
+        world: See `evaluate`.
+        autocast: See `evaluate`.
+
+    Raises:
+        ReadError: See `evaluate`.
+    """
+    gathered = [list(dict.fromkeys(metric.gathering for metric in own)) for own in metrics]  # each once, though shared
+    for gathering in (gathering for own in gathered for gathering in own):
         gathering.reset()
     images_seen, problem = 0, None
     try:
         for images, targets, *_ in batches:
-            with autocast or contextlib.nullcontext():
-                logits = model(images)
-            logits = logits.float()
-            for gathering in gathered:
-                gathering.update(logits, targets)
+            for model, own in zip(models, gathered, strict=True):
+                with autocast or contextlib.nullcontext():
+                    logits = model(images)
+                logits = logits.float()
+                for gathering in own:
+                    gathering.update(logits, targets)
             images_seen += len(targets)
     except ReadError as error:
         problem = error
-    model.train(training)
     stop_together(world, problem)
     if not world.any(images_seen > 0):
         raise ReadError("no image of the validation data could be read, so there is nothing to evaluate on")
-    for gathering in gathered:
+    for gathering in (gathering for own in gathered for gathering in own):
         gathering.merge(world)
-    return {metric.column: metric.value() for metric in metrics}
+    return [{metric.column: metric.value() for metric in own} for own in metrics]

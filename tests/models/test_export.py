@@ -33,7 +33,7 @@ from tests.models.parts import KINDS, SHORT, built, logits
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs the export extra")
-OUTPUT: dict[Format, str] = {"timm": "out", "onnx": "out.onnx", "torch": "out.pt2", "folded": "out"}
+OUTPUT: dict[Format, str] = {"zoo": "out", "timm": "out", "onnx": "out.onnx", "torch": "out.pt2", "folded": "out"}
 
 
 def exported(fmt: Format, folder: Path, model: MetaFormer, **options) -> export.Exported:
@@ -49,6 +49,25 @@ def test_folded_folder(tmp_path: Path) -> None:
     assert result.error < 1e-5
     with pytest.raises(ConfigError, match="weights do not fit"):
         create_model("poolformer_s12", checkpoint=tmp_path / "out", **SHORT, num_classes=7)
+
+
+def test_zoo_folder(tmp_path: Path) -> None:
+    model = built("poolformer_s12", **SHORT, num_classes=7, class_names=NAMES, act="star_relu")
+    assert exported("zoo", tmp_path, model).error == 0
+    folder, images = tmp_path / "out", example_images(model)(2)
+    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "model.yaml"}
+    again = create_model(folder / "model.yaml", checkpoint=folder)
+    assert torch.equal(logits(again.eval(), images), logits(model, images)) and class_names_of(again) == NAMES
+    assert again.config == model.config
+    exported("zoo", tmp_path, model, force=True)
+    with pytest.raises(ConfigError, match=r"holds other files \(model\.yaml\)"):
+        exported("folded", tmp_path, model, force=True)
+
+
+def test_zoo_folder_of_a_config_with_keys_that_lost_their_effect(tmp_path: Path) -> None:
+    model = built("caformer_n4", token_mixer="pooling", pool_size=5)
+    assert model.config.head_dim == 16, "of attention, which it has no more"
+    assert exported("zoo", tmp_path, model).error == 0
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model._orig_mod."])
@@ -277,7 +296,7 @@ def test_logits_of_the_model_itself_must_be_finite(fmt: Format, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fmt", ["folded", "timm"])
+@pytest.mark.parametrize("fmt", ["folded", "timm", "zoo"])
 def test_an_unpooled_model_is_refused_where_nothing_could_say_so(fmt: Format, tmp_path: Path) -> None:
     model = built("caformer_n4")
     model.reset_classifier(0, "")

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from tests.training.parts import build_tiny, first_batches, image_path, plain_ece, step
 from training.data.dataset import ReadError
-from training.evaluation import evaluate
+from training.evaluation import evaluate, evaluate_each
 from training.loop import validate
 from training.metrics import Mean, among_top, summed_loss
 from training.setup import Setup
@@ -45,6 +45,21 @@ def test_evaluation_equals_a_direct_computation() -> None:
     assert found == pytest.approx(direct(setup, setup.model), rel=1e-5)
     assert 15 < found["val_top1"] < found["val_top5"] < 100
     assert not any(p.grad is not None and p.grad.isnan().any() for p in setup.model.parameters())
+
+
+def test_several_models_in_one_pass_are_what_each_is_alone() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(4, 3)) for _ in range(2)]
+    batches = [(torch.randn(5, 1, 2, 2), torch.randint(3, (5,))) for _ in range(3)]
+    read: list[int] = []
+
+    def metrics() -> list[Any]:
+        return [Mean("loss", "", summed_loss), Mean("top1", "", among_top(1), percent=True)]
+
+    once = (batch for i, batch in enumerate(batches) if read.append(i) is None)
+    found = evaluate_each(models, once, [metrics(), metrics()])
+    assert found == [evaluate(model, batches, metrics()) for model in models] and found[0] != found[1]
+    assert read == [0, 1, 2]
 
 
 def test_fewer_than_five_classes() -> None:

@@ -49,9 +49,9 @@ class PerSample(Metric):
 
     def watch(self, batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         """The batches (images, targets, indices), whose indices are noted: a metric sees no more than the targets."""
-        for images, targets, indices in batches:
-            self.indices = torch.as_tensor(indices)
-            yield images, targets
+        for batch in batches:
+            self.indices = torch.as_tensor(batch[2])
+            yield batch
 
     def reset(self) -> None:
         self.parts: list[tuple[Tensor, Tensor]] = []  # indices (B,) and numbers (3, B), left on the device

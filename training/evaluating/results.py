@@ -56,7 +56,7 @@ def result_row(evaluation: Evaluation) -> dict[str, Any]:
         **{key: round(values[key], 6) for key in _MEASURED},
         "samples": evaluation.samples,
         "samples_per_second": round(evaluation.samples / evaluation.seconds, 2),
-        "weights": evaluation.subject.weights,
+        "weights": evaluation.weights,
         "dataset": evaluation.data.dataset,
         "split": evaluation.part.name,
         "flip": evaluation.flip,
@@ -75,7 +75,7 @@ def describe(evaluation: Evaluation) -> str:
     where = f" in {evaluation.part.source.location}" if evaluation.part.source.location else ""
     told = [metric.text(evaluation.metrics[metric.column]) for metric in evaluation_metrics()[0]]
     lines = [
-        f"{subject.text}: {subject.weights}, {evaluation.parameters / 1e6:.2f} M parameters",
+        f"{subject.text}: {evaluation.weights}, {evaluation.parameters / 1e6:.2f} M parameters",
         f"  data      {evaluation.data.dataset}, {evaluation.part.name}{where}: {evaluation.samples:,} images, "
         f"{len(evaluation.part.class_names):,} classes",
         f"  input     {'; '.join(settings)}; {evaluation.precision} on {evaluation.device}",
@@ -119,7 +119,7 @@ class ResultsFile:
         new = {key: str(value) for key, value in result_row(evaluation).items()}
         rows = [row for row in self._rows() if any(row[key] != new[key] for key in _KEY)] + [new]
         rows.sort(key=lambda row: -float(row["top1"]))
-        save_text(self.path, _csv(COLUMNS, [[row[key] for key in COLUMNS] for row in rows]))
+        save_text(self.path, csv_text(COLUMNS, [[row[key] for key in COLUMNS] for row in rows]))
 
     def _rows(self) -> list[dict[str, str]]:
         if not self.path.exists():
@@ -192,7 +192,13 @@ def folder_of(output: Path, evaluation: Evaluation, *, alone: bool) -> Path:
     if alone:
         return output
     parts = [evaluation.subject.text, *([] if evaluation.corruption is None else [str(evaluation.corruption)])]
-    return output / re.sub(r"[^\w.=-]+", "_", "-".join(parts)).strip("_.")
+    parts += [] if evaluation.mc is None else [f"mc{evaluation.mc.passes}"]
+    return folder_in(output, "-".join(parts))
+
+
+def folder_in(output: Path, text: str) -> Path:
+    """A folder for what is called so."""
+    return output / re.sub(r"[^\w.=-]+", "_", text).strip("_.")
 
 
 def write_details(evaluation: Evaluation, folder: Path) -> None:
@@ -210,13 +216,13 @@ def write_details(evaluation: Evaluation, folder: Path) -> None:
     per_class = per_class_rows(evaluation)
     save_text(folder / "metrics.json", json.dumps(_facts(evaluation, per_class), indent=2) + "\n")
     header = ("class", "samples", "recall", "precision", "f1")
-    save_text(folder / "per_class.csv", _csv(header, [[row[key] for key in header] for row in per_class]))
-    save_text(folder / "mistakes.csv", _csv(*_mistakes(evaluation)))
+    save_text(folder / "per_class.csv", csv_text(header, [[row[key] for key in header] for row in per_class]))
+    save_text(folder / "mistakes.csv", csv_text(*_mistakes(evaluation)))
     confusion, names = evaluation.predictions.confusion, evaluation.logit_names
     if confusion is not None:
         counts = confusion[: len(evaluation.part.class_names)].tolist()
         rows = [[name, *row] for name, row in zip(evaluation.part.class_names, counts, strict=True)]
-        save_text(folder / "confusion.csv", _csv(("label", *names), rows))
+        save_text(folder / "confusion.csv", csv_text(("label", *names), rows))
         if len(names) <= MOST_CLASSES_IN_PICTURE:
             draw_confusion(confusion, names, folder / "confusion.png", title=evaluation.name)
 
@@ -246,6 +252,7 @@ def _facts(evaluation: Evaluation, per_class: list[dict[str, Any]]) -> dict[str,
         "data": evaluation.data.model_dump(exclude_none=True),
         "skipped": evaluation.skipped,
         "seconds": round(evaluation.seconds, 3),
+        **({} if evaluation.mc is None else {"mc": {"passes": evaluation.mc.passes, "rates": evaluation.mc.rates}}),
         "device": evaluation.device,
         "notes": list(evaluation.notes),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -271,7 +278,8 @@ def _mistakes(evaluation: Evaluation) -> tuple[Sequence[str], list[list[Any]]]:
     return ("path", "label", "prediction", "probability", "label_probability"), rows
 
 
-def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,12 @@ from training.data.transforms import ImageSpec
 from training.distributed import World, close_world, init_world
 from training.evaluating.classes import match_classes
 from training.evaluating.corruptions import Corruption, with_effect
+from training.evaluating.mc import DropRates, McDropPath, MonteCarlo, set_rates
 from training.evaluating.part import Part, WantedData, build_part, find_data
 from training.evaluating.per_sample import PerSample
 from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, Subject, find_subject, image_spec
-from training.evaluation import evaluate
+from training.evaluation import evaluate_each
 from training.metrics import Predictions, evaluation_metrics
 from training.setup import autocast_dtype, on_main
 from training.threads import number_of_threads
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Request:
         compute: Where.
         flip: Average the probabilities of each image and its mirror image.
         corruptions: Each one is an evaluation of its own; none: the images as they are.
+        mc: Beside each evaluation a second one, of MC drop-path.
     """
 
     models: Sequence[str]
@@ -65,6 +68,7 @@ class Request:
     compute: Compute = field(default_factory=Compute)
     flip: bool = False
     corruptions: Sequence[Corruption] = ()
+    mc: MonteCarlo | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Evaluation:
         skipped: Images that could not be read.
         seconds: Of the whole pass, reading included.
         notes: What else is to be said.
+        mc: The rates, where this is MC drop-path.
     """
 
     subject: Subject
@@ -106,6 +111,7 @@ class Evaluation:
     skipped: int
     seconds: float
     notes: tuple[str, ...] = ()
+    mc: DropRates | None = None
 
     @property
     def samples(self) -> int:
@@ -115,7 +121,13 @@ class Evaluation:
     @property
     def name(self) -> str:
         """What it is called beside others."""
-        return self.subject.text + (f" ({self.corruption})" if self.corruption is not None else "")
+        corrupted = f" ({self.corruption})" if self.corruption is not None else ""
+        return self.subject.text + corrupted + (" (MC drop-path)" if self.mc is not None else "")
+
+    @property
+    def weights(self) -> str:
+        """What its weights are, and what is done with them."""
+        return self.subject.weights + (f", {self.mc.told}" if self.mc is not None else "")
 
 
 class Evaluated(nn.Module):
@@ -147,19 +159,43 @@ class Evaluated(nn.Module):
 def validate(request: Request, *, check: Any = None) -> Iterator[Evaluation]:
     """Evaluates each model in turn, alone or as one of the processes that torchrun started.
 
-    All that was named is looked at before the first evaluation: models are found, and where there are several each is
-    built once, so that a mistake in the last of them does not cost the time of the first.
-
     Args:
         request: What to do.
         check: Called by the main process before anything is evaluated: raises what else is wrong.
 
     Yields:
-        One evaluation for each model and corruption; on the main process only.
+        One evaluation for each model and corruption, with `mc` two; on the main process only.
 
     Raises:
         ConfigError: Whatever was given that cannot work.
         ReadError: An image that cannot be read, where `data.on_error` is 'stop'.
+    """
+    return for_each_model(request, _evaluate_one, check=check)
+
+
+def for_each_model(
+    request: Request,
+    measure: Callable[[Bench], Iterator[Result]],
+    *,
+    check: Callable[[], None] | None = None,
+    look: Callable[[Any], object] | None = None,
+) -> Iterator[Result]:
+    """Measures each model in turn.
+
+    All that was named is looked at before the first is measured: models are found, and where there are several each is
+    built once, so that a mistake in the last of them does not cost the time of the first.
+
+    Args:
+        request: Which models, and on what.
+        measure: What is done with each.
+        check: See `validate`.
+        look: Raises what makes a model unfit for it.
+
+    Yields:
+        What `measure` gives; on the main process only.
+
+    Raises:
+        ConfigError, ReadError: See `validate`.
     """
     subjects = [find_subject(text, request.choice) for text in request.models]
     sections = [find_data(request.data, subject.config) for subject in subjects]
@@ -173,11 +209,11 @@ def validate(request: Request, *, check: Any = None) -> Iterator[Evaluation]:
             on_main(world, check)
         if len(subjects) > 1:
             for subject, data in zip(subjects, sections, strict=True):
-                _check(subject, data, request)
+                _check(subject, data, request, look)
         for subject, data in zip(subjects, sections, strict=True):
-            for evaluation in _evaluate_one(subject, data, request, world):
+            for result in measure(Bench(subject, data, request, world)):
                 if world.is_main:
-                    yield evaluation
+                    yield result
     except RuntimeError as error:
         lost = lost_worker(error)
         if lost is None:
@@ -187,7 +223,7 @@ def validate(request: Request, *, check: Any = None) -> Iterator[Evaluation]:
         close_world(world)
 
 
-def _check(subject: Subject, data: DataSection, request: Request) -> None:
+def _check(subject: Subject, data: DataSection, request: Request, look: Callable[[Any], object] | None = None) -> None:
     """Builds a model and forgets it: what is wrong with it is known then."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # said when its turn comes
@@ -195,66 +231,131 @@ def _check(subject: Subject, data: DataSection, request: Request) -> None:
         model = subject.build()
         if request.data.images is None:
             match_classes(model, class_names_of_data(data), published=subject.published, text=subject.text)
+        if request.mc is not None:
+            set_rates(model, subject.config, request.mc)
+        if look is not None:
+            look(model)
     finally:
         logging.disable(level)
 
 
-def _evaluate_one(subject: Subject, data: DataSection, request: Request, world: World) -> Iterator[Evaluation]:
+class Bench:
+    """A model with its weights and its data, ready to be measured.
+
+    Args:
+        subject: The model.
+        data: Which data.
+        request: How.
+        world: The processes that share the images.
+
+    Attributes:
+        model: In evaluation, on its device.
+        spec: Its input.
+        parameters: Of the model.
+        part: The samples.
+        columns: The logits that stand for the data's classes, see `match_classes`.
+        precision: Of the forward pass.
+        rates: Of MC drop-path, where it is asked for.
+
+    Raises:
+        ConfigError: Whatever does not fit.
+    """
+
+    def __init__(self, subject: Subject, data: DataSection, request: Request, world: World) -> None:
+        self.subject, self.data, self.request, self.world = subject, data, request, world
+        self.runtime = runtime = subject.config.runtime if subject.config is not None else None
+        torch.set_num_threads(number_of_threads(runtime.threads if runtime else "auto", processes=world.local_size))
+        wanted = request.compute.precision or (runtime.precision if runtime else "float32")
+        self.precision = autocast_dtype(wanted, world.device, key="--precision")
+        self.model = subject.build()
+        self.parameters = sum(count_parameters(self.model))
+        self.spec = image_spec(self.model)
+        self.part = self.part_of(request.data)
+        self.columns, self.note = match_classes(
+            self.model, self.part.class_names, published=subject.published, text=subject.text
+        )
+        self.rates = None if request.mc is None else set_rates(self.model, subject.config, request.mc)
+        if world.device.type == "cuda":
+            self.model.to(world.device, memory_format=torch.channels_last)
+        else:
+            self.model.to(world.device)
+        self.to_input = ModelInput(self.spec, world.device)
+        self.evaluated = Evaluated(self.model, columns=self.columns, flip=request.flip)
+
+    def part_of(self, wanted: WantedData) -> Part:
+        """A part of the data, prepared for this model."""
+        seed = self.subject.config.seed if self.subject.config else 0
+        return build_part(wanted, self.data, self.spec, seed=seed)
+
+    @property
+    def batch_size(self) -> int:
+        """Images at a time, per process."""
+        return self.data.eval_batch_size or self.data.batch_size
+
+    def autocast(self) -> torch.autocast:
+        """The precision of a forward pass."""
+        kind, dtype = self.world.device.type, self.precision
+        return torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32)
+
+    def batches(self, part: Part, *, desc: str = "") -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """This process's batches: the model's input, targets, indices."""
+        world, data = self.world, self.data
+        shard = range(world.rank, len(part.source), world.size)
+        loader = build_loader(
+            part.dataset, shard, batch_size=self.batch_size, workers=data.workers, device=world.device
+        )
+        hidden = None if world.is_main else True
+        bar = tqdm(loader, desc=desc or self.subject.text, unit="batch", leave=False, disable=hidden)
+        for images, targets, indices in SkipList(data).read(bar):
+            yield self.to_input(images), targets.to(world.device, non_blocking=True), indices
+
+
+def _evaluate_one(bench: Bench) -> Iterator[Evaluation]:
     """The evaluations of one model."""
-    runtime = subject.config.runtime if subject.config is not None else None
-    torch.set_num_threads(number_of_threads(runtime.threads if runtime else "auto", processes=world.local_size))
-    wanted = request.compute.precision or (runtime.precision if runtime else "float32")
-    precision = autocast_dtype(wanted, world.device, key="--precision")
-    model = subject.build()
-    parameters = sum(count_parameters(model))
-    spec = image_spec(model)
-    whole = part = build_part(request.data, data, spec, seed=subject.config.seed if subject.config else 0)
-    columns, note = match_classes(model, part.class_names, published=subject.published, text=subject.text)
-    to_input = ModelInput(spec, world.device)
-    if world.device.type == "cuda":
-        model.to(world.device, memory_format=torch.channels_last)
-    else:
-        model.to(world.device)
-    shard = range(world.rank, len(part.source), world.size)
-    batch_size = data.eval_batch_size or data.batch_size
-    evaluated = Evaluated(model, columns=columns, flip=request.flip)
-    logits = model.num_classes if columns is None else len(columns)
-    names = part.class_names + [f"unnamed {i}" for i in range(len(part.class_names), logits)]
-    corruptions, idle = with_effect(request.corruptions, spec.input_size[0])
+    request, whole, world = bench.request, bench.part, bench.world
+    logits = bench.model.num_classes if bench.columns is None else len(bench.columns)
+    names = whole.class_names + [f"unnamed {i}" for i in range(len(whole.class_names), logits)]
+    corruptions, idle = with_effect(request.corruptions, bench.spec.input_size[0])
     if idle:
         logger.warning("note: %s", idle)
     for corruption in corruptions or [None]:
-        if corruption is not None:
-            part = whole.corrupted(corruption, spec)
-        loader = build_loader(part.dataset, shard, batch_size=batch_size, workers=data.workers, device=world.device)
-        skips = SkipList(data)
-        metrics, predictions = evaluation_metrics()
-        per_sample = PerSample(len(part.source))
-
-        def batches(loader: Any = loader, skips: SkipList = skips) -> Iterator[tuple[Tensor, ...]]:
-            bar = tqdm(loader, desc=subject.text, unit="batch", leave=False, disable=None if world.is_main else True)
-            for images, targets, indices in skips.read(bar):
-                yield to_input(images), targets.to(world.device, non_blocking=True), indices
-
-        autocast = torch.autocast(world.device.type, dtype=precision, enabled=precision != torch.float32)
+        part = whole if corruption is None else whole.corrupted(corruption, bench.spec)
+        forms: list[nn.Module] = [bench.evaluated]
+        batches: Any = bench.batches(part)
+        if request.mc is not None:
+            forms.append(mc := McDropPath(bench.evaluated, request.mc))
+            batches = mc.watch(batches)
+        gathered = [(*evaluation_metrics(), PerSample(len(part.source))) for _ in forms]
+        for _, _, per_sample in gathered:
+            batches = per_sample.watch(batches)
         start = time.perf_counter()
-        watched = per_sample.watch(batches())
-        values = evaluate(evaluated, watched, [*metrics, per_sample], world=world, autocast=autocast)
-        yield Evaluation(
-            subject=subject,
-            data=data,
-            part=part,
-            spec=spec,
-            parameters=parameters,
-            flip=request.flip,
-            corruption=corruption,
-            precision=str(precision).removeprefix("torch."),
-            device=f"{world.device}" + (f" x {world.size}" if world.size > 1 else ""),
-            logit_names=names,
-            metrics=values,
-            predictions=predictions,
-            per_sample=per_sample,
-            skipped=len(part.source) - int(values["samples"]),
-            seconds=time.perf_counter() - start,
-            notes=tuple(line for line in (note, f"left out: {part.left_out}" if part.left_out else "") if line),
+        found = evaluate_each(
+            [form.eval() for form in forms],
+            batches,
+            [[*metrics, per_sample] for metrics, _, per_sample in gathered],
+            world=world,
+            autocast=bench.autocast(),
         )
+        seconds = time.perf_counter() - start
+        for form, values, (_, predictions, per_sample) in zip(forms, found, gathered, strict=True):
+            yield Evaluation(
+                subject=bench.subject,
+                data=bench.data,
+                part=part,
+                spec=bench.spec,
+                parameters=bench.parameters,
+                flip=request.flip,
+                corruption=corruption,
+                precision=str(bench.precision).removeprefix("torch."),
+                device=f"{world.device}" + (f" x {world.size}" if world.size > 1 else ""),
+                logit_names=names,
+                metrics=values,
+                predictions=predictions,
+                per_sample=per_sample,
+                skipped=len(part.source) - int(values["samples"]),
+                seconds=seconds,
+                notes=tuple(
+                    line for line in (bench.note, f"left out: {part.left_out}" if part.left_out else "") if line
+                ),
+                mc=None if form is bench.evaluated else bench.rates,
+            )

@@ -130,7 +130,7 @@ def test_several_models_and_corruptions(digits_run: Path, tmp_path: Path) -> Non
 def test_a_mistake_in_the_last_model_is_found_before_the_first_is_measured(
     digits_run: Path, timm_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.evaluating.validation.evaluate", lambda *_, **__: pytest.fail("too early"))
+    monkeypatch.setattr("training.evaluating.validation.evaluate_each", lambda *_, **__: pytest.fail("too early"))
     with pytest.raises(ConfigError, match="classes that the weights do not know"):
         evaluations(digits_run, timm_weights, data=WantedData(overrides=["data.dataset=digits"]))
     assert logging.root.manager.disable == logging.NOTSET
