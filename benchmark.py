@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import any_model, busy, digits, drop_path, fold, saving
+from benchmarks import any_model, busy, digits, drop_path, fold, profiles, saving
 from benchmarks import input as input_speed
 from benchmarks.measure import facts
 from files.errors import run_command
@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output", type=Path, help="JSON; default benchmarks/results/NAME.json")
     commands = parser.add_subparsers(dest="command", required=True)
-    for benchmark in (drop_path, any_model, fold, digits, busy, saving, input_speed):
+    for benchmark in (drop_path, any_model, fold, digits, busy, saving, input_speed, profiles):
         benchmark.add_parsers(commands, common)
     args = parser.parse_args(argv)
     args.output = args.output or Path("benchmarks/results") / f"{args.command}.json"

@@ -40,7 +40,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"files", "training", "tuning"},
         {"numpy", "optuna", "pydantic", "jinja2", "markupsafe", "matplotlib"},
     ),
-    "benchmarks": ({*_TRAINING, "benchmarks"}, {*_ARRAYS, "PIL", "sklearn"}),
+    "benchmarks": ({*_TRAINING, "benchmarks"}, {*_ARRAYS, "PIL", "sklearn", "scipy"}),
     "train.py": ({"files", "training"}, set()),
     "validate.py": ({"files", "training"}, set()),
     "predict.py": ({"files", "training"}, set()),
