@@ -1,9 +1,8 @@
 """Profiles over depth at an equal mean rate, on few labels: paired runs over seeds, scored on the test part.
 
-Two candidates from the literature stand beside profiles that a config knows. `reversed` falls from the first block to the
-last, as arXiv 2605.21648 found best for dropout. `sensitivity` follows the idea of Hayou & Ayed 2021
-(https://arxiv.org/abs/2106.03091): within a budget, the blocks that the loss depends on most are kept most often. What it
-depends on is measured here by leaving each block out of a model after a short run.
+Beside profiles that a config knows stands a candidate from the literature, `sensitivity`, after the idea of Hayou & Ayed
+2021 (https://arxiv.org/abs/2106.03091): within a budget, the blocks that the loss depends on most are kept most often.
+What it depends on is measured here by leaving each block out of a model after a short run.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.measure import Commands, machine
 from configs import CONFIGS
 from files.durable import save_text
-from files.errors import ConfigError
+from files.errors import ConfigError, Failure
 from layers.rates import drop_path_rates
 from stochastic_depth.blocks import find_blocks
 from stochastic_depth.setting import set_drop_path
@@ -127,9 +126,9 @@ def rates_of(profile: str, config: TrainConfig, mean: float, probe: Path) -> lis
             }
         )
         return rates_by_sensitivity(trained(short, probe, sensitivities=True)["sensitivities"], mean)
-    name = {"none": "constant", "reversed": "linear"}.get(profile, profile)
-    rates = drop_path_rates(0.0 if profile == "none" else mean, depths, name, "mean")  # type: ignore[arg-type]
-    return rates[::-1] if profile == "reversed" else rates
+    if profile == "none":
+        return drop_path_rates(0.0, depths)
+    return drop_path_rates(mean, depths, profile, "mean")  # type: ignore[arg-type]
 
 
 def rates_by_sensitivity(sensitivities: Sequence[float], mean: float) -> list[float]:
@@ -182,6 +181,8 @@ def trained(config: TrainConfig, folder: Path, *, sensitivities: bool = False) -
         return json.loads(file.read_text())
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         summary = run(config, folder, resume="auto")
+        if "stopped_by" in summary:
+            raise Failure(f"{summary['stopped_by']}: stopped; the same command goes on")
         (evaluation,) = validate(Request(models=[str(folder)], data=WantedData(split="test")))
     score: dict[str, Any] = {
         "top1": round(evaluation.metrics["top1"], 3),

@@ -1,4 +1,4 @@
-"""Profiles at an equal mean rate: the candidates' rates, what is compared, and that a run is made once."""
+"""Profiles at an equal mean rate: the candidate's rates, what is compared, and that a run is made once."""
 
 import itertools
 import json

@@ -125,6 +125,8 @@ def test_rates_that_fall_with_depth_as_was_asked_are_a_note_and_no_alarm() -> No
         set_drop_path(model, None, profile=rates)
         report = drop_path_report(model, input_size=(3, 8, 8))
         assert (report.warnings, report.notes) == ([], where)
+    set_drop_path(model, 0.3, profile="reversed")
+    assert not drop_path_report(model, input_size=(3, 8, 8)).warnings
 
 
 def test_warns_of_rates_of_another_s_modules_that_fall_with_depth() -> None:
