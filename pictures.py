@@ -168,9 +168,13 @@ def draw_rates() -> Figure:
         "constant": "every block alike",
         "stagewise": "one rate per stage, rising evenly",
         "cosine": "flat at both ends, steep in the middle",
+        "reversed": "0 in the last block, falling evenly",
     }
-    figure = Figure(figsize=(10, 5.7), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12, wspace=0.04, hspace=0.04))
-    *panels, words = figure.subplots(2, 3).flat
+    figure = Figure(figsize=(10, 6.8), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12, wspace=0.04, hspace=0.04))
+    rows = figure.subplots(3, 3, height_ratios=(0.36, 1, 1))
+    panels = rows[1:].flat
+    for axes in rows[0]:
+        axes.axis("off")
     stages = _block_positions(_S24_DEPTHS)
     shades = [(PALE, BLUE)[s % 2] for s, stage in enumerate(stages) for _ in stage]
     for axes, profile in zip(panels, get_args(ProfileName), strict=True):
@@ -184,25 +188,29 @@ def draw_rates() -> Figure:
         axes.text(0, 1.04, formulas[profile], transform=axes.transAxes, fontsize=9, color=GREY)
         mean = statistics.fmean(rates)
         axes.plot([-0.8, stages[-1][-1] + 0.8], [mean, mean], color=ORANGE, linewidth=1.2, linestyle="--")
-        axes.text(-0.6, mean + 0.006, f"mean {mean:.3f}", fontsize=9, color=ORANGE)
+        # where no bar is behind it
+        x, side = (stages[-1][-1] + 0.6, "right") if rates[0] > rates[-1] else (-0.6, "left")
+        axes.text(x, mean + 0.006, f"mean {mean:.3f}", ha=side, fontsize=9, color=ORANGE)
         axes.set(ylim=(0, 1.15 * _RATES_RATE), xlim=(-0.8, stages[-1][-1] + 0.8), xticks=[])
         axes.set_yticks([0, 0.1, 0.2, 0.3])
         axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=GREY)
         axes.grid(axis="y", color="#e3e7ec", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[:].set_visible(False)
-    words.axis("off")
     depths = ", ".join(map(str, _S24_DEPTHS))
-    lines = (
-        "Drop-path rate per block",
-        f"One bar is one block of PoolFormer-S24,\nfirst to last; stages of {depths} blocks\nstand apart.",
-        f"The rate is {_RATES_RATE} in every panel: the\nlargest over blocks (rate_is: max).\n"
-        "The means (dashed) differ, and so\ndoes the strength; rate_is: mean\nmakes them equal.",
+    words = (
+        f"One bar is one block of PoolFormer-S24, first to last; stages of {depths} blocks stand apart.\n"
+        f"The rate is {_RATES_RATE} in every panel: the largest over blocks (rate_is: max). The means (dashed) differ,\n"
+        "and so does the strength; rate_is: mean makes them equal."
     )
-    words.text(
-        0.0, 1.135, lines[0], transform=words.transAxes, fontsize=12, fontweight="bold", color=INK, in_layout=False
+    place = rows[0, 0]
+    place.text(
+        0.0, 0.85, "Drop-path rate per block", transform=place.transAxes, fontsize=12, fontweight="bold", color=INK,
+        in_layout=False
+    )  # fmt: skip
+    place.text(
+        0.0, 0.66, words, transform=place.transAxes, fontsize=10, color=INK, va="top", linespacing=1.4, in_layout=False
     )
-    words.text(0.0, 1.02, "\n\n".join(lines[1:]), fontsize=10, color=INK, va="top", linespacing=1.4, in_layout=False)
     return figure
 
 

@@ -1,8 +1,9 @@
 """Drop-path rates over depth: a rate and a profile -> one rate per residual block.
 
 Linear rise from the first to the last block is timm's and PoolFormer's rule; equation 4 of Huang et al. 2016
-(https://arxiv.org/abs/1603.09382) starts one step higher. `rate_is` says what the given rate means, so that profiles can
-be compared at equal strength. Unlike timm's, a single block gets the full rate (timm: 0, so the rate is lost).
+(https://arxiv.org/abs/1603.09382) starts one step higher; `reversed` falls, as https://arxiv.org/abs/2605.21648 found
+best for dropout. `rate_is` says what the given rate means, so that profiles can be compared at equal strength. Unlike
+timm's, a single block gets the full rate (timm: 0, so the rate is lost).
 """
 
 import math
@@ -10,7 +11,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-ProfileName = Literal["linear", "linear_from_first", "constant", "stagewise", "cosine"]
+ProfileName = Literal["linear", "linear_from_first", "constant", "stagewise", "cosine", "reversed"]
 Profile = ProfileName | Sequence[float]
 RateIs = Literal["max", "mean", "expected_macs"]
 PROFILES: tuple[str, ...] = get_args(ProfileName)
@@ -54,7 +55,8 @@ def drop_path_rates(
         depths: Blocks per stage.
         profile: `linear` (rate * i / (L - 1)), `linear_from_first` (rate * l / L with l from 1, Huang et al. 2016,
             equation 4), `constant`, `stagewise` (one rate per stage, rising linearly from 0), `cosine` (half a cosine
-            from 0 to rate), or L rates: a list, or an array or tensor with one dimension.
+            from 0 to rate), `reversed` (rate * (1 - i / (L - 1)), which falls), or L rates: a list, or an array or
+            tensor with one dimension.
         rate_is: `max` (the largest rate), `mean` (over blocks), or `expected_macs` (the share of the model's training
             compute that is dropped in expectation).
         block_macs: Compute of each block's branches, needed by `expected_macs`; any unit.
@@ -136,6 +138,8 @@ def _shape(profile: str, depths: list[int]) -> list[float]:
     position = [i / last for i in range(count)] if count > 1 else [1.0]
     if profile == "linear":
         return position
+    if profile == "reversed":
+        return position[::-1]
     if profile == "linear_from_first":
         return [(i + 1) / count for i in range(count)]
     if profile == "constant":

@@ -136,7 +136,8 @@ def drop_path_report(
     """
     inner = unwrap(model)
     problems, notes = [], []
-    if is_foreign(inner):
+    foreign = is_foreign(inner)
+    if foreign:
         blocks, problems = _foreign_blocks(inner)
         notes.append("its own drop-path modules, which are not counted and not skipped; set_drop_path replaces them")
     else:
@@ -162,6 +163,8 @@ def drop_path_report(
         nominal = max((m.drop_prob for m in modules), default=0.0)
         rows.append(BlockReport(block.name, nominal, _describe_mode(modules), realised, share, saved))
     problems += _suspicions(inner, blocks, rows)
+    # of another's modules it is a fault; ours have the rates that somebody asked for, in a list or by a profile's name
+    (problems if foreign else notes).extend(_falls(rows))
     notes += _sharing(blocks, rows, problems) + foreign_notes(inner, blocks)
     expected_depth = math.fsum(1.0 - r.nominal_rate for r in rows)
     saved_total = None if macs is None else math.fsum(r.saved_share or 0.0 for r in rows)
@@ -212,11 +215,14 @@ def _suspicions(model: nn.Module, blocks: Sequence[Block], rows: Sequence[BlockR
                 problems.append(f"{name}: in eval mode while the model trains, so its rate is not applied")
             elif counted and not module.samples_seen:
                 problems.append(f"{name}: has rate {module.drop_prob:g} but was never applied")
+    return problems
+
+
+def _falls(rows: Sequence[BlockReport]) -> list[str]:
+    """Where rates fall with depth, in a line at most."""
     used = [r for r in rows if r.mode != NO_SHORTCUT]
     falls = [b.name for a, b in itertools.pairwise(used) if b.nominal_rate < a.nominal_rate - 1e-9]
-    if falls:
-        problems.append(f"rates fall with depth at {falls[0]}{f' and {len(falls) - 1} more' * (len(falls) > 1)}")
-    return problems
+    return [f"rates fall with depth at {falls[0]}{f' and {len(falls) - 1} more' * (len(falls) > 1)}"] if falls else []
 
 
 def _sharing(blocks: Sequence[Block], rows: Sequence[BlockReport], problems: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import main, parse_args
-from benchmarks import any_model, busy, digits, drop_path, fold, saving
+from benchmarks import any_model, busy, digits, drop_path, fold, profiles, saving
 from benchmarks.measure import ROOT, facts
 from files.errors import Failure
 
@@ -29,6 +29,7 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path
         (["digits", "optim.epochs=1"], digits.digits_seeds),
         (["busy", "optim.epochs=1"], busy.busy_benchmark),
         (["saving"], saving.saving_benchmark),
+        (["profiles", "optim.epochs=1"], profiles.profiles_benchmark),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

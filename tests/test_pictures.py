@@ -35,7 +35,7 @@ def test_pictures_are_the_same_bytes_each_time(tmp_path: Path, capsys: pytest.Ca
 def test_picture_of_rates_has_every_bar() -> None:
     figure = pictures.draw_rates()
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.containers}
-    assert list(panels) == ["linear", "linear_from_first", "constant", "stagewise", "cosine"]
+    assert list(panels) == ["linear", "linear_from_first", "constant", "stagewise", "cosine", "reversed"]
     for profile, axes in panels.items():
         heights = [bar.get_height() for bar in axes.containers[0]]
         assert heights == pytest.approx(drop_path_rates(0.3, [4, 4, 12, 4], profile))  # type: ignore[arg-type]

@@ -19,8 +19,11 @@ BY_HAND = {
     "constant": [0.3, 0.3, 0.3, 0.3],
     "stagewise": [0.0, 0.15, 0.3, 0.3],
     "cosine": [0.0, 0.075, 0.225, 0.3],
+    "reversed": [0.3, 0.2, 0.1, 0.0],
 }
-MEAN_AT_1 = {"linear": 0.5, "linear_from_first": 0.625, "constant": 1.0, "stagewise": 0.625, "cosine": 0.5}
+MEAN_AT_1 = {
+    "linear": 0.5, "linear_from_first": 0.625, "constant": 1.0, "stagewise": 0.625, "cosine": 0.5, "reversed": 0.5
+}  # fmt: skip
 
 
 # ---- profiles -------------------------------------------------------------------------------------------------------
@@ -260,7 +263,7 @@ def test_depths_that_are_none(depths: Any) -> None:
 
 
 def test_unknown_profile_and_meaning() -> None:
-    with pytest.raises(ValueError, match=r"profile must be one of linear, .*cosine or a list of rates, got 'linaer'"):
+    with pytest.raises(ValueError, match=r"profile must be one of linear, .*reversed or a list of rates, got 'linaer'"):
         drop_path_rates(0.1, [2], "linaer")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rate_is must be one of max, mean, expected_macs, got 'median'"):
         drop_path_rates(0.1, [2], "linear", "median")  # type: ignore[arg-type]

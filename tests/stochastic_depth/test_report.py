@@ -115,12 +115,24 @@ def test_warns_of_a_rate_that_was_never_applied() -> None:
     assert "warning: 1.drop_path2: has rate 0.2" in str(drop_path_report(model))
 
 
-def test_warns_of_rates_that_fall_with_depth() -> None:
+def test_rates_that_fall_with_depth_as_was_asked_are_a_note_and_no_alarm() -> None:
     model = PlainNet()
-    set_drop_path(model, None, profile=[0.0, 0.2, 0.1, 0.3])
-    assert drop_path_report(model).warnings == ["rates fall with depth at stages.1.0"]
-    set_drop_path(model, 0.2, profile="constant")
-    assert drop_path_report(model).warnings == []
+    for rates, where in (
+        ([0.0, 0.2, 0.1, 0.3], ["rates fall with depth at stages.1.0"]),
+        ([0.3, 0.2, 0.1, 0.0], ["rates fall with depth at stages.0.1 and 2 more"]),
+        ([0.2, 0.2, 0.2, 0.2], []),
+    ):
+        set_drop_path(model, None, profile=rates)
+        report = drop_path_report(model, input_size=(3, 8, 8))
+        assert (report.warnings, report.notes) == ([], where)
+    set_drop_path(model, 0.3, profile="reversed")
+    assert not drop_path_report(model, input_size=(3, 8, 8)).warnings
+
+
+def test_warns_of_rates_of_another_s_modules_that_fall_with_depth() -> None:
+    model = build("vit_tiny_patch16_224", drop_path_rate=0.3)
+    model.get_submodule("blocks.1.drop_path2").drop_prob = 0.4  # type: ignore[assignment]
+    assert drop_path_report(model, input_size=SIZE).warnings == ["rates fall with depth at blocks.2"]
 
 
 def test_table() -> None:
@@ -261,5 +273,3 @@ def test_report_flags_what_is_wrong() -> None:
     first = model.get_submodule("blocks.0")
     first.drop_path1 = block.drop_path1
     assert any("one DropPath serves blocks.0, blocks.2" in w for w in drop_path_report(model).warnings)
-    set_drop_path(model, None, profile=[0.3, 0.2, 0.1], input_size=size_of(name))
-    assert any("rates fall with depth" in w for w in drop_path_report(model).warnings)

@@ -147,8 +147,8 @@ def test_further_model_keys_are_overrides_of_the_model(path: Path) -> None:
         ("drop_path.profile=[0.1, .nan]", "drop_path.profile[1]: expected a finite number, got NaN"),
         ("drop_path.profile=[0.1, true]", "drop_path.profile[1]: expected a number, got true"),
         ("drop_path.profile=stagewize",
-         "expected 'linear', 'linear_from_first', 'constant', 'stagewise' or 'cosine' or a list, got \"stagewize\"; "
-         "did you mean 'stagewise'?"),
+         "expected 'linear', 'linear_from_first', 'constant', 'stagewise', 'cosine' or 'reversed' or a list, "
+         "got \"stagewize\"; did you mean 'stagewise'?"),
         ("drop_path.mode=skp", "expected 'mask', 'skip' or 'batch', got \"skp\"; did you mean 'skip'?"),
         ("drop_path.break_even=2", "must be at most 1 or a section of keys, got 2"),
         ("data.dataset=folder", "dataset 'folder' needs a root, for example data.root=/path/to/imagenet"),

@@ -1,0 +1,240 @@
+"""Profiles over depth at an equal mean rate, on few labels: paired runs over seeds, scored on the test part.
+
+Beside profiles that a config knows stands a candidate from the literature, `sensitivity`, after the idea of Hayou & Ayed
+2021 (https://arxiv.org/abs/2106.03091): within a budget, the blocks that the loss depends on most are kept most often.
+What it depends on is measured here by leaving each block out of a model after a short run.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.measure import Commands, machine
+from configs import CONFIGS
+from files.durable import save_text
+from files.errors import ConfigError, Failure
+from layers.rates import drop_path_rates
+from stochastic_depth.blocks import find_blocks
+from stochastic_depth.setting import set_drop_path
+from training.config import TrainConfig, load_config
+from training.evaluating.part import WantedData, build_part, find_data
+from training.evaluating.reading import ModelInput, build_loader
+from training.evaluating.subject import Choice, find_subject, image_spec
+from training.evaluating.validation import Request, validate
+from training.run import run
+
+PROFILES = ("none", "linear", "constant", "reversed", "sensitivity")
+PROBE_EPOCHS = 5
+"""Of the run after which sensitivities are measured: beyond the warm-up, at a small part of the cost."""
+SETTINGS = {
+    "plain": "augment={rotate: 0, translate: 0, zoom: 0, hflip: 0, label_smoothing: 0}",
+    "augmented": "augment={rotate: 15, translate: 0.1, zoom: 0.15, hflip: 0, label_smoothing: 0.1}",
+}
+BASE = (
+    "model={name: convformer_n4, in_chans: 1, image_size: 28, depths: [3, 6], "
+    "stem: {kernel_size: 5, stride: 4, padding: 2, norm: layer_norm_no_bias}}",
+    "data.train_samples=200",
+    "optim.epochs=45",
+    "drop_path.mode=mask",  # images as small as these gain nothing from skipping
+    "checkpoint.every_epochs=null",
+    "log.report=false",
+)
+
+
+def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
+    """Adds `profiles` to the command line."""
+    parser = commands.add_parser("profiles", help="profiles at an equal mean rate, over seeds", parents=[common])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--mean", type=float, default=0.1, help="mean rate over blocks")
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--runs", type=Path, default=Path("runs/profiles"), help="runs that are there are not repeated")
+    parser.add_argument("overrides", nargs="*")
+    parser.set_defaults(run=profiles_benchmark)
+
+
+def profiles_benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy and loss on the test part of each profile and seed, and each profile against `linear` and `none`."""
+    rows = []
+    for seed in range(args.seeds):  # outermost: what is there when time is up is paired
+        for setting in args.settings:
+            for profile in PROFILES:
+                folder = args.runs / f"{setting}-mean-{args.mean:g}" / f"{profile}-seed-{seed}"
+                config = config_of(setting, args.overrides, seed=seed)
+                rates = rates_of(profile, config, args.mean, folder.with_name(f"probe-seed-{seed}"))
+                row = {"setting": setting, "profile": profile, "seed": seed, "rates": [round(r, 4) for r in rates]}
+                rows.append(row | trained(with_rates(config, rates), folder))
+                print(rows[-1], flush=True)
+    comparisons = [
+        {"setting": setting, "profile": profile, "over": other, **compare(rows, setting, profile, other)}
+        for setting in args.settings
+        for other in ("linear", "none")
+        for profile in PROFILES
+        if profile != other and (profile, other) != ("none", "linear")
+    ]
+    for comparison in comparisons:
+        print(comparison)
+    summary = [
+        {"setting": setting, "profile": profile, **means(rows, setting, profile)}
+        for setting in args.settings
+        for profile in PROFILES
+    ]
+    threads = torch.get_num_threads()
+    return {"machine": machine(threads), "mean_rate": args.mean, "summary": summary, "comparisons": comparisons} | {
+        "rows": rows
+    }
+
+
+def config_of(setting: str, overrides: Sequence[str], *, seed: int) -> TrainConfig:
+    """The run of a setting without stochastic depth, which is validated once, at its end."""
+    given = [*BASE, SETTINGS[setting], "drop_path.rate=0", *overrides, f"seed={seed}"]
+    file = CONFIGS / "train" / "mnist5k.yaml"
+    return load_config(file, [*given, f"log.validate_every={load_config(file, given).optim.epochs}"])
+
+
+def with_rates(config: TrainConfig, rates: Sequence[float]) -> TrainConfig:
+    """The same run at these rates, one per block."""
+    section = config.drop_path.model_copy(update={"rate": None, "profile": list(rates)})
+    return config.model_copy(update={"drop_path": section})
+
+
+def rates_of(profile: str, config: TrainConfig, mean: float, probe: Path) -> list[float]:
+    """One rate per block of a profile by its name here, all with the same mean but `none`.
+
+    Args:
+        profile: One of PROFILES.
+        config: What is trained.
+        mean: Over blocks.
+        probe: Folder of the short run that `sensitivity` needs.
+    """
+    depths = config.model.overrides["depths"]
+    if profile == "sensitivity":
+        epochs = {"epochs": PROBE_EPOCHS, "warmup_epochs": min(config.optim.warmup_epochs, PROBE_EPOCHS)}
+        short = config.model_copy(
+            update={
+                "optim": config.optim.model_copy(update=epochs),
+                "log": config.log.model_copy(update={"validate_every": PROBE_EPOCHS}),
+            }
+        )
+        return rates_by_sensitivity(trained(short, probe, sensitivities=True)["sensitivities"], mean)
+    if profile == "none":
+        return drop_path_rates(0.0, depths)
+    return drop_path_rates(mean, depths, profile, "mean")  # type: ignore[arg-type]
+
+
+def rates_by_sensitivity(sensitivities: Sequence[float], mean: float) -> list[float]:
+    """Rates with that mean which fall linearly with a block's sensitivity.
+
+    The block on which the loss depends most is always kept, one on which it does not depend is dropped most often; a
+    sensitivity below 0 (the loss falls without the block) counts as 0.
+
+    Raises:
+        ConfigError: The mean asks for a rate above 1.
+    """
+    largest = max(sensitivities)
+    lack = [1.0 - max(s, 0.0) / largest if largest > 0 else 1.0 for s in sensitivities]
+    if not any(lack):  # all alike
+        lack = [1.0] * len(lack)
+    rates = [mean * x / statistics.fmean(lack) for x in lack]
+    if max(rates) > 1:
+        raise ConfigError(f"--mean {mean:g}: by sensitivity one block would have the rate {max(rates):.3g}")
+    return rates
+
+
+def measure_sensitivities(model: nn.Module, images: Tensor, targets: Tensor) -> list[float]:
+    """By how much the loss on a batch rises without each block, in order; the model is left without stochastic depth."""
+    count = len(find_blocks(model))
+    training = model.training
+    model.train()  # where rates hold
+
+    def loss(without: int | None) -> float:
+        set_drop_path(model, None, profile=[float(i == without) for i in range(count)], mode="batch")
+        return F.cross_entropy(model(images).float(), targets).item()
+
+    with torch.no_grad():
+        whole = loss(None)
+        rises = [loss(i) - whole for i in range(count)]
+    set_drop_path(model, 0.0)
+    model.train(training)
+    return rises
+
+
+def trained(config: TrainConfig, folder: Path, *, sensitivities: bool = False) -> dict[str, Any]:
+    """Accuracy (%) and loss of a run on the test part; the run is made, or gone on with, unless it was scored before.
+
+    Args:
+        config: The run.
+        folder: Of it; what it scored is kept there.
+        sensitivities: Measure those on its training images as well.
+    """
+    file = folder / "score.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        summary = run(config, folder, resume="auto")
+        if "stopped_by" in summary:
+            raise Failure(f"{summary['stopped_by']}: stopped; the same command goes on")
+        (evaluation,) = validate(Request(models=[str(folder)], data=WantedData(split="test")))
+    score: dict[str, Any] = {
+        "top1": round(evaluation.metrics["top1"], 3),
+        "nll": round(evaluation.metrics["nll"], 4),
+        "seconds": summary["seconds"],
+    }
+    if sensitivities:
+        score["sensitivities"] = measure_sensitivities(*trained_model(folder))
+    save_text(file, json.dumps(score))
+    return score
+
+
+def trained_model(folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
+    """The model of a run, and all its training images and their classes as it would be evaluated on them."""
+    subject = find_subject(str(folder), Choice())
+    assert subject.config is not None
+    wanted = WantedData(split="train")
+    model = subject.build()
+    spec = image_spec(model)
+    part = build_part(wanted, find_data(wanted, subject.config), spec, seed=subject.config.seed)
+    count, device = len(part.source), torch.device("cpu")
+    ((images, targets, _),) = build_loader(part.dataset, range(count), batch_size=count, workers=0, device=device)
+    return model, ModelInput(spec, device)(images), targets
+
+
+def means(rows: Sequence[dict[str, Any]], setting: str, profile: str) -> dict[str, float]:
+    """Means over seeds of a profile."""
+    chosen = [row for row in rows if (row["setting"], row["profile"]) == (setting, profile)]
+    return {"top1": round(statistics.fmean(r["top1"] for r in chosen), 3),
+            "nll": round(statistics.fmean(r["nll"] for r in chosen), 4)}  # fmt: skip
+
+
+def compare(rows: Sequence[dict[str, Any]], setting: str, profile: str, other: str) -> dict[str, Any]:
+    """How a profile does against another over the same seeds: in accuracy, points, and in loss."""
+    scores = {(row["profile"], row["seed"]): row for row in rows if row["setting"] == setting}
+    seeds = sorted({seed for _, seed in scores})
+    return {
+        key: paired([scores[profile, seed][key] - scores[other, seed][key] for seed in seeds])
+        for key in ("top1", "nll")
+    }
+
+
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """Mean of paired differences, its bootstrap interval (95 %, percentiles) and p of the exact sign-flip test."""
+    from scipy import stats  # slow to load
+
+    sample = (np.array(differences),)
+    result: dict[str, Any] = {"difference": round(float(sample[0].mean()), 4)}
+    if len(differences) > 1:
+        # all 2^n flips where there are no more than that
+        test = stats.permutation_test(sample, np.mean, permutation_type="samples", n_resamples=2**16)
+        interval = stats.bootstrap(sample, np.mean, method="percentile", rng=np.random.default_rng(0))
+        low, high = interval.confidence_interval
+        result |= {"interval": [round(float(low), 4), round(float(high), 4)], "p": round(float(test.pvalue), 4)}
+    return result
