@@ -37,7 +37,10 @@ _LOOK = """
     canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = css; canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data];
   };
-  const over = (top, below) => { const a = top[3] / 255; return [0, 1, 2].map(i => top[i] * a + below[i] * (1 - a)).concat(255) };
+  const over = (top, below) => {
+    const a = top[3] / 255; return [0, 1, 2].map(i => top[i] * a + below[i] * (1 - a))
+      .concat(255);
+  };
   const backgroundOf = element => {
     const layers = [];
     for (let e = element; e; e = e.parentElement) layers.push(rgba(getComputedStyle(e).backgroundColor));
@@ -54,7 +57,8 @@ _LOOK = """
   };
   const figures = [...document.querySelectorAll('FIGURES')].map(e => {
     const box = e.getBoundingClientRect(), loaded = e.tagName !== 'IMG' || (e.complete && e.naturalWidth > 0);
-    return {tag: e.tagName.toLowerCase(), label: e.getAttribute('aria-label') || e.getAttribute('alt') || e.getAttribute('class') || '',
+    return {tag: e.tagName.toLowerCase(), 
+            label: e.getAttribute('aria-label') || e.getAttribute('alt') || e.getAttribute('class') || '',
             left: box.left, right: box.right, width: box.width, height: box.height, loaded, scrolled: scrolled(e),
             shown: e.checkVisibility({opacityProperty: true, visibilityProperty: true})};
   });
@@ -67,8 +71,8 @@ _LOOK = """
     const ratio = contrast(colour, behind);
     if (ratio < LEAST) faint.push({text: text.slice(0, 40), ratio});
   }
-  return {inner: innerWidth, scroll: Math.max(document.documentElement.scrollWidth, document.body.scrollWidth), figures, faint,
-          text: document.body.innerText};
+  return {inner: innerWidth, scroll: Math.max(document.documentElement.scrollWidth, document.body.scrollWidth),
+          figures, faint, text: document.body.innerText};
 })()
 """.replace("FIGURES", FIGURES).replace("LEAST", str(LEAST_CONTRAST))
 
@@ -137,7 +141,8 @@ class Browser:
         arguments = [
             self.path, "--headless", "--remote-debugging-pipe", f"--user-data-dir={self.home / 'profile'}", "--disable-gpu",
             "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions", "--disable-background-networking",
-            "--disable-component-update", "--hide-scrollbars", *(["--no-sandbox"] if os.geteuid() == 0 else []), "about:blank",
+            "--disable-component-update", "--hide-scrollbars",
+            *(["--no-sandbox"] if os.geteuid() == 0 else []), "about:blank",
         ]  # fmt: skip
         moves = [(os.POSIX_SPAWN_DUP2, ends[0], 3), (os.POSIX_SPAWN_DUP2, ends[1], 4)]
         moves += [(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
@@ -209,7 +214,8 @@ class Browser:
             elif event["method"] == "Network.requestWillBeSent":
                 url = given["request"]["url"]
                 requests += [] if url.partition("#")[0] == address or url.startswith("data:") else [url]
-        return Seen(complaints, requests, facts["inner"], facts["scroll"], facts["figures"], facts["faint"], facts["text"])  # fmt: skip
+        return Seen(complaints, requests, facts["inner"], facts["scroll"], facts["figures"], facts["faint"],
+                    facts["text"])  # fmt: skip
 
     def _take(self, picture: Path) -> None:
         import base64

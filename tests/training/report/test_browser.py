@@ -19,7 +19,8 @@ def test_faults_are_found(browser: Browser, tmp_path: Path) -> None:
     page.write_text(FAULTY.format())
     found = browser.look(page, width=390).problems()
     for fault in ("console: careful", "asks for file:", "scrolls sideways", "img 'lost' is not visible",
-                  "svg 'hidden' is not visible", "figure 'wide' sticks out", "'white on white' has contrast 1.00"):  # fmt: skip
+                  "svg 'hidden' is not visible", "figure 'wide' sticks out",
+                  "'white on white' has contrast 1.00"):  # fmt: skip
         assert any(fault in problem for problem in found), fault
 
 
