@@ -20,6 +20,7 @@ from layers.schedule import DropPathSchedule
 from training.config import DropPathSection, build_schedule
 from training.metrics import METRICS, Metric
 from training.report.runs import Block, Run, is_known
+from training.report.words import many
 
 # Stand-ins that become CSS variables in the page, so that one drawing follows light and dark.
 INK, SOFT, LINE, PALE = "#010101", "#020202", "#030303", "#050505"
@@ -40,8 +41,27 @@ def _style(run: int) -> dict[str, Any]:
     return {"color": SERIES[run % len(SERIES)], "linestyle": DASHES[run // len(SERIES) % len(DASHES)]}
 
 
-def _chart(caption: str, draw: Callable[[Axes], None], *, xlabel: str = "epoch") -> tuple[str, Markup]:
-    """Draws one small chart and returns its caption and inline SVG that takes its colours from the page."""
+Box = tuple[float, float, float, float]
+"""Left, bottom, width and height, as shares of a figure."""
+
+
+def draw_chart(
+    caption: str,
+    draw: Callable[[Axes], None],
+    *,
+    xlabel: str = "epoch",
+    size: tuple[float, float] = (4.6, 2.8),
+    box: Box = (0.125, 0.175, 0.86, 0.705),
+) -> tuple[str, Markup]:
+    """Draws one small chart and returns its caption and inline SVG that takes its colours from the page.
+
+    Args:
+        caption: What it shows.
+        draw: Draws into the axes.
+        xlabel: Below them.
+        size: Of the figure, in inches.
+        box: Of the axes in it.
+    """
     rc: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": caption,
@@ -49,9 +69,9 @@ def _chart(caption: str, draw: Callable[[Axes], None], *, xlabel: str = "epoch")
         "font.size": 10,
     }
     with matplotlib.rc_context(rc):
-        figure = Figure(figsize=(4.6, 2.8))
+        figure = Figure(figsize=size)
         figure.patch.set_alpha(0)
-        axes = figure.add_axes((0.125, 0.175, 0.86, 0.705))
+        axes = figure.add_axes(box)
         axes.patch.set_alpha(0)
         axes.grid(axis="y", color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -74,13 +94,25 @@ def _chart(caption: str, draw: Callable[[Axes], None], *, xlabel: str = "epoch")
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-    known = [(a, b) for a, b in zip(x, y, strict=True) if not math.isnan(b)]  # not every epoch may have been validated
+    known = thinned([(a, b) for a, b in zip(x, y, strict=True) if not math.isnan(b)])  # not every epoch is validated
     x, y = [a for a, _ in known], [b for _, b in known]
     # Few points need markers: a single epoch would otherwise draw nothing.
     axes.plot(x, y, marker="o" if len(is_known(y)) <= 12 else None, markersize=3.5, linewidth=1.6, **style)
 
 
-def _legend(axes: Axes, **options: Any) -> None:
+def thinned(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
+    """The points, or of more than `most` the lowest and highest of each stretch, the first and the last."""
+    if len(points) <= most:
+        return list(points)
+    size = math.ceil(2 * len(points) / most)
+    kept = {0, len(points) - 1}
+    for start in range(0, len(points), size):
+        stretch = range(start, min(start + size, len(points)))
+        kept |= {min(stretch, key=lambda i: points[i][1]), max(stretch, key=lambda i: points[i][1])}
+    return [points[i] for i in sorted(kept)]
+
+
+def draw_legend(axes: Axes, **options: Any) -> None:
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, labelcolor=INK, borderaxespad=0.2, **options
     )
@@ -102,19 +134,19 @@ def _focus(axes: Axes, epochs: Sequence[Sequence[float]], series: Sequence[Seque
 def run_charts(run: Run) -> list[tuple[str, Markup]]:
     metrics = run.metrics
     epochs = metrics["epoch"]
-    percents = [metric for metric in METRICS if metric.percent]
+    percents = [metric for metric in METRICS if metric.percent and (metric.column != "val_top5" or many(run))]
     others = [metric for metric in METRICS if not metric.percent and metric.column != "val_loss"]
 
     def loss(axes: Axes) -> None:
         _line(axes, epochs, metrics["train_loss"], label="training", color=SERIES[1])
         _line(axes, epochs, metrics["val_loss"], label="validation", color=SERIES[0])
-        _legend(axes)
+        draw_legend(axes)
 
     def accuracy(axes: Axes) -> None:
         for metric, color in zip(percents, itertools.cycle((SERIES[0], *SERIES[2:])), strict=False):
             _line(axes, epochs, metrics[metric.column], label=metric.label, color=color)
         _focus(axes, [epochs] * len(percents), [metrics[metric.column] for metric in percents])
-        _legend(axes, handlelength=1.2, columnspacing=1.2)
+        draw_legend(axes, handlelength=1.2, columnspacing=1.2)
 
     def alone(metric: Metric) -> Callable[[Axes], None]:
         return lambda axes: _line(axes, epochs, metrics[metric.column], color=SERIES[0])
@@ -130,11 +162,11 @@ def run_charts(run: Run) -> list[tuple[str, Markup]]:
         axes.set_ylim(0, max([0.1, *(1.1 * r for r in is_known(metrics["drop_path_rate"]))]))
 
     return [
-        _chart("Loss", loss),
-        _chart("Validation accuracy in % (the axis may leave out the first rise)", accuracy),
-        *(_chart(f"Validation: {metric.label}", alone(metric)) for metric in others),
-        _chart("Learning rate", learning_rate),
-        _chart("Drop-path rate: the largest over blocks, after the schedule", drop_path_rate),
+        draw_chart("Loss", loss),
+        draw_chart("Validation accuracy in % (the axis may leave out the first rise)", accuracy),
+        *(draw_chart(f"Validation: {metric.label}", alone(metric)) for metric in others),
+        draw_chart("Learning rate", learning_rate),
+        draw_chart("Drop-path rate: the largest over blocks, after the schedule", drop_path_rate),
     ]
 
 
@@ -146,9 +178,26 @@ def rates_chart(blocks: Sequence[Block]) -> tuple[str, Markup]:
         axes.set_xlim(-0.7, len(blocks) - 0.3)
         axes.xaxis.set_major_formatter(lambda i, _: blocks[int(i)].block if 0 <= i < len(blocks) else "")
         axes.set_ylim(0, max([0.1, *(1.1 * r for b in blocks for r in is_known((b.nominal, b.realised)))]))
-        _legend(axes)
+        draw_legend(axes)
 
-    return _chart("Drop-path rate of each block", draw, xlabel="block, first to last")
+    return draw_chart("Drop-path rate of each block", draw, xlabel="block, first to last")
+
+
+def rates_over_time_chart(run: Run) -> tuple[str, Markup] | None:
+    """Drop-path rate asked for and realised, by epoch; `None` where rates.csv holds nothing."""
+    rates = run.rates
+    if not is_known(each.realised for each in rates):
+        return None
+    epochs = [each.epoch for each in rates]
+
+    def draw(axes: Axes) -> None:
+        _line(axes, epochs, [each.nominal for each in rates], label="nominal", color=SERIES[1], linestyle="--")
+        _line(axes, epochs, [each.realised for each in rates], label="realised", color=SERIES[0])
+        highest = max(is_known(value for each in rates for value in (each.nominal, each.realised)))
+        axes.set_ylim(0, max(0.05, 1.1 * highest))
+        draw_legend(axes)
+
+    return draw_chart("Drop-path rate by epoch, on average over branches", draw)
 
 
 def schedule_chart(run: Run) -> tuple[str, Markup] | None:
@@ -174,7 +223,7 @@ def schedule_chart(run: Run) -> tuple[str, Markup] | None:
 
     highest = max(rates) * max(schedule(step) for step in range(per_epoch * epochs))
     caption = f"Drop-path rate of each block as planned: from 0 (pale) to {highest:.3g} (dark)"
-    return _chart(caption, draw, xlabel="optimizer step")
+    return draw_chart(caption, draw, xlabel="optimizer step")
 
 
 def compare_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
@@ -188,8 +237,8 @@ def compare_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
         return draw
 
     return [
-        _chart("Validation top-1 in % (the axis may leave out the first rise)", overlay("val_top1")),
-        _chart("Validation loss", overlay("val_loss")),
+        draw_chart("Validation top-1 in % (the axis may leave out the first rise)", overlay("val_top1")),
+        draw_chart("Validation loss", overlay("val_loss")),
     ]
 
 
