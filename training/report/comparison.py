@@ -39,7 +39,8 @@ def standing(runs: Sequence[Run]) -> str:
             f"{told}: not more than chance, since {first.val_samples:,} validation images cannot tell less than "
             f"{noise:.1f} points apart."
         )
-    return f"{told}: more than {first.val_samples:,} validation images leave to chance ({noise:.1f} points); other seeds may still differ."
+    chance = f"{first.val_samples:,} validation images leave to chance ({noise:.1f} points)"
+    return f"{told}: more than {chance}; other seeds may still differ."
 
 
 def _noise(first: Run, second: Run) -> float:

@@ -90,7 +90,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         confusion=evidence and confusion_chart(evidence),
         calibration=evidence and calibration_chart(evidence),
         pairs=evidence.worst_pairs(MOST_PAIRS) if evidence else [],
-        weakest=sorted(evidence.per_class(), key=lambda each: each.recall)[:MOST_CLASSES] if evidence else [],
+        weakest=evidence.weakest(MOST_CLASSES) if evidence else [],
         times=parts,
         time_verdict=time_verdict(parts) if parts else "",
         differences=from_defaults(data),

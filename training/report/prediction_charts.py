@@ -111,7 +111,7 @@ def calibration_chart(evidence: Evidence) -> tuple[str, Markup] | None:
         middles = [100 * (i + 0.5) / number for i, _ in filled]
         shares = [100 * samples / total for _, (samples, _, _) in filled]
         axes.bar(middles, shares, width=92 / number, color=PALE, label="share of images")
-        axes.plot([0, 100], [0, 100], color=SOFT, linewidth=1, linestyle="--", label="as sure as right")
+        axes.plot([0, 100], [0, 100], color=SOFT, linewidth=1, linestyle="--", label="perfect")
         sure = [100 * confidence / samples for _, (samples, _, confidence) in filled]
         right = [100 * hits / samples for _, (samples, hits, _) in filled]
         axes.plot(sure, right, color=SERIES[0], marker="o", markersize=4, linewidth=1.4, label="accuracy")

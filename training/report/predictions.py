@@ -89,6 +89,12 @@ class Evidence(_Part):
             hits[label] += count * (label == prediction)
         return [ClassResult(self.classes[i], samples[i], hits[i]) for i in sorted(samples)]
 
+    def weakest(self, most: int) -> list[ClassResult]:
+        """Classes of which not all samples were recognised, the worst first."""
+        return sorted((each for each in self.per_class() if each.hits < each.samples), key=lambda each: each.recall)[
+            :most
+        ]
+
     def worst_pairs(self, most: int) -> list[Confused]:
         """The pairs of different classes with most samples; among equals those of small classes first."""
         samples: dict[int, int] = defaultdict(int)

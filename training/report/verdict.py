@@ -28,7 +28,8 @@ class Course:
     """Where the validated epochs have led.
 
     Attributes:
-        state: "few", "overfits", "unstable", "fits": what the losses say.
+        state: "few", "overfits", "worse odds", "unstable" or "fits". Where the validation loss rose while the training
+            loss fell, top-1 decides: it fell as well ("overfits"), or it did not ("worse odds").
         lowest: Epoch with the lowest validation loss.
         rise: Of the validation loss from there to the end, as a share of the lowest.
         trend: "rising", "flat", "falling" top-1 over the last quarter; "" where that cannot be said.
@@ -58,7 +59,8 @@ def course_of(run: Run) -> Course:
     state = "fits"
     # one step of noise, or a rise of one epoch, is no course
     if rise > RISE and len(val) - 1 - best >= 2 and statistics.fmean(val[-2:]) - val[best] > min(noise, val[best]):
-        state = "overfits" if train[-1] < train[best] else "unstable"
+        fell = statistics.fmean(top1[max(0, best - 1) : best + 2]) - statistics.fmean(top1[-3:])
+        state = "unstable" if train[-1] >= train[best] else "overfits" if fell > 2 * _image(run) else "worse odds"
     return Course(state, epochs[best], rise, *_trend(run, epochs, top1))
 
 
@@ -70,10 +72,14 @@ def _trend(run: Run, epochs: Sequence[float], top1: Sequence[float]) -> tuple[st
     slope, start = statistics.linear_regression(x, y)
     error = math.sqrt(sum((v - start - slope * e) ** 2 for e, v in last) / (len(last) - 2))
     spread = math.sqrt(sum((e - statistics.fmean(x)) ** 2 for e in x))
-    image = 100 / run.val_samples if run.val_samples else 0.0
-    noise = max(2 * error / spread * span, 2 * image)
+    noise = max(2 * error / spread * span, 2 * _image(run))
     gain = slope * span
     return "flat" if abs(gain) <= noise else "rising" if gain > 0 else "falling", gain, noise
+
+
+def _image(run: Run) -> float:
+    """Points of top-1 that an image is worth; 0 where no file tells how many there are."""
+    return 100 / run.val_samples if run.val_samples else 0.0
 
 
 def interval(percent: float, samples: int) -> tuple[float, float]:
@@ -93,6 +99,7 @@ def verdict(run: Run) -> str:
     fit = {
         "few": "too few validations to tell of overfitting",
         "overfits": f"overfitting since epoch {course.lowest:.0f}",
+        "worse odds": "no overfitting in top-1",
         "unstable": f"validation loss rising since epoch {course.lowest:.0f}",
         "fits": "no sign of overfitting",
     }[course.state]
@@ -129,29 +136,32 @@ def decisions(run: Run) -> list[Decision]:
 def _good_enough(run: Run) -> str:
     words = []
     if not math.isnan(run.most_frequent):
+        beats = "beats" if run.final_top1 > run.most_frequent else "does not beat"
         guess = format_percent(run.most_frequent, 1)
-        above = run.final_top1 > run.most_frequent
-        words.append(f"Always naming the most frequent class gives {guess}; the model {'beats' if above else 'does not beat'} it.")  # fmt: skip
+        words.append(f"Always naming the most frequent class gives {guess}; the model {beats} it.")
     if run.val_samples:
         low, high = interval(run.final_top1, run.val_samples)
-        words.append(f"On so many images, runs that differ by less than about {(high - low) / 2:.1f} points cannot be told apart.")  # fmt: skip
+        words.append(f"Runs that differ by less than about {(high - low) / 2:.1f} points cannot be told apart here.")
     if run.evidence is not None and len(results := run.evidence.per_class()) > 1:
         worst = min(results, key=lambda result: (result.recall, -result.samples))
         if worst.recall < 100:
+            share = format_percent(worst.recall, 1)
             words.append(
-                f"The weakest class is {worst.name!r}: {worst.hits:,} of {worst.samples:,} recognised ({worst.recall:.1f}\u00a0%)."
+                f"The weakest class is {worst.name}: {worst.hits:,} of {worst.samples:,} recognised ({share})."
             )
     return " ".join(words)
 
 
 def _overfit(course: Course) -> str:
+    rose = f"has risen by {100 * course.rise:.0f}\u00a0% since epoch {course.lowest:.0f}, where it was lowest"
     if course.state == "few":
         return f"Fewer than {FEWEST} epochs were validated: nothing can be said."
-    rise = f"{100 * course.rise:.0f}\u00a0%"
     if course.state == "overfits":
-        return f"Yes: the validation loss was lowest at epoch {course.lowest:.0f} and has risen by {rise} since, while the training loss went on falling."  # fmt: skip
+        return f"Yes: the validation loss {rose}, and top-1 has fallen, while the training loss went on falling."
+    if course.state == "worse odds":
+        return f"Not in its choices: top-1 has not fallen. But the validation loss {rose}: its probabilities are worse."
     if course.state == "unstable":
-        return f"The validation loss has risen by {rise} since epoch {course.lowest:.0f}, but the training loss has not fallen either: that is unstable training rather than overfitting."  # fmt: skip
+        return f"The validation loss {rose}, but the training loss has not fallen either: unstable, not overfitting."
     if course.rise < 0.005:
         return "No sign of it: the validation loss ends at its lowest."
     return (
@@ -164,7 +174,9 @@ def _more_epochs(run: Run, course: Course) -> str:
         return ""
     rates = is_known(run.metrics["lr"])
     ran_out = bool(rates) and rates[-1] < 0.05 * max(rates)
-    longer = "in a new, longer run: this one's learning rate has run out" if ran_out else "by going on with this run"
+    longer = (
+        "in a new, longer run: the learning rate of this one has run out" if ran_out else "by going on with this run"
+    )
     change = f"{course.gain:+.1f} points over the last quarter of the epochs"
     if course.state == "overfits":
         return f"No: they would overfit further; top-1 was best at epoch {run.best_epoch:.0f}."
@@ -173,7 +185,8 @@ def _more_epochs(run: Run, course: Course) -> str:
     if course.trend == "falling":
         return f"No: top-1 changed by {change}."
     if ran_out:
-        return f"Not by going on: top-1 was flat ({change}), but so it is wherever the learning rate runs out. Only a new, longer run can tell."  # fmt: skip
+        flat = f"top-1 was flat ({change}), as it is wherever the learning rate runs out"
+        return f"Not by going on: {flat}. Only a new, longer run can tell."
     return f"Not by these numbers: top-1 was flat ({change}; less than {course.noise:.1f} is noise)."
 
 
