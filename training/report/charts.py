@@ -67,6 +67,7 @@ def draw_chart(
         "svg.hashsalt": caption,
         "font.family": "DejaVu Sans",
         "font.size": 10,
+        "text.parse_math": False,  # names of classes may hold a $
     }
     with matplotlib.rc_context(rc):
         figure = Figure(figsize=size)

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from files.errors import ConfigError
@@ -83,8 +84,9 @@ def _defaults() -> dict[str, Any]:
             value = field.get_default(call_default_factory=True)
             told[name] = value.model_dump() if hasattr(value, "model_dump") else value
         else:
-            assert field.annotation is not None
-            parts = field.annotation.model_fields.items()
+            section = field.annotation
+            assert isinstance(section, type) and issubclass(section, BaseModel)
+            parts = section.model_fields.items()
             told[name] = {key: part.get_default(call_default_factory=True) for key, part in parts}
             told[name] = {key: value for key, value in told[name].items() if value is not PydanticUndefined}
     return flat(told)
