@@ -22,15 +22,16 @@ class ClassRow(NamedTuple):
         return max(known) - min(known)
 
 
-def standing(runs: Sequence[Run]) -> str:
-    """The comparison in a sentence."""
+def standing(runs: Sequence[Run], labels: Sequence[str]) -> str:
+    """The comparison in a sentence; `labels` are what the runs are called."""
+    called = {id(run): label for run, label in zip(runs, labels, strict=True)}
     known = sorted((run for run in runs if not math.isnan(run.final_top1)), key=lambda run: -run.final_top1)
     if len(known) < 2:
         return "Fewer than two runs have been validated: there is nothing to compare."
     first, second = known[0], known[1]
     ahead = first.final_top1 - second.final_top1
-    told = f"{first.name} ends at {format_percent(first.final_top1)} top-1"
-    told += f", {ahead:.2f} points ahead of {second.name}" if ahead else f", and so does {second.name}"
+    told = f"{called[id(first)]} ends at {format_percent(first.final_top1)} top-1"
+    told += f", {ahead:.2f} points ahead of {called[id(second)]}" if ahead else f", and so does {called[id(second)]}"
     noise = _noise(first, second)
     if math.isnan(noise) or len({run.val_samples for run in runs}) > 1:
         return f"{told}; the runs were not validated on the same number of images, as far as their files tell."

@@ -107,13 +107,14 @@ def write_comparison(runs: Sequence[Path], output: Path) -> Path:
     """
     data = [read_run(run) for run in runs]
     names = [run.name for run in data]
+    # folders of one name are told apart by their paths
+    labels = [str(run.path) if names.count(run.name) > 1 else run.name for run in data]
     html = _TEMPLATES.get_template("compare.html.j2").render(
         title=f"{len(data)} runs compared" if len(data) != 1 else names[0],
         runs=data,
-        # folders of one name are told apart by their paths
-        labels=[str(run.path) if names.count(run.name) > 1 else run.name for run in data],
+        labels=labels,
         dashes=("none", "7 3", "2 3", "8 3 2 3"),
-        standing=standing(data),
+        standing=standing(data, labels),
         differences=between(data),
         classes=differing_classes(data, MOST_CLASSES),
         curves=compare_charts(data),

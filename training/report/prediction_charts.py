@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 from training.report.charts import INK, LINE, PALE, SERIES, SOFT, Box, draw_chart, draw_legend
 from training.report.predictions import Evidence
 
-MOST_NAMES = 25
+MOST_NAMES = 20
 """Classes whose names stand at the axes of a confusion matrix; of more, their numbers do."""
 
 _MOST_COUNTS = 15  # classes whose counts stand in the cells

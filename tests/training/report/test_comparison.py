@@ -22,14 +22,14 @@ def two(tmp_path: Path, make_run):
 
 
 def test_a_small_lead_may_be_chance(two) -> None:
-    told = standing(two(97.0, 98.0))
+    told = standing(two(97.0, 98.0), "ab")
     assert told.startswith(
         "b ends at 98.00\u00a0% top-1, 1.00 points ahead of a: not more than chance, since 360 validation images"
     )
 
 
 def test_a_large_lead_is_not(two) -> None:
-    told = standing(two(98.0, 80.0))
+    told = standing(two(98.0, 80.0), "ab")
     assert (
         "a ends at 98.00\u00a0% top-1, 18.00 points ahead of b: more than 360 validation images leave to chance" in told
     )
@@ -37,11 +37,11 @@ def test_a_large_lead_is_not(two) -> None:
 
 def test_equal_runs_and_runs_of_other_data(two, tmp_path: Path) -> None:
     runs = two(98.0, 98.0)
-    assert "and so does" in standing(runs)
+    assert "and so does" in standing(runs, "ab")
     evidence = json.loads((tmp_path / "b" / "evaluation.json").read_text()) | {"samples": 1000}
     (tmp_path / "b" / "evaluation.json").write_text(json.dumps(evidence))
-    assert "not validated on the same number of images" in standing([runs[0], read_run(tmp_path / "b")])
-    assert "nothing to compare" in standing(runs[:1])
+    assert "not validated on the same number of images" in standing([runs[0], read_run(tmp_path / "b")], "ab")
+    assert "nothing to compare" in standing(runs[:1], "a")
 
 
 def test_classes_on_which_runs_differ(two, tmp_path: Path, read_page) -> None:

@@ -38,7 +38,7 @@ def test_names_are_shown_as_they_are() -> None:
     assert chart is not None and "<b>" not in chart[1] and {"&lt;b&gt;$x_1$", "b&amp;c"} <= set(words(chart[1]))
 
 
-@pytest.mark.parametrize("number", [26, 100, 101, 1000])
+@pytest.mark.parametrize("number", [21, 100, 101, 1000])
 def test_many_classes_are_a_picture_without_names(number: int) -> None:
     names = [f"class {i}" for i in range(number)]
     pairs = [(i, i, 9) for i in range(number)] + [(i, (7 * i + 1) % number, 1) for i in range(number)]
