@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.browser import NAMES, Browser, find_chromium
+
 TESTS = Path(__file__).parent
 torch.set_num_threads(1)
 
@@ -39,6 +41,19 @@ def logging_as_before() -> Iterator[None]:
     yield
     logging.getLogger().setLevel(logging.WARNING)
     logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium; `browser.problems(page)` says what is wrong with a page."""
+    path = find_chromium()
+    if path is None:
+        pytest.skip(f"needs a browser: none of {', '.join(NAMES)} is there")
+    opened = Browser(path, tmp_path_factory.mktemp("browser"))
+    try:
+        yield opened
+    finally:
+        opened.close()
 
 
 @pytest.fixture

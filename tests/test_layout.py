@@ -34,6 +34,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "training/data/huggingface.py": ({"files", "training"}, {"datasets"}),
     "training/data/shards.py": ({"files", "training"}, {"numpy", "tqdm", "braceexpand"}),  # webdataset's braces
     "training/report": ({"files", "layers", "training"}, {"numpy", "pydantic", "jinja2", "markupsafe", "matplotlib"}),
+    "training/report/settings.py": (
+        {"files", "models", "training"},  # a model's keys are compared with those of the model of its name
+        {"pydantic", "pydantic_core"},
+    ),
     "training/evaluating": (_TRAINING - {"configs"}, {*_ARRAYS, "PIL", "tqdm", "matplotlib"}),
     "tuning": ({*_TRAINING, "tuning"}, {"numpy", "optuna", "pydantic", "tqdm"}),
     "tuning/statistics.py": (set(), {"numpy", "scipy"}),  # exact tests and the bootstrap

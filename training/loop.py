@@ -7,7 +7,6 @@ was killed and resumed ends with the weights of one that was not.
 
 import contextlib
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +29,8 @@ from training.early_stopping import note_epoch, stop_reason
 from training.evaluation import evaluate
 from training.metrics import METRICS
 from training.overfit import overfit
+from training.rates import rates_row
+from training.reporting import write_report
 from training.run_folder import RunFolder, describe_environment
 from training.saving import Saver
 from training.setup import Setup, seed_everything
@@ -134,7 +135,9 @@ def train(
             raise ReadError(f"{error}{kept}") from error
     if not metrics:  # resumed when nothing was left to do
         metrics = validate(setup)
-    return _write_results(setup, folder, progress, metrics)
+    summary = _write_results(setup, folder, progress, metrics)
+    write_report(setup, folder, progress, signals=signals)
+    return summary
 
 
 def train_step(
@@ -237,6 +240,7 @@ def _stop(
 ) -> dict[str, Any]:
     """Says that the run stops at a signal, where it was saved; returns the summary."""
     summary = _write_results(setup, folder, progress, metrics)
+    write_report(setup, folder, progress, signals=signals)
     reason = signals.received or "a signal"
     saved = folder.checkpoints / f"step-{progress.step:08d}"
     bar.write(f"{reason}: saved {saved} at step {progress.step}; go on with --resume auto")
@@ -280,10 +284,12 @@ def _end_epoch(setup: Setup, folder: RunFolder, progress: Progress, *, signals: 
     }
     better = metrics["val_top1"] > progress.best_top1  # NaN is not
     progress.best_top1 = metrics["val_top1"] if better else progress.best_top1
+    rates = rates_row(setup.depth, epoch=progress.epoch, steps_per_epoch=setup.steps_per_epoch)
     progress.next_epoch()
     weights = whole_state(setup.evaluated) if better else {}
     if world.is_main:
         folder.append_metrics(row)
+        folder.append_rates(rates)
         save_text(folder.drop_path, drop_path_report(setup.model, macs=setup.macs).to_csv())
         if better:
             save_weights(folder.best, weights, saved_config(setup.model))
@@ -306,8 +312,8 @@ def validate(setup: Setup, batches: int | None = None, *, signals: StopSignals |
 
 def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
     if progress.step == 0:
-        folder.metrics.unlink(missing_ok=True)
-        folder.skipped.unlink(missing_ok=True)
+        for path in (folder.metrics, folder.rates, folder.skipped, folder.evaluation):
+            path.unlink(missing_ok=True)
     setup.non_finite.start(progress.step)
     folder.cut_metrics(progress.epoch)
     save_text(folder.config, dump_config(setup.config))
@@ -318,7 +324,7 @@ def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
 
 
 def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics: dict[str, float]) -> dict[str, Any]:
-    """summary.json and report.html, on the main process; returns the summary."""
+    """summary.json, on the main process; returns it."""
     weights = whole_state(setup.model)
     average = None if setup.ema is None else whole_state(setup.ema.module)
     if not setup.world.is_main:
@@ -334,6 +340,7 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "skipped_images": {part: setup.skips.count(part) for part in ("train", "val")},
         "non_finite_steps": progress.non_finite,
         "seconds": progress.seconds,
+        "train_seconds": progress.train_seconds,
         "images_per_second": metrics.get("images_per_second"),
         "data_share": round(progress.data_seconds / progress.train_seconds, 4) if progress.train_seconds else None,
         "peak_memory_mb": round(peak, 1),
@@ -342,23 +349,7 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "stopped_early": stop_reason(setup.config.early_stopping, progress),
     }
     folder.write_json(folder.summary, summary)
-    if setup.config.log.report:
-        _write_report(folder)
     return summary
-
-
-def _write_report(folder: RunFolder) -> None:
-    """report.html. It tells of a run and can be made again at any time, so that its failure is not the run's."""
-    try:
-        from training.report.page import write_report  # matplotlib and jinja2, which nothing else of a run needs
-
-        write_report(folder.path)
-    except Exception as error:
-        what = str(error).partition("\n")[0] or type(error).__name__
-        print(
-            f"warning: no report: {what}; to make it: python -m training.report {shlex.quote(str(folder.path))}",
-            file=sys.stderr,
-        )
 
 
 def _peak_rss_mb() -> float:

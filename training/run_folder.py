@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from files.errors import ConfigError, nearest
 from files.lock import LOCK
 from training.distributed import World
 from training.metrics import METRICS
+from training.rates import RATE_COLUMNS
 
 COLUMNS = (
     "epoch",
@@ -51,6 +53,8 @@ class RunFolder:
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.csv"
         self.drop_path = path / "drop_path.csv"
+        self.rates = path / "rates.csv"
+        self.evaluation = path / "evaluation.json"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
@@ -113,14 +117,11 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, float]) -> None:
         """Adds one epoch to metrics.csv, on disk when this returns."""
-        new = not self.metrics.exists()
-        with self.metrics.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(COLUMNS)
-            writer.writerow([_number(row[key]) for key in COLUMNS])
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.metrics, COLUMNS, row)
+
+    def append_rates(self, row: dict[str, float]) -> None:
+        """Adds one epoch to rates.csv, on disk when this returns."""
+        _append(self.rates, RATE_COLUMNS, row)
 
     def check_metrics(self) -> None:
         """Refuses a metrics.csv that a run going on could not keep.
@@ -128,7 +129,7 @@ class RunFolder:
         Raises:
             ConfigError: It has a column that no metric gives.
         """
-        header, _ = self._read_metrics()
+        header, _ = _read(self.metrics)
         for column in header:
             if column not in COLUMNS:
                 hint = nearest(column, COLUMNS)
@@ -137,35 +138,49 @@ class RunFolder:
                 )
 
     def cut_metrics(self, epochs: int) -> None:
-        """Keeps the rows of that many epochs: a run resumed from there writes the later ones again.
+        """Keeps the rows of that many epochs, in rates.csv too: a run resumed from there writes the later ones again.
 
         What a kill left incomplete goes; a column that the file has not yet is empty in its rows.
         """
-        if self.metrics.exists():
-            header, rows = self._read_metrics()
-            told = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
-            kept = [row for row in told if row.get("epoch", "").isdecimal() and int(row["epoch"]) <= epochs]
-            lines = [COLUMNS, *([row.get(column, "") for column in COLUMNS] for row in kept)]
-            save_text(self.metrics, "".join(",".join(line) + "\n" for line in lines))
+        for path, columns in ((self.metrics, COLUMNS), (self.rates, RATE_COLUMNS)):
+            if path.exists():
+                header, rows = _read(path)
+                told = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+                kept = [row for row in told if row.get("epoch", "").isdecimal() and int(row["epoch"]) <= epochs]
+                lines = [columns, *([row.get(column, "") for column in columns] for row in kept)]
+                save_text(path, "".join(",".join(line) + "\n" for line in lines))
 
     def count_metrics(self, epochs: int) -> int:
         """How many of the first `epochs` epochs have a row."""
-        header, rows = self._read_metrics()
+        header, rows = _read(self.metrics)
         told = {dict(zip(header, row, strict=False)).get("epoch", "") for row in rows}
         return sum(epoch.isdecimal() and int(epoch) <= epochs for epoch in told)
-
-    def _read_metrics(self) -> tuple[list[str], list[list[str]]]:
-        """The header and the rows of metrics.csv, without a last line that a kill cut short; empty where it is not there."""
-        try:
-            text = self.metrics.read_text(errors="replace")
-        except OSError:
-            return [], []
-        lines = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()]
-        return (lines[0], lines[1:]) if lines else ([], [])
 
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
         """Writes one JSON file so that a kill leaves the old or the new one."""
         save_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _append(path: Path, columns: Sequence[str], row: dict[str, float]) -> None:
+    """Adds a row to a CSV file, on disk when this returns."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(columns)
+        writer.writerow([_number(row[key]) for key in columns])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a CSV file, without a last line that a kill cut short; empty where it is not there."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return [], []
+    lines = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()]
+    return (lines[0], lines[1:]) if lines else ([], [])
 
 
 def new_run_path(name: str, world: World) -> Path:

@@ -107,9 +107,11 @@ class Setup:
         return max((module.rate for block in self.depth.blocks for module in block.drop_paths.values()), default=0.0)
 
     def val_batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """Images and targets of this process for validation, on its device; what cannot be read is skipped, or stops it."""
-        for images, targets, _ in self.feed.read(self.skips.read(self.val_loader)):
-            yield images, targets
+        """Images, targets and indices of this process for validation, images and targets on its device.
+
+        What cannot be read is skipped, or stops it.
+        """
+        yield from self.feed.read(self.skips.read(self.val_loader))
 
     def autocast(self) -> torch.autocast:
         """Mixed precision where the config asks for it; does nothing in float32."""

@@ -159,6 +159,7 @@ def result(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     keys = ("weights_sha256", "ema_sha256", "best_top1", "final_top1", "steps", "epochs", "skipped_images")
     best = (folder / "best" / "model.safetensors").read_bytes()
     told = {"metrics": rows, "best": best, "drop_path": (folder / "drop_path.csv").read_text()}
+    told["rates"] = (folder / "rates.csv").read_text()
     return {**told, **{key: summary[key] for key in keys}}
 
 

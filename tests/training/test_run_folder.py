@@ -171,6 +171,19 @@ def test_cutting_keeps_the_epochs_done(tmp_path: Path, torn: str) -> None:
     assert all(None not in r and None not in r.values() for r in read(folder)), "as many columns as the header"
 
 
+def test_cutting_cuts_the_rates_too(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    rates = {"nominal_rate": 0.05, "drawn": 100, "dropped": 5, "computed": 97}
+    for epoch in (1, 2, 3):
+        folder.append_rates({"epoch": epoch, **rates})
+    with folder.rates.open("a") as file:
+        file.write("4,0.0")
+    folder.cut_metrics(1)
+    folder.append_rates({"epoch": 2, **rates})
+    assert folder.rates.read_text() == "epoch,nominal_rate,drawn,dropped,computed\n1,0.05,100,5,97\n2,0.05,100,5,97\n"
+    assert not folder.metrics.exists()
+
+
 def test_a_column_is_empty_in_the_rows_from_before_it(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.metrics.write_text("epoch,val_top1,step\n1,50.5,10\n2,60,20\n\0\n")

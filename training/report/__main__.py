@@ -1,7 +1,7 @@
 """The report's command line.
 
-python -m training.report RUN                                  writes RUN/report.html again
-python -m training.report --compare RUN1 RUN2 --output FILE    overlays runs
+python -m training.report RUN            writes RUN/report.html again
+python -m training.report RUN RUN ...    sets runs side by side, in comparison.html
 """
 
 import argparse
@@ -9,26 +9,47 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from files.errors import run_command
+from files.errors import ConfigError, run_command
 from training.report.page import write_comparison, write_report
+
+COMPARISON = Path("comparison.html")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, or 2 for a mistake in what was given."""
     parser = argparse.ArgumentParser(prog="python -m training.report", description="Pages of runs, from their folders.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder whose report.html is written again")
-    what.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="run folders to overlay; needs --output")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the page that --compare writes")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; several are set side by side")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"the page; default: report.html in the run folder, or {COMPARISON} here for several runs. What is there "
+        "is replaced",
+    )
     given = parser.parse_args(arguments)
-    if (given.compare is None) != (given.output is None):
-        parser.error("--compare and --output go together")
 
     def write() -> int:
-        print(write_report(given.run) if given.compare is None else write_comparison(given.compare, given.output))
+        if len(given.runs) == 1:
+            print(write_report(given.runs[0], given.output))
+        else:
+            _check_different(given.runs)
+            print(write_comparison(given.runs, given.output or COMPARISON))
         return 0
 
     return run_command(write)
+
+
+def _check_different(runs: Sequence[Path]) -> None:
+    """Refuses a run that is named twice.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    seen = set()
+    for run in runs:
+        if run.resolve() in seen:
+            raise ConfigError(f"run {str(run)!r}: given twice; name each run once")
+        seen.add(run.resolve())
 
 
 if __name__ == "__main__":

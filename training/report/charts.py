@@ -20,6 +20,7 @@ from layers.schedule import DropPathSchedule
 from training.config import DropPathSection, build_schedule
 from training.metrics import METRICS, Metric
 from training.report.runs import Block, Run, is_known
+from training.report.words import many
 
 # Stand-ins that become CSS variables in the page, so that one drawing follows light and dark.
 INK, SOFT, LINE, PALE = "#010101", "#020202", "#030303", "#050505"
@@ -40,18 +41,38 @@ def _style(run: int) -> dict[str, Any]:
     return {"color": SERIES[run % len(SERIES)], "linestyle": DASHES[run // len(SERIES) % len(DASHES)]}
 
 
-def draw_chart(caption: str, draw: Callable[[Axes], None], *, xlabel: str = "epoch") -> tuple[str, Markup]:
-    """Draws one small chart and returns its caption and inline SVG that takes its colours from the page."""
+Box = tuple[float, float, float, float]
+"""Left, bottom, width and height, as shares of a figure."""
+
+
+def draw_chart(
+    caption: str,
+    draw: Callable[[Axes], None],
+    *,
+    xlabel: str = "epoch",
+    size: tuple[float, float] = (4.6, 2.8),
+    box: Box = (0.125, 0.175, 0.86, 0.705),
+) -> tuple[str, Markup]:
+    """Draws one small chart and returns its caption and inline SVG that takes its colours from the page.
+
+    Args:
+        caption: What it shows.
+        draw: Draws into the axes.
+        xlabel: Below them.
+        size: Of the figure, in inches.
+        box: Of the axes in it.
+    """
     rc: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": caption,
         "font.family": "DejaVu Sans",
         "font.size": 10,
+        "text.parse_math": False,  # names of classes may hold a $
     }
     with matplotlib.rc_context(rc):
-        figure = Figure(figsize=(4.6, 2.8))
+        figure = Figure(figsize=size)
         figure.patch.set_alpha(0)
-        axes = figure.add_axes((0.125, 0.175, 0.86, 0.705))
+        axes = figure.add_axes(box)
         axes.patch.set_alpha(0)
         axes.grid(axis="y", color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -74,10 +95,22 @@ def draw_chart(caption: str, draw: Callable[[Axes], None], *, xlabel: str = "epo
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-    known = [(a, b) for a, b in zip(x, y, strict=True) if not math.isnan(b)]  # not every epoch may have been validated
+    known = thinned([(a, b) for a, b in zip(x, y, strict=True) if not math.isnan(b)])  # not every epoch is validated
     x, y = [a for a, _ in known], [b for _, b in known]
     # Few points need markers: a single epoch would otherwise draw nothing.
     axes.plot(x, y, marker="o" if len(is_known(y)) <= 12 else None, markersize=3.5, linewidth=1.6, **style)
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
+    """The points, or of more than `most` the lowest and highest of each stretch, the first and the last."""
+    if len(points) <= most:
+        return list(points)
+    size = math.ceil(2 * len(points) / most)
+    kept = {0, len(points) - 1}
+    for start in range(0, len(points), size):
+        stretch = range(start, min(start + size, len(points)))
+        kept |= {min(stretch, key=lambda i: points[i][1]), max(stretch, key=lambda i: points[i][1])}
+    return [points[i] for i in sorted(kept)]
 
 
 def draw_legend(axes: Axes, **options: Any) -> None:
@@ -102,7 +135,7 @@ def _focus(axes: Axes, epochs: Sequence[Sequence[float]], series: Sequence[Seque
 def run_charts(run: Run) -> list[tuple[str, Markup]]:
     metrics = run.metrics
     epochs = metrics["epoch"]
-    percents = [metric for metric in METRICS if metric.percent]
+    percents = [metric for metric in METRICS if metric.percent and (metric.column != "val_top5" or many(run))]
     others = [metric for metric in METRICS if not metric.percent and metric.column != "val_loss"]
 
     def loss(axes: Axes) -> None:
@@ -149,6 +182,23 @@ def rates_chart(blocks: Sequence[Block]) -> tuple[str, Markup]:
         draw_legend(axes)
 
     return draw_chart("Drop-path rate of each block", draw, xlabel="block, first to last")
+
+
+def rates_over_time_chart(run: Run) -> tuple[str, Markup] | None:
+    """Drop-path rate asked for and realised, by epoch; `None` where rates.csv holds nothing."""
+    rates = run.rates
+    if not is_known(each.realised for each in rates):
+        return None
+    epochs = [each.epoch for each in rates]
+
+    def draw(axes: Axes) -> None:
+        _line(axes, epochs, [each.nominal for each in rates], label="nominal", color=SERIES[1], linestyle="--")
+        _line(axes, epochs, [each.realised for each in rates], label="realised", color=SERIES[0])
+        highest = max(is_known(value for each in rates for value in (each.nominal, each.realised)))
+        axes.set_ylim(0, max(0.05, 1.1 * highest))
+        draw_legend(axes)
+
+    return draw_chart("Drop-path rate by epoch, on average over branches", draw)
 
 
 def schedule_chart(run: Run) -> tuple[str, Markup] | None:

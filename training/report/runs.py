@@ -11,6 +11,8 @@ from typing import Any
 
 from files.errors import ConfigError, nearest
 from files.strict_yaml import load_yaml
+from training.rates import RATE_COLUMNS
+from training.report.predictions import Evidence, read_evidence
 from training.run_folder import COLUMNS, RunFolder
 
 NAN = math.nan
@@ -18,19 +20,29 @@ NAN = math.nan
 
 @dataclass(frozen=True)
 class Block:
-    """One row of drop_path.csv. Rates are NaN where the file holds none yet."""
+    """One row of drop_path.csv. Rates are NaN where the file holds none yet; `saved` is a share of the model's compute."""
 
     block: str
     name: str
     nominal: float
     mode: str
     realised: float
+    saved: float = NAN
 
     @property
     def skipped(self) -> float:
         """Share of the branches' samples that was never computed; a mask computes them and multiplies by 0."""
         branches = self.mode.split("/")  # `skip/mask`: one of the block's branches masks
         return self.realised * sum(m in ("skip", "batch") for m in branches) / len(branches)
+
+
+@dataclass(frozen=True)
+class EpochRates:
+    """An epoch's drop-path rates, on average over branches; NaN where nothing was drawn."""
+
+    epoch: float
+    nominal: float
+    realised: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,9 @@ class Run:
     metrics: dict[str, list[float]]
     blocks: list[Block]
     notes: list[str] = field(default_factory=list)
+    rates: list[EpochRates] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    evidence: Evidence | None = None
 
     @property
     def name(self) -> str:
@@ -86,6 +101,40 @@ class Run:
         known = is_known(top1)
         return self.metrics["epoch"][top1.index(max(known))] if known else NAN
 
+    @property
+    def val_samples(self) -> int | None:
+        """Validation samples, where a file tells."""
+        if self.evidence is not None:
+            return self.evidence.samples
+        samples = self._of_data("val", "samples")
+        return samples if isinstance(samples, int) and samples > 0 else None
+
+    @property
+    def most_frequent(self) -> float:
+        """Top-1 of always naming the class with most validation samples, in percent; NaN where no file tells."""
+        counts = self._of_data("val", "samples_per_class")
+        if not isinstance(counts, list) or not all(isinstance(c, int) for c in counts) or not sum(counts):
+            return NAN
+        return 100 * max(counts) / sum(counts)
+
+    @property
+    def compute_saved(self) -> float:
+        """Share of the forward pass in training that was never computed; NaN where drop_path.csv does not tell."""
+        saved = is_known(block.saved for block in self.blocks)
+        return math.fsum(saved) if saved else NAN
+
+    @property
+    def classes(self) -> int | None:
+        """Classes of the head."""
+        number = self.setting("model", "num_classes")
+        return number if isinstance(number, int) else None
+
+    def _of_data(self, *keys: str) -> Any:
+        value: Any = self.data
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
     def setting(self, *keys: str) -> Any:
         """A value of config.yaml, or None."""
         value: Any = self.config
@@ -124,6 +173,9 @@ def read_run(path: Path) -> Run:
         summary=_read_json(files.summary, notes),
         metrics={column: [row[column] for row in by_epoch.values()] for column in COLUMNS},
         blocks=[_block(row) for row in _read_csv(files.drop_path, notes)],
+        rates=_rates(_read_csv(files.rates, notes)),
+        data=_read_json(files.data, notes),
+        evidence=read_evidence(files.evaluation, notes),
         notes=notes,
     )
 
@@ -169,7 +221,23 @@ def _block(row: dict[str, str]) -> Block:
         nominal=read_number(row.get("nominal_rate")),
         mode=row.get("mode", ""),
         realised=read_number(row.get("realised_rate")),
+        saved=read_number(row.get("saved_share")),
     )
+
+
+def _rates(rows: list[dict[str, str]]) -> list[EpochRates]:
+    """Rates of each epoch from counts since the start of the run; an epoch written twice counts once."""
+    by_epoch = {}
+    for row in rows:
+        numbers = {column: read_number(row.get(column)) for column in RATE_COLUMNS}
+        if not math.isnan(numbers["epoch"]):
+            by_epoch[numbers["epoch"]] = numbers
+    told, drawn, dropped = [], 0.0, 0.0
+    for epoch, now in sorted(by_epoch.items()):
+        new = now["drawn"] - drawn
+        told.append(EpochRates(epoch, now["nominal_rate"], (now["dropped"] - dropped) / new if new > 0 else NAN))
+        drawn, dropped = now["drawn"], now["dropped"]
+    return told
 
 
 def read_number(value: Any) -> float:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from training.metrics import METRICS, Metric
 from training.report.runs import NAN, Block, Run, read_number
@@ -59,7 +59,8 @@ def _epochs(run: Run) -> str:
     return str(run.epochs) if run.finished or planned is None else f"{run.epochs} of {in_words(planned)}"
 
 
-def run_verdict(run: Run) -> str:
+def run_state(run: Run) -> str:
+    """How far the run has come."""
     if not run.epochs:
         return "No epoch has been finished yet."
     state, which = ("Finished", "final") if run.finished else ("Not finished,", "latest")
@@ -79,9 +80,14 @@ def _measured(metric: Metric, values: Sequence[float]) -> str:
     return f"{value:{metric.form}}".strip()
 
 
+def many(run: Run) -> bool:
+    """Whether there are so many classes that the five likeliest are not all of them."""
+    return run.classes is None or run.classes > 5
+
+
 def run_facts(run: Run) -> list[tuple[str, str]]:
     which = "Final" if run.finished else "Latest"
-    others = [metric for metric in METRICS if metric.column not in ("val_loss", "val_top1")]
+    others = [m for m in METRICS if m.column not in ("val_loss", "val_top1") and (m.column != "val_top5" or many(run))]
     return [
         (f"{which} top-1", format_percent(run.final_top1)),
         ("Best top-1", format_percent(run.best_top1)),
@@ -91,7 +97,36 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("Images/s", format_count(run.images_per_second)),
         ("Peak memory", _memory(read_number(run.summary.get("peak_memory_mb")))),
         ("Steps", format_count(run.steps)),
+        ("Compute saved", format_share(run.compute_saved)),
     ]
+
+
+class TimePart(NamedTuple):
+    """A part of a run's time."""
+
+    name: str
+    seconds: float
+    share: float
+
+
+def time_parts(run: Run) -> list[TimePart]:
+    """Where the time went: computing, waiting for data, validation; empty where summary.json does not tell."""
+    train, waiting = (read_number(run.summary.get(key)) for key in ("train_seconds", "data_share"))
+    total = read_number(run.summary.get("seconds"))
+    if not total >= train > 0 or not 0 <= waiting <= 1:
+        return []
+    seconds = {"Training": train * (1 - waiting), "Waiting for data": train * waiting, "Validation": total - train}
+    return [TimePart(name, value, value / total) for name, value in seconds.items()]
+
+
+def time_verdict(parts: Sequence[TimePart]) -> str:
+    """What to do about it."""
+    share = {part.name: part.share for part in parts}
+    if share["Waiting for data"] > 0.2:
+        return "The data hold the run up: more data.workers, smaller files or a faster disk would shorten it."
+    if share["Validation"] > 0.3:
+        return "Validation takes much of the time: log.validate_every makes it rarer."
+    return "Neither data nor validation hold the run up: only less or faster compute would shorten it."
 
 
 _ORIGIN = {
@@ -153,4 +188,15 @@ def drop_path_verdict(blocks: Sequence[Block]) -> str:
         )
     else:
         saved = f" {format_share(skipped)} of all branch computations were skipped, never computed."
-    return shows + saved
+    return shows + saved + compute_saved(blocks)
+
+
+def compute_saved(blocks: Sequence[Block]) -> str:
+    """What that is of the model's compute."""
+    known = [b.saved for b in blocks if not math.isnan(b.saved)]
+    if not known:
+        return ""
+    share = math.fsum(known)
+    if share < 0.0005:
+        return " No compute of the model was saved by it."
+    return f" That saved {format_share(share)} of the multiply-adds of a training step's forward pass."

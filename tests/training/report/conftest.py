@@ -5,9 +5,11 @@ import json
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from training.rates import RATE_COLUMNS
 from training.report.page import write_report
 from training.run_folder import COLUMNS
 
@@ -48,8 +50,37 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: list[list[object]]) ->
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def _make_run(path: Path, *, top1: tuple[float, ...] = TOP1, mode: str = "skip", config: str = CONFIG) -> Path:
-    """A run folder as training leaves it: four epochs, three blocks."""
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNkAAAAAgABc3UBGAAAAABJRU5ErkJggg=="
+)
+
+
+def _evidence(classes: list[str], *, per_class: int = 36, epoch: int = 4) -> dict[str, Any]:
+    """evaluation.json: of each class one sample in `per_class` is taken for the next class."""
+    count = len(classes)
+    wrong = [[i, (i + 1) % count, 1] for i in range(count)] if count > 1 else []
+    pairs = [[i, i, per_class - bool(wrong)] for i in range(count)] + wrong
+    samples, hits = per_class * count, sum(n for i, j, n in pairs if i == j)
+    shown = [
+        {"image": PIXEL, "name": f"{j}.png", "label": classes[i], "prediction": classes[j], "probability": 0.875}
+        for i, j, _ in wrong[:24]
+    ]
+    batch = [{"image": PIXEL, "labels": [[classes[0], 0.62], [classes[-1], 0.38]]}] * 16
+    bins = [[0.0, 0.0, 0.0]] * 13 + [[samples // 4, samples // 4 - len(wrong), 0.9 * (samples // 4)]]
+    bins.append([samples - samples // 4, hits - samples // 4 + len(wrong), 0.97 * (samples - samples // 4)])
+    told = {"epoch": epoch, "samples": samples, "classes": classes, "pairs": sorted(pairs), "bins": bins}
+    return {**told, "mistakes": shown, "batch": batch, "notes": []}
+
+
+def _make_run(
+    path: Path,
+    *,
+    top1: tuple[float, ...] = TOP1,
+    mode: str = "skip",
+    config: str = CONFIG,
+    classes: list[str] | None = None,
+) -> Path:
+    """A run folder as training leaves it: four epochs, three blocks; `classes`: their names, instead of ten digits."""
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(config)
     environment = {
@@ -67,14 +98,23 @@ def _make_run(path: Path, *, top1: tuple[float, ...] = TOP1, mode: str = "skip",
         for i, v in enumerate(top1, start=1)
     ]
     _write_csv(path / "metrics.csv", COLUMNS, rows)
-    blocks = [[i, f"stages.0.blocks.{i}", 0.15 * i, mode, 0.12 * i] for i in range(3)]
-    _write_csv(path / "drop_path.csv", ("block", "name", "nominal_rate", "mode", "realised_rate"), blocks)
+    blocks = [[i, f"stages.0.blocks.{i}", 0.15 * i, mode, 0.12 * i, 0.3, 0.025 * i] for i in range(3)]
+    header = ("block", "name", "nominal_rate", "mode", "realised_rate", "compute_share", "saved_share")
+    _write_csv(path / "drop_path.csv", header, blocks)
+    rates = [[i, 0.04 * i, 1000 * i, 20 * i * (i + 1), 980 * i] for i in range(1, len(top1) + 1)]
+    _write_csv(path / "rates.csv", RATE_COLUMNS, rates)
+    names = classes or [str(i) for i in range(10)]
+    per_class = {"samples": 36 * len(names), "samples_per_class": [36] * len(names)}
+    (path / "data.json").write_text(json.dumps({"class_names": names, "val": per_class}))
+    (path / "evaluation.json").write_text(json.dumps(_evidence(names, epoch=len(top1))))
     summary = {
         "best_top1": max(top1),
         "final_top1": top1[-1],
         "epochs": len(top1),
         "steps": 11 * len(top1),
         "seconds": 10.25,
+        "train_seconds": 8.2,
+        "data_share": 0.25,
         "images_per_second": 1234.4,
         "peak_memory_mb": 812.4,
         "weights_sha256": "ab12",

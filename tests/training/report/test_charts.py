@@ -20,7 +20,7 @@ def test_page_shows_the_planned_rates_where_a_schedule_changes_them(
     html: str, tmp_path: Path, make_run, page_of, read_page, config_text
 ) -> None:
     assert "Drop-path rate of each block as planned: from 0 (pale) to 0.3 (dark)" in read_page(html).text
-    assert ("data:image/png;base64" in html) and html.count("<figure") == 7
+    assert ("data:image/png;base64" in html) and html.count("<svg") == 10
     constant = make_run(
         tmp_path / "constant", config=config_text.replace("{kind: ramp, start: 0.0}", "{kind: constant}")
     )

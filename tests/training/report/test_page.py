@@ -32,12 +32,13 @@ def test_page_says_what_the_run_did(html: str, read_page) -> None:
 
 def test_page_has_its_figures_and_needs_nothing_else(html: str, read_page) -> None:
     page = read_page(html)
-    assert page.tags.count("figure") == page.tags.count("svg") == 7
+    assert page.tags.count("svg") == 10 and page.tags.count("img") == 26
+    assert page.tags.count("figure") == page.tags.count("svg") + page.tags.count("img") + 1, "and the bar of times"
     for label in ("training", "validation", "top-1", "top-5", "Learning rate", "nominal", "realised"):
         assert label in page.text
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
         assert len(list(ElementTree.fromstring(svg).iter())) > 20
-    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
     references = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
     assert references
     assert all(value and value.startswith(("#", "data:image/png;base64,")) for value in references)
@@ -77,13 +78,16 @@ def test_values_are_escaped(tmp_path: Path, make_run, page_of, write_csv, config
     assert "<h1>a&amp;b</h1>" in (run / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("missing", ["metrics.csv", "summary.json", "drop_path.csv", "environment.json", "all"])
+@pytest.mark.parametrize("missing", ["metrics.csv", "summary.json", "drop_path.csv", "environment.json", "rates.csv",
+                                     "evaluation.json", "data.json", "all"])  # fmt: skip
 def test_missing_files_cost_their_part_only(run: Path, missing: str, page_of) -> None:
-    files = {"metrics.csv": 1, "summary.json": 7, "drop_path.csv": 5, "environment.json": 7}
+    charts = {"metrics.csv": 4, "summary.json": 10, "drop_path.csv": 7, "environment.json": 10, "rates.csv": 9}
+    charts |= {"evaluation.json": 8, "data.json": 10}
+    files = dict.fromkeys(charts)
     for name in files if missing == "all" else [missing]:
         (run / name).unlink()
     page = page_of(run)
-    assert page.tags.count("svg") == (0 if missing == "all" else files[missing])
+    assert page.tags.count("svg") == (0 if missing == "all" else charts[missing])
     assert ("metrics.csv holds no epoch yet." in page.text) == (missing in ("metrics.csv", "all"))
     assert ("drop_path.csv holds no block yet." in page.text) == (missing in ("drop_path.csv", "all"))
     assert "mode skip" in page.text
