@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from training.report.charts import INK, PALE, SERIES, SOFT, draw_chart
 from training.report.runs import is_known
@@ -45,6 +45,9 @@ def error_chart(study: Study) -> Figure | None:
     def draw(axes: Axes) -> None:
         if logarithmic:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # powers as text: no mathematics is set here
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(8))
