@@ -6,14 +6,13 @@ from training.threads import wait_passively
 wait_passively()  # before torch loads
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
 
 from files.errors import ConfigError, run_command
+from tuning import advice_command
 from tuning.config import StudyConfig, dump_study, json_schema, load_study
 from tuning.opening import check_base, check_folder, default_folder, describe_study, open_study, warn
 from tuning.units import forget_failures
@@ -39,8 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done or saved, 1 failed while running, 2 a mistake in what was given."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["advise"] and importlib.util.find_spec("tuning.advice") is not None:
-        return importlib.import_module("tuning.advice").main(argv[1:])
+    if argv[:1] == ["advise"]:
+        return advice_command.main(argv[1:])
     args = parse_args(argv)
     return run_command(lambda: tune(args))
 

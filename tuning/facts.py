@@ -21,6 +21,7 @@ from stochastic_depth.blocks import Block, stage_depths
 from stochastic_depth.places import block_names, find_owners
 from training.config import TrainConfig
 from training.data.split import divide
+from training.default_rate import with_default_rate
 from training.setup import check_model_keys
 from tuning.published import Pretraining, load_published
 
@@ -87,8 +88,6 @@ def find_facts(config: TrainConfig, images: int | None = None) -> Facts:
     if images is None:
         images, images_from = count_training_images(config)
     tag = str(known.pretrained_cfg.get("tag", "")) if section.pretrained else ""
-    listed = isinstance(config.drop_path.profile, list)
-    rate = config.drop_path.rate
     return Facts(
         model=section.name,
         purpose=_purpose(config),
@@ -100,7 +99,7 @@ def find_facts(config: TrainConfig, images: int | None = None) -> Facts:
         epochs=config.optim.epochs,
         steps=None if images is None else _steps(config, images),
         image_size=max(known.pretrained_cfg["input_size"][1:]),
-        rate=rate if rate is not None or listed else known.drop_path_rate or 0.0,
+        rate=with_default_rate(config.drop_path, section, known)[0].rate,
         default_rate=known.drop_path_rate,
     )
 

@@ -63,7 +63,7 @@ def test_a_mean_that_a_profile_cannot_reach_is_said() -> None:
     assert any("linear cannot be as strong" in reason for reason in advice.reasons)
 
 
-@pytest.mark.parametrize("profile", ["linear", "linear_from_first", "constant", "cosine", "stagewise"])
+@pytest.mark.parametrize("profile", ["linear", "linear_from_first", "constant", "cosine", "stagewise", "reversed"])
 def test_at_mean(profile: Any) -> None:
     peak = at_mean(0.1, [3, 3, 9, 3], profile)
     assert at_mean(0.1, [3, 3, 9, 3], profile) == peak and 0.1 <= peak <= 0.25

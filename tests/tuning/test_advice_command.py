@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import tune
 from files.strict_yaml import parse_yaml
 from training.config import load_config
 from tuning.advice_command import main
@@ -101,6 +102,12 @@ def test_the_number_of_images_can_be_told(capsys: pytest.CaptureFixture[str]) ->
 def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     err = told(capsys, *argv, code=2)
     assert err.startswith("error: ") and message in err and len(err.splitlines()) <= 3
+
+
+def test_it_is_a_word_of_tune(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["advise", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["facts"]["model"] == "convformer_n4"
+    assert tune.main(["advise", "optim.epoch=3"]) == 2 and "did you mean" in capsys.readouterr().err
 
 
 def test_other_usage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
