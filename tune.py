@@ -39,8 +39,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done or saved, 1 failed while running, 2 a mistake in what was given."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["advise"] and importlib.util.find_spec("tuning.advice") is not None:
-        return importlib.import_module("tuning.advice").main(argv[1:])
+    if argv[:1] == ["advise"] and importlib.util.find_spec("tuning.advice_command") is not None:
+        return importlib.import_module("tuning.advice_command").main(argv[1:])
     args = parse_args(argv)
     return run_command(lambda: tune(args))
 

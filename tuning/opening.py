@@ -147,7 +147,9 @@ def open_study(study: StudyConfig, path: Path, links: Links | None = None) -> Op
         sign = study.tune.objective.sign
         search = Search(path, space, fingerprint=fingerprint, sign=sign, starts=starts)
         save_text(folder.train, dump_config(study.base))
-        save_text(folder.config, dump_study(study.tune))
+        # beside each other the two are the whole study, wherever the folder is copied to
+        own = study.tune.model_copy(update={"train": folder.train.name, "overrides": {}})
+        save_text(folder.config, dump_study(own))
         plan = Plan(study, folder, search, finalists)
         plan.note([*left_out, *([Decision("the study goes on with another config", changed)] if changed else [])])
     return Opened(study, folder, plan, links)

@@ -8,8 +8,9 @@ import pytest
 
 from files.errors import ConfigError
 from tests.tuning.parts import STUDY, links, opened, study
+from tuning.config import load_study
 from tuning.opening import check_base, check_folder, default_folder, describe_study, find_starts, open_study
-from tuning.space import Space
+from tuning.space import Space, digest_of
 
 ADVICE: Any = SimpleNamespace(rate=0.1, profile="linear", published=0.2, published_profile="constant")
 TEST_PART = STUDY.replace("dataset: digits", "dataset: mnist5k").replace("image_size: 8", "image_size: 28")
@@ -20,6 +21,17 @@ def test_the_folder_holds_the_study(tmp_path: Path) -> None:
     assert one.folder.config.exists() and one.folder.train.exists() and one.folder.journal.exists()
     opened(tmp_path)
     assert default_folder(one.study) == Path("runs/tune-some")
+
+
+def test_the_folder_s_own_config_is_the_whole_study(tmp_path: Path, monkeypatch) -> None:
+    """It is what the report says to start to repeat the study."""
+    one = opened(tmp_path, "optim.epochs=3", "space.drop_path.profile=[linear, constant]")
+    monkeypatch.chdir(tmp_path)
+    again = load_study(Path("out/study.yaml"))
+    assert again.base == one.study.base and again.tune.space == one.study.tune.space
+    values = {"drop_path.rate": 0.3, "drop_path.profile": "constant"}
+    assert digest_of(Space(again).candidate(values)) == digest_of(Space(one.study).candidate(values))
+    open_study(again, one.folder.path, links())
 
 
 @pytest.mark.parametrize(
