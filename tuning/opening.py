@@ -21,7 +21,7 @@ from tuning.links import Finalist, Links, published_rate
 from tuning.plan import Plan, finalist, in_words
 from tuning.race import Decision
 from tuning.search import Search, Start, sampler_name
-from tuning.space import Space, Values
+from tuning.space import Space, Values, digest_of
 from tuning.study import StudyFolder
 
 WAIT = 600.0
@@ -103,6 +103,7 @@ def find_starts(study: StudyConfig, space: Space, links: Links) -> tuple[list[St
             continue
         starts.append(Start(origin, space.completed(inside)))
     starts += [Start("given", space.completed(values)) for values in study.tune.search.enqueue]
+    starts = _each_once(starts, space, left_out)
     finalists = []
     if study.tune.verdict is not None:
         for role in ("zero", "published"):
@@ -112,6 +113,22 @@ def find_starts(study: StudyConfig, space: Space, links: Links) -> tuple[list[St
                     inside = known[role]
                 finalists.append(finalist(study, role, inside))
     return starts, finalists, left_out
+
+
+def _each_once(starts: list[Start], space: Space, left_out: list[Decision]) -> list[Start]:
+    """Those that are not the configuration of an earlier one, which would be a trial that tells nothing."""
+    kept: dict[str, Start] = {}
+    for i, start in enumerate(starts):
+        try:
+            digest = digest_of(space.candidate(start.values))
+        except ConfigError:
+            digest = f"refused {i}"  # as the study will say when it tries it
+        if digest in kept:
+            why = f"the same configuration as {kept[digest].origin}: {in_words(kept[digest].values)}"
+            left_out.append(Decision(f"not tried again: {start.origin}", why))
+        else:
+            kept[digest] = start
+    return list(kept.values())
 
 
 def _strength(rate: float, profile: str) -> Values:

@@ -102,6 +102,16 @@ def test_it_starts_with_what_is_known(tmp_path: Path) -> None:
     ]
 
 
+def test_one_configuration_is_started_with_once(tmp_path: Path) -> None:
+    """At rate 0 the profile does not matter."""
+    advice: Any = SimpleNamespace(rate=0.0, profile="constant", published=None, published_profile=None)
+    read = study(tmp_path, "space.drop_path.profile=[linear, constant]", "search.enqueue=[{drop_path.rate: 0.0}]")
+    starts, _, left_out = find_starts(read, Space(read), links(advise=lambda config: advice))
+    assert [start.origin for start in starts] == ["zero"]
+    assert [decision.what for decision in left_out][1:] == ["not tried again: advice", "not tried again: given"]
+    assert "the same configuration as zero" in left_out[-1].why
+
+
 def test_what_the_space_does_not_hold_is_left_out_and_said(tmp_path: Path) -> None:
     read = study(tmp_path, "space.drop_path.rate={low: 0.15, high: 0.5}", "verdict={split: val}")
     starts, finalists, left_out = find_starts(read, Space(read), links(advise=lambda config: ADVICE))
