@@ -21,7 +21,7 @@ from tuning.links import Finalist, Links, published_rate
 from tuning.plan import Plan, finalist, in_words
 from tuning.race import Decision
 from tuning.search import Search, Start, sampler_name
-from tuning.space import Space, Values
+from tuning.space import Space, Values, digest_of
 from tuning.study import StudyFolder
 
 WAIT = 600.0
@@ -103,6 +103,7 @@ def find_starts(study: StudyConfig, space: Space, links: Links) -> tuple[list[St
             continue
         starts.append(Start(origin, space.completed(inside)))
     starts += [Start("given", space.completed(values)) for values in study.tune.search.enqueue]
+    starts = _each_once(starts, space, left_out)
     finalists = []
     if study.tune.verdict is not None:
         for role in ("zero", "published"):
@@ -112,6 +113,22 @@ def find_starts(study: StudyConfig, space: Space, links: Links) -> tuple[list[St
                     inside = known[role]
                 finalists.append(finalist(study, role, inside))
     return starts, finalists, left_out
+
+
+def _each_once(starts: list[Start], space: Space, left_out: list[Decision]) -> list[Start]:
+    """Those that are not the configuration of an earlier one, which would be a trial that tells nothing."""
+    kept: dict[str, Start] = {}
+    for i, start in enumerate(starts):
+        try:
+            digest = digest_of(space.candidate(start.values))
+        except ConfigError:
+            digest = f"refused {i}"  # as the study will say when it tries it
+        if digest in kept:
+            why = f"the same configuration as {kept[digest].origin}: {in_words(kept[digest].values)}"
+            left_out.append(Decision(f"not tried again: {start.origin}", why))
+        else:
+            kept[digest] = start
+    return list(kept.values())
 
 
 def _strength(rate: float, profile: str) -> Values:
@@ -147,7 +164,9 @@ def open_study(study: StudyConfig, path: Path, links: Links | None = None) -> Op
         sign = study.tune.objective.sign
         search = Search(path, space, fingerprint=fingerprint, sign=sign, starts=starts)
         save_text(folder.train, dump_config(study.base))
-        save_text(folder.config, dump_study(study.tune))
+        # beside each other the two are the whole study, wherever the folder is copied to
+        own = study.tune.model_copy(update={"train": folder.train.name, "overrides": {}})
+        save_text(folder.config, dump_study(own))
         plan = Plan(study, folder, search, finalists)
         plan.note([*left_out, *([Decision("the study goes on with another config", changed)] if changed else [])])
     return Opened(study, folder, plan, links)

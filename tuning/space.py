@@ -134,7 +134,7 @@ class Space:
                 )
             if isinstance(values, RangeSection) and values.log:
                 raise self._refuse(key, "a grid has even steps; instead of log, give a list of values")
-            points *= len(self._points(key))
+            points *= len(self.grid_points(key))
         if points > MOST_GRID_POINTS:
             raise self.study.refuse(
                 "search.sampler", f"a grid of {points} points is too much; name fewer values, or use random"
@@ -169,7 +169,7 @@ class Space:
                 high = values.high - (values.high - values.low) % step  # as Optuna does, with a warning
                 made[key] = IntDistribution(int(values.low), int(high), log=values.log, step=step)
             else:
-                high = values.high if values.step is None else self._points(key)[-1]
+                high = values.high if values.step is None else self.grid_points(key)[-1]
                 made[key] = FloatDistribution(float(values.low), float(high), log=values.log, step=values.step)
         return made
 
@@ -204,10 +204,11 @@ class Space:
 
     def grid(self) -> list[Values]:
         """Every combination."""
-        points = itertools.product(*(self._points(key) for key in self.parameters))
+        points = itertools.product(*(self.grid_points(key) for key in self.parameters))
         return [dict(zip(self.parameters, deepcopy(point), strict=True)) for point in points]
 
-    def _points(self, key: str) -> list[Any]:
+    def grid_points(self, key: str) -> list[Any]:
+        """The values of a parameter: a list's, or those of a range with a step."""
         values = self.parameters[key]
         if not isinstance(values, RangeSection):
             return values

@@ -179,7 +179,7 @@ def _line(opened: Opened, unit: Unit, after: Next, *, seconds: float) -> str:
     if failure is not None:
         told = f"failed: {failure.splitlines()[0]}"
     left = max(0, after.left - 1)
-    return f"{who}  {words}  seed {unit.seed}  {told}  {seconds:.1f} s  {left} runs left"
+    return f"{who}  {words}  seed {unit.seed}  {told}  {seconds:.1f} s  {left} run{'' if left == 1 else 's'} left"
 
 
 # ---- the end ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_a_second_writer_is_refused_and_told_who_is_the_first(tmp_path: Path) ->
     refuse_locked(tmp_path)
     with locked(tmp_path):
         pass
+
+
+def test_one_may_wait_for_the_other(tmp_path: Path) -> None:
+    held = locked(tmp_path)
+    pid = child(held.__enter__)
+    with pytest.raises(ConfigError, match=f"process {pid}"), locked(tmp_path, wait=0.1):
+        pass
+    threading.Timer(0.5, end, [pid]).start()
+    with locked(tmp_path, wait=60):
+        assert holder(tmp_path) is not None and f"process {os.getpid()}" in str(holder(tmp_path))
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:

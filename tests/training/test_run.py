@@ -15,6 +15,7 @@ from PIL import Image
 from torch.distributed import is_initialized
 
 from files.errors import ConfigError
+from files.lock import is_locked, locked
 from tests.training.parts import TINY
 from training.config import TrainConfig, load_config
 from training.data.dataset import ReadError
@@ -211,3 +212,13 @@ def test_validation_every_few_epochs_changes_what_is_measured_and_nothing_else(t
 def test_early_stopping_needs_every_validation() -> None:
     with pytest.raises(ConfigError, match=r"early_stopping\.patience.*log\.validate_every=1"):
         load_config(None, [*TINY, "early_stopping.patience=3", "log.validate_every=2"])
+
+
+def test_a_caller_may_hold_the_folder_s_lock(tmp_path: Path) -> None:
+    """From before the run to behind it, so that nobody comes between."""
+    config = load_config(None, [*TINY, "optim.epochs=1", "optim.warmup_epochs=0", "log.report=false"])
+    with locked(tmp_path):
+        with pytest.raises(ConfigError, match="a run goes on here"):
+            run(config, tmp_path, resume="auto")
+        assert run(config, tmp_path, resume="auto", claimed=True)["steps"] == 5
+        assert is_locked(tmp_path)

@@ -8,8 +8,9 @@ import pytest
 
 from files.errors import ConfigError
 from tests.tuning.parts import STUDY, links, opened, study
+from tuning.config import load_study
 from tuning.opening import check_base, check_folder, default_folder, describe_study, find_starts, open_study
-from tuning.space import Space
+from tuning.space import Space, digest_of
 
 ADVICE: Any = SimpleNamespace(rate=0.1, profile="linear", published=0.2, published_profile="constant")
 TEST_PART = STUDY.replace("dataset: digits", "dataset: mnist5k").replace("image_size: 8", "image_size: 28")
@@ -20,6 +21,17 @@ def test_the_folder_holds_the_study(tmp_path: Path) -> None:
     assert one.folder.config.exists() and one.folder.train.exists() and one.folder.journal.exists()
     opened(tmp_path)
     assert default_folder(one.study) == Path("runs/tune-some")
+
+
+def test_the_folder_s_own_config_is_the_whole_study(tmp_path: Path, monkeypatch) -> None:
+    """It is what the report says to start to repeat the study."""
+    one = opened(tmp_path, "optim.epochs=3", "space.drop_path.profile=[linear, constant]")
+    monkeypatch.chdir(tmp_path)
+    again = load_study(Path("out/study.yaml"))
+    assert again.base == one.study.base and again.tune.space == one.study.tune.space
+    values = {"drop_path.rate": 0.3, "drop_path.profile": "constant"}
+    assert digest_of(Space(again).candidate(values)) == digest_of(Space(one.study).candidate(values))
+    open_study(again, one.folder.path, links())
 
 
 @pytest.mark.parametrize(
@@ -88,6 +100,16 @@ def test_it_starts_with_what_is_known(tmp_path: Path) -> None:
         ("zero", 0.0, "linear"),
         ("published", 0.2, "constant"),
     ]
+
+
+def test_one_configuration_is_started_with_once(tmp_path: Path) -> None:
+    """At rate 0 the profile does not matter."""
+    advice: Any = SimpleNamespace(rate=0.0, profile="constant", published=None, published_profile=None)
+    read = study(tmp_path, "space.drop_path.profile=[linear, constant]", "search.enqueue=[{drop_path.rate: 0.0}]")
+    starts, _, left_out = find_starts(read, Space(read), links(advise=lambda config: advice))
+    assert [start.origin for start in starts] == ["zero"]
+    assert [decision.what for decision in left_out][1:] == ["not tried again: advice", "not tried again: given"]
+    assert "the same configuration as zero" in left_out[-1].why
 
 
 def test_what_the_space_does_not_hold_is_left_out_and_said(tmp_path: Path) -> None:
