@@ -137,6 +137,13 @@ def test_no_difference_is_said(study: StudyFolder) -> None:
     assert conclude(study, [contender("winner", 0.1, 91), close])["recommended"] == "winner"
 
 
+def test_rates_that_round_alike_are_told_apart(study: StudyFolder) -> None:
+    near = contender("winner", 0.1003, 91, label="rate 0.1 (linear)")
+    text = said(study, near, contender("zero", 0, 89), contender("published", 0.1, 89))
+    assert text.startswith("Rate 0.1 (linear), drop_path.rate: 0.1003 beats rate 0 by 2.0 points")
+    assert "beats the published rate 0.1 (linear), drop_path.rate: 0.1 by 2.0 points" in text
+
+
 def test_best_found_is_rate_0(study: StudyFolder) -> None:
     text = said(study, contender("winner", 0, 89), contender("zero", 0, 89), contender("published", 0.1, 87))
     assert text.startswith("The best rate found is 0: it beats the published rate 0.1 (linear) by 2.0 points (95 %")
