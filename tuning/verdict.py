@@ -252,7 +252,21 @@ def _merge(configs: Sequence[Contender]) -> list[Contender]:
         else:
             new = tuple(role for role in config.roles if role not in before.roles)
             merged[config.digest] = replace(before, also=(*before.also, *new))
-    return list(merged.values())
+    return _told_apart(list(merged.values()))
+
+
+def _told_apart(configs: list[Contender]) -> list[Contender]:
+    """With labels that differ: rates 0.1 and 0.1003 are both "rate 0.1 (linear)"."""
+    labels = [c.label for c in configs]
+    told = []
+    for config in configs:
+        alike = [c for c in configs if c.label == config.label]
+        differ = [k for k, v in config.parameters.items() if any(c.parameters.get(k) != v for c in alike)]
+        more = ", ".join(f"{key}: {config.parameters[key]}" for key in differ)
+        told.append(
+            replace(config, label=f"{config.label}, {more}") if labels.count(config.label) > 1 and more else config
+        )
+    return told
 
 
 def _paired(first: Contender, second: Contender, *, lower: bool) -> Comparison:

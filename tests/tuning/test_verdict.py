@@ -9,6 +9,7 @@ import pytest
 
 from files.errors import ConfigError, Failure
 from training.config import TrainConfig, load_config
+from training.run import run
 from training.run_folder import RunFolder
 from tuning import verdict as subject
 from tuning.study import StudyFolder
@@ -136,6 +137,13 @@ def test_no_difference_is_said(study: StudyFolder) -> None:
     assert conclude(study, [contender("winner", 0.1, 91), close])["recommended"] == "winner"
 
 
+def test_rates_that_round_alike_are_told_apart(study: StudyFolder) -> None:
+    near = contender("winner", 0.1003, 91, label="rate 0.1 (linear)")
+    text = said(study, near, contender("zero", 0, 89), contender("published", 0.1, 89))
+    assert text.startswith("Rate 0.1 (linear), drop_path.rate: 0.1003 beats rate 0 by 2.0 points")
+    assert "beats the published rate 0.1 (linear), drop_path.rate: 0.1 by 2.0 points" in text
+
+
 def test_best_found_is_rate_0(study: StudyFolder) -> None:
     text = said(study, contender("winner", 0, 89), contender("zero", 0, 89), contender("published", 0.1, 87))
     assert text.startswith("The best rate found is 0: it beats the published rate 0.1 (linear) by 2.0 points (95 %")
@@ -204,7 +212,13 @@ def test_no_winner_is_an_error_and_leaves_no_file(study: StudyFolder) -> None:
 # ---- best.yaml and labels
 
 
-def test_best_runs_as_it_is(study: StudyFolder, unit_config: TrainConfig) -> None:
+def test_best_runs_as_it_is(study: StudyFolder, unit: Path, unit_config: TrainConfig, tmp_path: Path) -> None:
+    summary = run(load_config(write_best(study, unit_config, "No final was run.")), tmp_path / "run")
+    before = json.loads((unit / "summary.json").read_text())
+    assert summary["weights_sha256"] == before["weights_sha256"]
+
+
+def test_best_says_where_it_comes_from(study: StudyFolder, unit_config: TrainConfig) -> None:
     sentence = "Rate 0.4 (linear) beats rate 0 by 1.3 points (95\u00a0%: 0.4 to 2.1; p = 0.008; 8 seeds). " * 3
     path = write_best(study, unit_config, sentence)
     assert path == study.best

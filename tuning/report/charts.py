@@ -51,6 +51,7 @@ def error_chart(study: Study) -> Figure | None:
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(8))
+        reach = list(losses)
         for i, parts in bins.items():
             if not parts:
                 continue
@@ -61,6 +62,7 @@ def error_chart(study: Study) -> Figure | None:
             if freedom and len(parts) > 1:
                 low, high = [m - h for m, h in zip(y, half, strict=True)], [m + h for m, h in zip(y, half, strict=True)]
                 axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            reach += is_known([m + sign * h for m, h in zip(y, half, strict=True) for sign in (-1, 1)])
             axes.plot(x, y, color=colour, linewidth=1.6)
             if freedom and len(parts) == 1:
                 axes.errorbar(x, y, yerr=half, color=colour, linewidth=1.2, capsize=3)
@@ -76,7 +78,7 @@ def error_chart(study: Study) -> Figure | None:
         if not logarithmic:
             axes.set_xlim(lowest - 0.03 * (highest - lowest), highest + 0.04 * (highest - lowest))
         _mark_published(axes, trials, axis, highest)
-        low, high = min(losses), max(losses) if top is None else top
+        low, high = min(reach), max(reach) if top is None else top
         margin = 0.06 * max(high - low, 0.1 * abs(high), 1e-9)
         axes.set_ylim(low - margin, high + margin)
 

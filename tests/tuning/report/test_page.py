@@ -52,6 +52,7 @@ def test_small_studies(tmp_path: Path, make_study, study_page, trials: int, roun
     page = study_page(folder)
     assert page.tags.count("figure") == figures
     assert ("No verdict yet" in page.text) == (final == 0)
+    assert ("There is nothing to compare it with" in page.text) == (final > 0 and trials == 1)
     assert "nan" not in page.text.lower().replace("nano", "")
 
 
