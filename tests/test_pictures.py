@@ -5,6 +5,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.collections import LineCollection, PolyCollection
@@ -74,7 +75,7 @@ def test_picture_of_schedules_has_every_kind() -> None:
 def test_picture_of_depth_holds_what_was_measured() -> None:
     result = json.loads(pictures.DEPTH.read_text())
     curves, nll, ece = pictures.draw_depth(result).axes
-    drawn = [list(line.get_ydata()) for line in curves.lines]
+    drawn = [np.asarray(line.get_ydata()).tolist() for line in curves.lines]
     assert len(drawn) == len(result["rows"]) + 2
     for row in (*result["rows"], *result["summary"]):
         assert row["top1"] in drawn
