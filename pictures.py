@@ -2,10 +2,11 @@
 
 import argparse
 import io
+import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -109,7 +110,7 @@ _STAGE_GAP = 0.8  # in blocks
 
 
 def write_pictures(folder: Path) -> list[Path]:
-    """Writes zoo.svg, drop_path_rates.svg, drop_path_batch.svg and drop_path_schedules.svg, the same bytes each time.
+    """Writes zoo.svg, depth.svg and those of drop path (rates, batch, schedules), the same bytes each time.
 
     Returns:
         Their paths.
@@ -128,6 +129,7 @@ def write_pictures(folder: Path) -> list[Path]:
         "drop_path_rates.svg": draw_rates,
         "drop_path_batch.svg": draw_batch,
         "drop_path_schedules.svg": draw_schedules,
+        "depth.svg": lambda: draw_depth(json.loads(DEPTH.read_text(encoding="utf-8"))),
     }
     texts = {name: _picture(name, draw) for name, draw in pictures.items()}
     texts["zoo.svg"] = draw_zoo([model_config(name) for name in list_models()])
@@ -343,6 +345,44 @@ def draw_schedules() -> Figure:
     bar = figure.colorbar(image, ax=grid, shrink=0.6, label="drop-path rate")
     bar.outline.set_visible(False)  # type: ignore[operator]
     figure.suptitle("Drop-path rate over depth and training time", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure
+
+
+DEPTH = Path(__file__).resolve().parent / "benchmarks" / "results" / "depth.json"
+
+
+def draw_depth(result: Mapping[str, Any]) -> Figure:
+    """Top-1 over the number of removed blocks, and calibration with and without MC drop-path: what `depth.json` holds."""
+    figure = Figure(figsize=(10, 4.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.06))
+    curves, *bars = figure.subplots(1, 3, width_ratios=[3, 1, 1])
+    names = {}
+    for colour, each in zip((ORANGE, BLUE), result["summary"], strict=True):
+        names[each["rate"]] = name = f"rate {each['rate']:g}" + (" (control)" if each["rate"] == 0 else "")
+        for row in result["rows"]:
+            if row["rate"] == each["rate"]:
+                curves.plot(range(len(row["top1"])), row["top1"], color=colour, linewidth=0.8, alpha=0.45)
+        curves.plot(range(len(each["top1"])), each["top1"], color=colour, marker="o", markersize=5, label=name)
+    curves.set_xlabel("blocks removed greedily, chosen on other images", fontsize=9, color=GREY)
+    curves.set_title("top-1 in %", loc="left", fontsize=10, color=INK)
+    curves.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower left")
+    for axes, (key, words) in zip(bars, {"nll": "NLL", "ece": "ECE in %"}.items(), strict=True):
+        for place, (colour, each) in enumerate(zip((ORANGE, BLUE), result["summary"], strict=True)):
+            for shift, kind, shade in ((-0.2, "plain", 0.45), (0.2, "mc", 1.0)):
+                value = each[kind][key]
+                axes.bar(place + shift, value, width=0.36, color=colour, alpha=shade)
+                axes.text(place + shift, value, f"{value:.3g}", ha="center", va="bottom", fontsize=8, color=INK)
+        axes.set_xticks(range(len(names)), [name.partition(" (")[0] for name in names.values()])
+        axes.set_title(words, loc="left", fontsize=10, color=INK)
+    bars[0].set_xlabel(f"pale: plain; full: mean of {result['passes']} passes", fontsize=9, color=GREY)
+    for axes in (curves, *bars):
+        axes.tick_params(length=0, labelsize=9, labelcolor=GREY)
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+    figure.suptitle(
+        "A ConvFormer of 9 blocks after training: blocks removed, and MC drop-path",
+        x=0.01, ha="left", fontsize=13, fontweight="bold",
+    )  # fmt: skip
     return figure
 
 

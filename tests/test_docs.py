@@ -26,6 +26,7 @@ from models.__main__ import stage_table
 from models.factory import model_facts
 from models.registry import model_config, unregister_model
 from training.config import DEFAULT_CONFIG, TrainConfig, load_config
+from training.evaluating.blocks import parse_wanted
 from training.evaluating.corruptions import CORRUPTIONS
 from training.evaluating.part import find_data
 
@@ -110,7 +111,9 @@ def test_commands_of_other_pages() -> None:
                 args = train.parse_args(arguments)
                 load_config(args.config and ROOT / args.config, args.overrides)
             case ["python", "validate.py", *arguments] | ["torchrun", "--nproc-per-node", _, "validate.py", *arguments]:
-                request = validate.request_of(validate.parse_args(arguments))
+                args = validate.parse_args(arguments)
+                assert args.drop_blocks is None or parse_wanted(args.drop_blocks)
+                request = validate.request_of(args)
                 find_data(request.data, load_config(None))
                 texts = [text for text in request.models if not text.startswith("runs/")]
                 assert all(model_facts(text).pretrained_cfg for text in texts)
@@ -216,7 +219,7 @@ def test_commands() -> None:
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
     found = [line.partition("#")[0] for line in lines if line != TIMM_COMMAND]
     exports = [shlex.split(c)[2:] for c in found if c.startswith("python export.py")]
-    assert {parse_args(arguments).format for arguments in exports} == {"timm", "onnx", "torch", "folded"}
+    assert {parse_args(arguments).format for arguments in exports} == {"zoo", "timm", "onnx", "torch", "folded"}
     trained = [c for c in found if c.startswith("python train.py ")]
     assert [load_config(None, shlex.split(c)[2:]).model.name for c in trained] == ["timm/convnext_atto"]
     assert all(c.startswith(("python export.py ", "python -m models")) for c in found if c not in trained)

@@ -1,9 +1,11 @@
 """pictures.py: what is drawn is true, and the same bytes each time."""
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.collections import LineCollection, PolyCollection
@@ -21,7 +23,7 @@ def test_pictures_are_the_same_bytes_each_time(tmp_path: Path, capsys: pytest.Ca
     assert pictures.main([str(first)]) == 0
     torch.rand(3)  # the draws must not depend on the state around them
     assert pictures.main([str(second)]) == 0
-    names = ["drop_path_rates.svg", "drop_path_batch.svg", "drop_path_schedules.svg", "zoo.svg"]
+    names = ["drop_path_rates.svg", "drop_path_batch.svg", "drop_path_schedules.svg", "depth.svg", "zoo.svg"]
     assert capsys.readouterr().out.split() == [str(folder / name) for folder in (first, second) for name in names]
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes()
@@ -68,6 +70,18 @@ def test_picture_of_a_batch_draws_the_step() -> None:
 def test_picture_of_schedules_has_every_kind() -> None:
     panels = [axes.get_title(loc="left").partition(":")[0] for axes in pictures.draw_schedules().axes if axes.images]
     assert panels == ["constant", "early", "late", "ramp", "cosine", "piecewise"]
+
+
+def test_picture_of_depth_holds_what_was_measured() -> None:
+    result = json.loads(pictures.DEPTH.read_text())
+    curves, nll, ece = pictures.draw_depth(result).axes
+    drawn = [np.asarray(line.get_ydata()).tolist() for line in curves.lines]
+    assert len(drawn) == len(result["rows"]) + 2
+    for row in (*result["rows"], *result["summary"]):
+        assert row["top1"] in drawn
+    for key, axes in (("nll", nll), ("ece", ece)):
+        heights = [bar.get_height() for bars in axes.containers for bar in bars]
+        assert heights == [each[kind][key] for each in result["summary"] for kind in ("plain", "mc")]
 
 
 def test_families() -> None:
