@@ -32,6 +32,7 @@ from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, find_subject, image_spec
 from training.evaluating.validation import Request, validate
 from training.run import run
+from training.threads import number_of_threads
 
 PROFILES = ("none", "linear", "constant", "reversed", "sensitivity")
 PROBE_EPOCHS = 5
@@ -88,10 +89,9 @@ def profiles_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         for setting in args.settings
         for profile in PROFILES
     ]
-    threads = torch.get_num_threads()
-    return {"machine": machine(threads), "mean_rate": args.mean, "summary": summary, "comparisons": comparisons} | {
-        "rows": rows
-    }
+    threads = number_of_threads(config_of(args.settings[0], args.overrides, seed=0).runtime.threads)  # of the runs
+    tables = {"summary": summary, "comparisons": comparisons, "rows": rows}
+    return {"machine": machine(threads), "mean_rate": args.mean, **tables}
 
 
 def config_of(setting: str, overrides: Sequence[str], *, seed: int) -> TrainConfig:
