@@ -39,7 +39,7 @@ def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/finetune-imagenet"), help="finished runs in it are kept"
     )
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of all runs")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs")
     parser.set_defaults(run=finetune_imagenet_benchmark)
 
 
@@ -51,7 +51,7 @@ def finetune_imagenet_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     cpu: list[float] = []
 
     def top1(rate: float, seed: int, split: Any) -> float:
-        given = [f"model.checkpoint={weights}", f"drop_path.rate={rate}", f"seed={seed}", *args.set, *CHEAP]
+        given = [f"model.checkpoint={weights}", f"drop_path.rate={rate}", f"seed={seed}", *args.overrides, *CHEAP]
         folder = args.work / split / f"rate-{rate:g}-seed-{seed}"
         found = score(at_its_end(load_config(CONFIG, given)), folder, split=split)
         cpu.append(found["cpu_seconds"])

@@ -15,7 +15,7 @@ from models.metaformer import MetaFormer
 from models.published import load_timm_pretrained
 from models.registry import model_config
 from models.timm_facts import foreign_facts, is_foreign
-from models.timm_models import build_foreign, check_saved_as, load_foreign, saved_by_timm
+from models.timm_models import adapted_by_library, build_foreign, check_saved_as, load_foreign, saved_by_timm
 from models.weights import load_weights
 from stochastic_depth.setting import set_drop_path
 
@@ -82,7 +82,7 @@ def create_model(
     if class_names is not None:
         set_class_names(model, class_names)
 
-    lines: list[str] = []
+    lines = adapted_by_library(model) if foreign and pretrained else []
     if checkpoint is not None or (pretrained and not foreign):
         replace = num_classes is not None or pretrained
         adapt = in_chans is not None or pretrained

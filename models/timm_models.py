@@ -232,6 +232,22 @@ def load_foreign(
     return lines
 
 
+def adapted_by_library(model: Any) -> list[str]:
+    """What timm or torchvision changed of published weights to make them fit, which they do without a word, a line each."""
+    name = model.zoo_config["name"]
+    before, now = foreign_facts(name, {}).pretrained_cfg, model.pretrained_cfg
+    lines = [f"published weights of {name}"]
+    (channels, *size), (new_channels, *new_size) = before["input_size"], now["input_size"]
+    if channels != new_channels:
+        lines.append(f"first convolution adapted from {channels} to {new_channels} input channels")
+    if before.get("fixed_input_size") and size != new_size:
+        old, new = (" x ".join(map(str, pixels)) for pixels in (size, new_size))
+        lines.append(f"what belongs to positions resampled from images of {old} to {new}")
+    if before["num_classes"] != model.num_classes:
+        lines.append(f"classifier of {before['num_classes']} classes replaced by a new one of {model.num_classes}")
+    return lines
+
+
 def check_saved_as(model: Any, saved: Mapping[str, Any], origin: str) -> list[str]:
     """How images were prepared for some weights, where a model says otherwise, a line each.
 

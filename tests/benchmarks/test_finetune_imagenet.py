@@ -78,7 +78,7 @@ def test_the_rate_is_chosen_on_one_part_and_compared_on_another(
     def scored(config: TrainConfig, folder: Path, *, split: str) -> dict[str, float]:
         rate = config.drop_path.rate
         assert rate is not None and config.model.checkpoint == "the weights" and config.data.train_samples == 200
-        assert config.log.validate_every == config.optim.epochs
+        assert config.log.validate_every == config.optim.epochs == 3
         asked.append((split, rate, config.seed))
         tops = {0.0: 90.0, 0.1: 80.0, 0.2: 90.0 + gain}
         return {"top1": tops[rate], "cpu_seconds": 1.0}
@@ -87,7 +87,7 @@ def test_the_rate_is_chosen_on_one_part_and_compared_on_another(
     monkeypatch.setattr(finetune_imagenet, "save_renamed", lambda work: "the weights")
     monkeypatch.setattr(finetune_imagenet, "plausibility", lambda weights: {"photographs": {}})
     output = tmp_path / "a.json"
-    assert main(["finetune-imagenet", "--output", str(output), "--work", str(tmp_path)]) == 0
+    assert main(["finetune-imagenet", "--output", str(output), "--work", str(tmp_path), "optim.epochs=3"]) == 0
     searched = [entry[1:] for entry in asked if entry[0] == "val"]
     final = [entry[1:] for entry in asked if entry[0] == "test"]
     assert searched == [(rate, seed) for rate in (0.0, 0.1, 0.2) for seed in (0, 1)]

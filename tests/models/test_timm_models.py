@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from files.errors import ConfigError
@@ -153,6 +154,31 @@ def test_published_weights_that_cannot_be_had_say_so(monkeypatch: pytest.MonkeyP
         create_model("timm/resnet18", pretrained=True)
     with pytest.raises(ConfigError, match="unknown argument 'wdth'"):
         create_model("timm/resnet18", pretrained=True, wdth=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("timm/resnet18", {"num_classes": 5}, ["classifier of 1000 classes replaced by a new one of 5"]),
+        ("timm/resnet18", {"num_classes": 1000, "image_size": 96}, []),
+        ("timm/vit_tiny_patch16_224.augreg_in21k", {"num_classes": 21843, "image_size": 96, "in_chans": 1},
+         ["first convolution adapted from 3 to 1 input channels",
+          "what belongs to positions resampled from images of 224 x 224 to 96 x 96"]),
+        ("torchvision/resnet18", {"num_classes": 5, "in_chans": 2},
+         ["first convolution adapted from 3 to 2 input channels",
+          "classifier of 1000 classes replaced by a new one of 5"]),
+    ],
+)  # fmt: skip
+def test_what_a_library_adapts_of_published_weights_is_said(
+    name: str, arguments: dict, said: list[str], monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    from_timm, from_torchvision = timm.create_model, torchvision.models.get_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: from_timm(name, **rest))
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights, **rest: from_torchvision(name, **rest))
+    with caplog.at_level("INFO", logger="models"):
+        create_model(name, pretrained=True, **arguments)
+    assert caplog.messages == [f"published weights of {name}", *said]
+    assert [record.levelname for record in caplog.records] == ["INFO", *["WARNING"] * len(said)]
 
 
 def fail(*_: object, **__: object) -> None:
