@@ -46,7 +46,7 @@ class Next:
 
 @dataclass
 class _Entry:
-    """A trial while it is looked at."""
+    """A trial while it is looked at; `own` are the seeds whose score Optuna is told."""
 
     proposal: Proposal
     config: TrainConfig | None
@@ -54,6 +54,7 @@ class _Entry:
     open: dict[int, str] = field(default_factory=dict)
     failure: str = ""
     same_as: int | None = None
+    own: range = range(0)
     steps: int = 0
     seconds: float = 0.0
 
@@ -91,12 +92,12 @@ class Plan:
             Failure: All trials failed; or the storage cannot be reached any more.
         """
         tune = self.study.tune
-        first, rounds = tune.race.seeds[0], tune.race.seeds
+        rounds = tune.race.seeds
         entries = self._entries()
         after = Next()
         asked = len(entries)
         live = [e for e in entries if not e.failure and e.same_as is None]
-        opened = [(e, seed) for e in live for seed in e.open if seed < first]
+        opened = [(e, seed) for e in entries if not e.failure for seed in e.open if seed in e.own]
         standing = Standing()
         if opened:
             self._want(after, opened)
@@ -121,24 +122,30 @@ class Plan:
         """Every trial with what its units scored; Optuna is told what it does not know yet."""
         tune = self.study.tune
         entries: list[_Entry] = []
-        by_digest: dict[str, int] = {}
+        by_digest: dict[str, list[int]] = {}
+        first, most = tune.race.seeds[0], tune.race.seeds[-1]
         for proposal in self.search.proposals():
             entry = _Entry(proposal, None, failure=proposal.refused)
             entries.append(entry)
             if entry.failure:
                 continue
             entry.config = self.config_of(proposal)
-            entry.same_as = by_digest.get(proposal.digest)
-            by_digest.setdefault(proposal.digest, proposal.number)
-            for seed in range(tune.race.seeds[-1]):
+            before = by_digest.setdefault(proposal.digest, [])
+            entry.same_as = before[0] if before else None
+            # what is proposed again is measured again, on the next seeds, while there are some: the same score once more
+            # would tell the sampler that there is no noise
+            again = first * len(before)
+            entry.own = range(again, again + first) if again + first <= most else range(first)
+            before.append(proposal.number)
+            for seed in range(most):
                 self._look(entry, self.unit(entry.config, proposal.digest, seed))
             if proposal.told:
                 continue
-            first = [entry.scores[seed] for seed in range(tune.race.seeds[0]) if seed in entry.scores]
+            scores = [entry.scores[seed] for seed in entry.own if seed in entry.scores]
             if entry.failure:
                 self.search.tell(proposal.number, None)
-            elif len(first) == tune.race.seeds[0]:
-                self.search.tell(proposal.number, sum(first) / len(first))
+            elif len(scores) == first:
+                self.search.tell(proposal.number, sum(scores) / first)
         return entries
 
     def _look(self, entry: _Entry, unit: Unit) -> None:
@@ -256,7 +263,8 @@ class Plan:
             if entry.failure:
                 told.append(Decision(f"trial {number} failed", entry.failure))
             elif entry.same_as is not None:
-                told.append(Decision(f"trial {number} is not run", f"the same configuration as trial {entry.same_as}"))
+                why = f"the same configuration as trial {entry.same_as}, measured on seed {entry.own[0]}"
+                told.append(Decision(f"trial {number} is no trial of its own", why))
         return told
 
     def note(self, decisions: Sequence[Decision]) -> None:

@@ -4,7 +4,8 @@ Each question is put to a fresh sampler whose seed follows from the study's and 
 depends on the trials before it alone, not on how often the study was stopped. In one process a study so repeats itself;
 several processes tell their results in the order in which they come.
 
-Optuna is told the score of the first seeds (`race.seeds`), and that it is noisy. The caller holds the study's lock.
+Optuna is told the score of the first seeds (`race.seeds`), and that it is noisy; of a configuration that it proposes again
+the score of the next ones. The caller holds the study's lock.
 """
 
 import contextlib

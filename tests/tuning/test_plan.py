@@ -48,6 +48,16 @@ def test_two_equal_trials_are_one(tmp_path: Path, trained: Trained) -> None:
     assert [trial.told for trial in one.plan.search.proposals()] == [True] * 5
 
 
+def test_what_is_proposed_again_is_measured_again(tmp_path: Path, trained: Trained) -> None:
+    """On the next seed while the race has some, so that Optuna learns of the noise."""
+    trained.score = lambda config: 90.0 + config.seed
+    one = opened(tmp_path, "space.drop_path.rate=[0.0]", "search.trials=5")
+    work(one)
+    assert trained.runs == [(0.0, 0), (0.0, 1), (0.0, 2)]
+    assert [trial.value for trial in one.plan.search.study.get_trials()] == [90.0, 91.0, 92.0, 90.0, 90.0]
+    assert [trial.state for trial in one.folder.read_trials()] == ["winner"] + ["dropped"] * 4
+
+
 def test_a_failure_late_in_the_race_makes_room(tmp_path: Path, trained: Trained) -> None:
     one = opened(tmp_path)
     work(one)
