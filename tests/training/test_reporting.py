@@ -62,10 +62,12 @@ def test_a_finished_run_goes_on_as_one_that_was_not_measured_in_between(tmp_path
 def test_a_run_that_a_signal_stops_spends_no_time_on_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages: list[Path] = []
     monkeypatch.setattr(page, "write_report", pages.append)
+    measured: list[Any] = []
+    monkeypatch.setattr(evidence, "measure", lambda *_, **__: measured.append(1))
     take = StopSignals.finish_steps
     monkeypatch.setattr(StopSignals, "finish_steps", lambda self: (take(self), self.ask("SIGTERM")))
     assert train(tmp_path / "run")["stopped_by"] == "SIGTERM"
-    assert not (tmp_path / "run" / "evaluation.json").exists() and pages == [tmp_path / "run"]
+    assert not measured and not (tmp_path / "run" / "evaluation.json").exists() and pages == [tmp_path / "run"]
 
 
 def test_a_signal_while_measuring_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
