@@ -1,11 +1,13 @@
 """The end of a run: the report changes nothing that is learned, and its failure is not the run's."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.test_train import command, environment
 from tests.training.parts import TINY
 from training.config import load_config
 from training.console import StopSignals
@@ -32,11 +34,18 @@ def files(folder: Path) -> dict[str, Any]:
     return told | {"metrics": rows, "best": (folder / "best" / "model.safetensors").read_bytes()}
 
 
+def right(folder: Path) -> float:
+    """Percent of the pairs of class and prediction that are right."""
+    told = json.loads((folder / "evaluation.json").read_text())
+    return 100 * sum(n for label, prediction, n in told["pairs"] if label == prediction) / told["samples"]
+
+
 def test_weights_and_metrics_are_equal_with_and_without_a_report(tmp_path: Path) -> None:
     summaries = [train(tmp_path / flag, *MIXED, f"log.report={flag}") for flag in ("true", "false")]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
     assert files(tmp_path / "true") == files(tmp_path / "false")
-    assert (tmp_path / "true" / "evaluation.json").exists() and not (tmp_path / "false" / "evaluation.json").exists()
+    assert right(tmp_path / "true") == pytest.approx(summaries[0]["final_top1"])
+    assert not (tmp_path / "false" / "evaluation.json").exists()
 
 
 def test_a_finished_run_goes_on_as_one_that_was_not_measured_in_between(tmp_path: Path) -> None:
@@ -53,10 +62,12 @@ def test_a_finished_run_goes_on_as_one_that_was_not_measured_in_between(tmp_path
 def test_a_run_that_a_signal_stops_spends_no_time_on_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages: list[Path] = []
     monkeypatch.setattr(page, "write_report", pages.append)
+    measured: list[Any] = []
+    monkeypatch.setattr(evidence, "measure", lambda *_, **__: measured.append(1))
     take = StopSignals.finish_steps
     monkeypatch.setattr(StopSignals, "finish_steps", lambda self: (take(self), self.ask("SIGTERM")))
     assert train(tmp_path / "run")["stopped_by"] == "SIGTERM"
-    assert not (tmp_path / "run" / "evaluation.json").exists() and pages == [tmp_path / "run"]
+    assert not measured and not (tmp_path / "run" / "evaluation.json").exists() and pages == [tmp_path / "run"]
 
 
 def test_a_signal_while_measuring_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,3 +96,20 @@ def test_what_fails_is_said_in_a_line(what: str, tmp_path: Path, monkeypatch: py
     words = {"measure": "the report shows no predictions: no room", "page": "no report: no room; to make it: python -m"}
     assert [line for line in told if line.startswith(f"warning: {words[what]}")]
     assert summary["epochs"] == 1 and (tmp_path / "run" / "evaluation.json").exists() == (what == "page")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_measure_together(parallel: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = ["data.batch_size=128", "augment.mixup=0.5", f"runtime.parallel={parallel}"]
+    done = subprocess.run(
+        command("--output", folder, *TINY, *settings, processes=2),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "report shows no" not in done.stderr, done.stderr
+    assert right(folder) == pytest.approx(json.loads((folder / "summary.json").read_text())["final_top1"])
+    assert (folder / "report.html").exists()
