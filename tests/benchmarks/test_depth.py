@@ -10,6 +10,8 @@ from benchmark import main
 from benchmarks import depth
 from benchmarks.depth import compare, config_of, summarise
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def row(rate: float, seed: int, top1: list[float]) -> dict[str, Any]:
     told = {"top1": top1[0], "nll": 0.1 * seed, "ece": 2.0}
@@ -34,6 +36,20 @@ def test_the_two_differ_in_the_rate_alone() -> None:
     one, two = config_of(0.0, 3, 40).model_dump(), config_of(0.3, 3, 40).model_dump()
     assert one.pop("drop_path") | {"rate": 0.3} == two.pop("drop_path") and one == two
     assert one["seed"] == 3 and one["model"]["depths"] == [3, 6]
+
+
+def test_the_page_says_what_was_measured() -> None:
+    told = json.loads((ROOT / "benchmarks" / "results" / "depth.json").read_text())
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    rows = zip(*(each["top1"] for each in told["summary"]), told["extra_loss_of_control"], strict=True)
+    for count, (control, ours, extra) in enumerate(rows):
+        seeds = ", ".join(f"{value:+.1f}" for value in extra["by_seed"])
+        assert f"| {count} | {control:.1f} | {ours:.1f} | {extra['mean']:+.1f} ({seeds}) |" in page
+    for each in told["summary"]:
+        for kind, words in (("plain", "one pass"), ("mc", f"mean of {told['passes']}")):
+            figures = each[kind]
+            line = f"| {each['rate']:g} | {words} | {figures['top1']:.2f} | {figures['nll']:.3f} | {figures['ece']:.2f} |"
+            assert line in page
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def model_of(**settings: Any) -> MetaFormer:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
