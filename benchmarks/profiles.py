@@ -73,7 +73,8 @@ def profiles_benchmark(args: argparse.Namespace) -> dict[str, Any]:
                 config = config_of(setting, args.overrides, seed=seed)
                 rates = rates_of(profile, config, args.mean, folder.with_name(f"probe-seed-{seed}"))
                 row = {"setting": setting, "profile": profile, "seed": seed, "rates": [round(r, 4) for r in rates]}
-                rows.append(row | trained(with_rates(config, rates), folder))
+                score = trained(with_rates(config, rates), folder)
+                rows.append(row | {key: score[key] for key in ("top1", "nll")})
                 print(rows[-1], flush=True)
     comparisons = [
         {"setting": setting, "profile": profile, "over": other, **compare(rows, setting, profile, other)}
@@ -187,7 +188,6 @@ def trained(config: TrainConfig, folder: Path, *, sensitivities: bool = False) -
     score: dict[str, Any] = {
         "top1": round(evaluation.metrics["top1"], 3),
         "nll": round(evaluation.metrics["nll"], 4),
-        "seconds": summary["seconds"],
     }
     if sensitivities:
         score["sensitivities"] = measure_sensitivities(*trained_model(folder))
