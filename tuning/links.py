@@ -1,19 +1,18 @@
 """What a study takes from its neighbours: the advice it starts with, the verdict and the report it ends with.
 
-They are imported when they are used; tests put stand-ins in their place.
+The report is imported when it is written, since it needs matplotlib; tests put stand-ins in the place of all of them.
 """
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from files.errors import ConfigError
 from models.factory import model_facts
 from training.config import TrainConfig
+from tuning import advice, verdict
 from tuning.space import Values
 from tuning.study import StudyFolder
 
@@ -62,22 +61,19 @@ class Finalist:
 
 def advise(config: TrainConfig) -> Advice | None:
     """The advisor's word on a training config."""
-    if importlib.util.find_spec("tuning.advice") is None:
-        return None
-    return importlib.import_module("tuning.advice").advise(config)
+    return advice.advise(config)
 
 
 def score_unit(folder: Path, split: str, metric: str) -> float:
     """What the weights of a unit score on a split; measured once."""
-    return importlib.import_module("tuning.verdict").score_unit(folder, split=split, metric=metric)
+    return verdict.score_unit(folder, split=split, metric=metric)
 
 
 def conclude(folder: StudyFolder, finalists: Sequence[Finalist], metric: str, split: str) -> dict[str, Any]:
     """Compares the finalists and writes verdict.json; returns what stands in it."""
-    verdict = importlib.import_module("tuning.verdict")
     contenders = [
         verdict.Contender(
-            role=one.role,
+            role=cast(verdict.Role, one.role),
             parameters=one.values,
             digest=one.digest,
             label=verdict.label_of(one.config, one.values),
@@ -91,13 +87,15 @@ def conclude(folder: StudyFolder, finalists: Sequence[Finalist], metric: str, sp
 
 def write_best(folder: StudyFolder, config: TrainConfig, sentence: str) -> None:
     """Writes best.yaml."""
-    importlib.import_module("tuning.verdict").write_best(folder, config, sentence)
+    verdict.write_best(folder, config, sentence)
 
 
 def write_report(folder: Path) -> None:
     """Writes report.html; it can be made again at any time, so that its failure is not the study's."""
     try:
-        importlib.import_module("tuning.report.page").write_study_report(folder)
+        from tuning.report.page import write_study_report  # matplotlib and jinja2
+
+        write_study_report(folder)
     except Exception as error:
         what = str(error).partition("\n")[0] or type(error).__name__
         print(f"warning: no report: {what}; it is made when the study is started again", file=sys.stderr)

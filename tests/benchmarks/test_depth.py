@@ -48,7 +48,9 @@ def test_the_page_says_what_was_measured() -> None:
     for each in told["summary"]:
         for kind, words in (("plain", "one pass"), ("mc", f"mean of {told['passes']}")):
             figures = each[kind]
-            line = f"| {each['rate']:g} | {words} | {figures['top1']:.2f} | {figures['nll']:.3f} | {figures['ece']:.2f} |"
+            line = (
+                f"| {each['rate']:g} | {words} | {figures['top1']:.2f} | {figures['nll']:.3f} | {figures['ece']:.2f} |"
+            )
             assert line in page
 
 
