@@ -1,15 +1,15 @@
 """What a study takes from its neighbours, and what becomes of it where one of them fails."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.tuning.parts import study
 from training.config import load_config
-from tuning import links
+from tuning import links, verdict
 from tuning.links import Finalist, Links, published_rate
+from tuning.report import page
 from tuning.study import StudyFolder
 
 
@@ -17,7 +17,7 @@ def test_a_report_that_fails_is_not_the_study_s_failure(tmp_path: Path, monkeypa
     def fail(folder: Path) -> None:
         raise ZeroDivisionError("a division\nand more")
 
-    monkeypatch.setattr(links.importlib, "import_module", lambda name: SimpleNamespace(write_study_report=fail))
+    monkeypatch.setattr(page, "write_study_report", fail)
     links.write_report(tmp_path)
     assert capsys.readouterr().err == "warning: no report: a division; it is made when the study is started again\n"
 
@@ -29,10 +29,7 @@ def test_finalists_are_given_to_the_verdict(tmp_path: Path, monkeypatch) -> None
         given.update(folder=folder, contenders=contenders, metric=metric, split=split)
         return {"sentence": "so"}
 
-    stand_in = SimpleNamespace(
-        conclude=conclude, Contender=SimpleNamespace, label_of=lambda config, values: f"rate {values}"
-    )
-    monkeypatch.setattr(links.importlib, "import_module", lambda name: stand_in)
+    monkeypatch.setattr(verdict, "conclude", conclude)
     one = Finalist("zero", {"drop_path.rate": 0.0}, "abc", study(tmp_path).base, {1000: 90.0, 1002: 91.0})
     folder = StudyFolder(tmp_path)
     assert links.conclude(folder, [one], "top1", "test") == {"sentence": "so"}
@@ -41,9 +38,10 @@ def test_finalists_are_given_to_the_verdict(tmp_path: Path, monkeypatch) -> None
         "role": "zero",
         "parameters": {"drop_path.rate": 0.0},
         "digest": "abc",
-        "label": "rate {'drop_path.rate': 0.0}",
+        "label": "rate 0",
         "seeds": [1000, 1002],
         "scores": [90.0, 91.0],
+        "also": (),
     }
 
 
