@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from training.evaluating.subject import Choice, find_subject, image_spec
 from training.evaluating.validation import Request, validate
 from training.run import run
 from training.threads import number_of_threads
+from tuning.statistics import bootstrap_interval, sign_flip_p
 
 PROFILES = ("none", "linear", "constant", "reversed", "sensitivity")
 PROBE_EPOCHS = 5
@@ -226,15 +226,9 @@ def compare(rows: Sequence[dict[str, Any]], setting: str, profile: str, other: s
 
 
 def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """Mean of paired differences, its bootstrap interval (95 %, percentiles) and p of the exact sign-flip test."""
-    from scipy import stats  # slow to load
-
-    sample = (np.array(differences),)
-    result: dict[str, Any] = {"difference": round(float(sample[0].mean()), 4)}
+    """Mean of paired differences, its 95 % interval and p, see `tuning.statistics`."""
+    result: dict[str, Any] = {"difference": round(statistics.fmean(differences), 4)}
     if len(differences) > 1:
-        # all 2^n flips where there are no more than that
-        test = stats.permutation_test(sample, np.mean, permutation_type="samples", n_resamples=2**16)
-        interval = stats.bootstrap(sample, np.mean, method="percentile", rng=np.random.default_rng(0))
-        low, high = interval.confidence_interval
-        result |= {"interval": [round(float(low), 4), round(float(high), 4)], "p": round(float(test.pvalue), 4)}
+        low, high = bootstrap_interval(differences)
+        result |= {"interval": [round(low, 4), round(high, 4)], "p": round(sign_flip_p(differences), 4)}
     return result

