@@ -7,6 +7,8 @@ import pytest
 
 from benchmark import main
 from benchmarks import finetune
+from benchmarks.finetune import ARMS, FINE_TUNING, FIRST_CLASSES, LINEAR_PROBE
+from benchmarks.measure import ROOT
 from training.config import TrainConfig
 
 
@@ -51,3 +53,19 @@ def test_a_whole_benchmark_of_one_seed(tmp_path: Path) -> None:
     told = json.loads(output.read_text())
     assert all(0 <= setting["mean"] <= 100 for setting in told["settings"].values())
     assert "on one seed" in told["comparisons"][0]["sentence"]
+
+
+def test_docs_and_heads_say_what_was_measured() -> None:
+    """One measurement: the figures in docs/training.md and in the recipes' heads are those of the results."""
+    told = json.loads((ROOT / "benchmarks" / "results" / "finetune.json").read_text())
+    page = " ".join((ROOT / "docs" / "training.md").read_text().split())
+    for comparison in told["comparisons"]:
+        assert comparison["sentence"][1:] in page and comparison["seeds"] >= 6
+    heads = {path.stem: path.read_text().partition("\nseed:")[0] for path in (FINE_TUNING, LINEAR_PROBE)}
+    for arm in ARMS:
+        measured = told["settings"][arm]
+        assert f"| {arm} | {measured['mean']:.1f} | {measured['sd']:.1f} |" in page
+        assert f"{measured['mean']:.1f} %" in heads["mnist5k_new_classes"]
+    assert f"{told['settings']['linear probe']['mean']:.1f} %" in heads["mnist5k_linear_probe"]
+    for head in heads.values():
+        assert told["machine"].removesuffix(", CPU") in head and FIRST_CLASSES[1] in head
