@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmark import main
 from benchmarks import finetune_imagenet
-from benchmarks.finetune_imagenet import packaged_weights, plausibility, renamed, save_renamed
+from benchmarks.finetune_imagenet import CONFIG, packaged_weights, plausibility, renamed, save_renamed
+from benchmarks.measure import ROOT
 from files.errors import ConfigError
 from training.config import TrainConfig
 
@@ -124,3 +125,11 @@ def test_random_weights_know_nothing_of_it(tmp_path: Path) -> None:
     told = plausibility(file)
     assert told["photographs"]["china.jpg"][0] != "palace"
     assert abs(told["linear_probe"]["trained"] - told["linear_probe"]["random"]) < 15
+
+
+def test_docs_say_what_was_measured() -> None:
+    told = json.loads((ROOT / "benchmarks" / "results" / "finetune-imagenet.json").read_text())
+    page = " ".join((ROOT / "docs" / "training.md").read_text().split())
+    assert told["comparison"]["sentence"] in page and told["comparison"]["seeds"] >= 6
+    for measured in told["final"]["rates"].values():
+        assert f"{measured['mean']:.1f} %" in page and f"{measured['mean']:.1f} %" in CONFIG.read_text()
