@@ -17,17 +17,20 @@ FIRST_CLASSES = ["data.classes=[0, 1, 2, 3, 4]", "optim.epochs=30"]  # as the he
 
 ARMS: dict[str, tuple[Path, list[str]]] = {
     "fine-tuned": (FINE_TUNING, []),
-    "fine-tuned at rate 0": (FINE_TUNING, ["drop_path.rate=0.0"]),
+    "fine-tuned at rate 0.1": (FINE_TUNING, ["drop_path.rate=0.1"]),
     "linear probe": (LINEAR_PROBE, []),
     # what belongs to trained weights is off: nothing is worth keeping, and all layers learn at one rate
-    "from scratch": (FINE_TUNING, ["model.checkpoint=null", "freeze.epochs=0", "optim.layer_decay=null"]),
+    "from scratch at rate 0.1": (
+        FINE_TUNING,
+        ["model.checkpoint=null", "freeze.epochs=0", "optim.layer_decay=null", "drop_path.rate=0.1"],
+    ),
 }
 """Each setting's config, and what is changed of it. All see the same labels for as many steps at a seed."""
 
 COMPARED = (
-    ("fine-tuned", "from scratch"),
     ("fine-tuned", "linear probe"),
-    ("fine-tuned", "fine-tuned at rate 0"),
+    ("fine-tuned", "fine-tuned at rate 0.1"),
+    ("fine-tuned at rate 0.1", "from scratch at rate 0.1"),
 )
 
 CHEAP = ["log.report=false", "runtime.threads=1", "checkpoint.keep=1"]

@@ -96,7 +96,7 @@ def test_the_rate_is_chosen_on_one_part_and_compared_on_another(
     told: dict[str, Any] = json.loads(output.read_text())
     assert told["search"]["best"] == best and told["comparison"]["difference"] == gain
     winner, loser = ("rate 0.2", "rate 0") if gain > 0 else ("rate 0", "rate 0.2")
-    assert told["comparison"]["sentence"].startswith(f"{winner} beats {loser} by {abs(gain):.1f} points")
+    assert told["comparison"]["sentence"].startswith(f"{winner} beats {loser} by {abs(gain):.1f} point")
 
 
 @pytest.mark.slow
