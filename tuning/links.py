@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from files.errors import ConfigError
-from models.factory import model_facts
 from training.config import TrainConfig
 from tuning import advice, verdict
 from tuning.space import Values
@@ -59,7 +57,7 @@ class Finalist:
     scores: dict[int, float]
 
 
-def advise(config: TrainConfig) -> Advice | None:
+def advise(config: TrainConfig) -> Advice:
     """The advisor's word on a training config."""
     return advice.advise(config)
 
@@ -110,12 +108,3 @@ class Links:
     conclude: Callable[[StudyFolder, Sequence[Finalist], str, str], dict[str, Any]] = conclude
     write_best: Callable[[StudyFolder, TrainConfig, str], None] = write_best
     write_report: Callable[[Path], None] = write_report
-
-
-def published_rate(config: TrainConfig) -> float | None:
-    """The rate in the model's YAML, with which its authors trained it; None where there is none."""
-    section = config.model
-    try:
-        return model_facts(section.name, num_classes=section.num_classes, **section.overrides).drop_path_rate
-    except (ConfigError, TypeError):
-        return None

@@ -17,7 +17,7 @@ from training.config import TrainConfig, dump_config
 from training.distributed import init_world
 from training.setup import Setup, build
 from tuning.config import FREE_TO_CHANGE, StudyConfig, TuneConfig, dump_study, first_difference
-from tuning.links import Finalist, Links, published_rate
+from tuning.links import Finalist, Links
 from tuning.plan import Plan, finalist, in_words
 from tuning.race import Decision
 from tuning.search import Search, Start, sampler_name
@@ -82,12 +82,10 @@ def find_starts(study: StudyConfig, space: Space, links: Links) -> tuple[list[St
         known["zero"]["drop_path.profile"] = "linear"
     try:
         advice = links.advise(study.base)
-        published = published_rate(study.base) if advice is None else advice.published
-        profile = None if advice is None else advice.published_profile
         if advice is not None:
             known["advice"] = _strength(advice.rate, advice.profile)
-        if published is not None:
-            known["published"] = _strength(published, profile or "linear")
+        if advice is not None and advice.published is not None:  # for the config's purpose: training, or fine-tuning
+            known["published"] = _strength(advice.published, advice.published_profile or "linear")
     except ConfigError as error:
         left_out.append(Decision("no advice", str(error)))
     starts = []

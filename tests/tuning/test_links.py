@@ -3,12 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.tuning.parts import study
-from training.config import load_config
 from tuning import links, verdict
-from tuning.links import Finalist, Links, published_rate
+from tuning.links import Finalist, Links
 from tuning.report import page
 from tuning.study import StudyFolder
 
@@ -43,11 +40,6 @@ def test_finalists_are_given_to_the_verdict(tmp_path: Path, monkeypatch) -> None
         "scores": [90.0, 91.0],
         "also": (),
     }
-
-
-@pytest.mark.parametrize(("name", "rate"), [("poolformer_m48", 0.4), ("convformer_n4", None), ("timm/resnet18", None)])
-def test_the_published_rate(name: str, rate: float | None) -> None:
-    assert published_rate(load_config(None, [f"model={{name: {name}}}"])) == rate
 
 
 def test_each_neighbour_is_one_function() -> None:

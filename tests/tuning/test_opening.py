@@ -9,6 +9,7 @@ import pytest
 from files.errors import ConfigError
 from tests.tuning.parts import STUDY, links, opened, study
 from tuning.config import load_study
+from tuning.links import Links
 from tuning.opening import check_base, check_folder, default_folder, describe_study, find_starts, open_study
 from tuning.space import Space, digest_of
 
@@ -120,12 +121,14 @@ def test_what_the_space_does_not_hold_is_left_out_and_said(tmp_path: Path) -> No
     assert [f.role for f in finalists] == ["zero", "published"], "compared with all the same"
 
 
-def test_without_an_advisor_the_model_s_own_rate_is_published(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("words", "rate"), [((), 0.15), (("model.checkpoint=weights",), 0.3)])
+def test_the_published_rate_is_that_for_the_purpose(tmp_path: Path, words: tuple[str, ...], rate: float) -> None:
+    """Of CAFormer-S18: for training it, and for fine-tuning it from weights."""
     text = STUDY.replace("name: convformer_n4, in_chans: 1, image_size: 8, depths: [1, 1], dims: [16, 32]",
-                         "name: poolformer_s12, in_chans: 1, image_size: 32")  # fmt: skip
-    read = study(tmp_path, text=text)
-    starts, _, _ = find_starts(read, Space(read), links())
-    assert [(start.origin, start.values) for start in starts][1] == ("published", {"drop_path.rate": 0.1})
+                         "name: caformer_s18, in_chans: 1, image_size: 32")  # fmt: skip
+    read = study(tmp_path, *words, text=text)
+    starts, _, _ = find_starts(read, Space(read), Links())
+    assert [s.values["drop_path.rate"] for s in starts if s.origin == "published"] == [rate]
 
 
 def test_advice_that_cannot_be_had_is_no_mistake(tmp_path: Path) -> None:
