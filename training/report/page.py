@@ -129,7 +129,8 @@ def save_page(path: Path, text: str) -> Path:
         ConfigError: It cannot be written.
     """
     try:
-        save_text(path, text)
+        # a name that is no UTF-8, as file systems may hold, is shown by its bytes
+        save_text(path, text.encode(errors="backslashreplace").decode())
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     return path

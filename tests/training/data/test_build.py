@@ -57,6 +57,8 @@ def test_a_shipped_config_trains_three_steps_on_a_folder(path: Path, tmp_path: P
                  "data.workers=0", "optim.epochs=1", "optim.warmup_epochs=0", "runtime.device=cpu"]  # fmt: skip
     if load_config(path).distill.teacher is not None:  # another run, which is not there
         overrides.append(f"distill.teacher={a_teacher(load_config(path), tmp_path)}")
+    if load_config(path).data.train_samples is not None:
+        overrides.append("data.train_samples=null")
     if load_config(path).model.overrides.get("image_size"):
         overrides.remove("data.image_size=32")
     config = load_config(path, overrides)
