@@ -58,6 +58,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, trained: Trained) -> Non
     assert told(tmp_path) == decided
 
 
+@pytest.mark.slow
 def test_a_study_that_is_stopped_often_tries_the_same(tmp_path: Path, trained: Trained) -> None:
     overrides = ["search.sampler=tpe", "search.trials=8"]
     (tmp_path / "a").mkdir()
@@ -79,6 +80,7 @@ def test_a_study_that_is_stopped_often_tries_the_same(tmp_path: Path, trained: T
     assert list(dict.fromkeys(trained.runs)) == whole
 
 
+@pytest.mark.slow
 def test_more_trials_may_be_added(tmp_path: Path, trained: Trained) -> None:
     work(opened(tmp_path))
     work(opened(tmp_path, "search.trials=8"))
@@ -99,6 +101,7 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on(tmp_path: Path, train
     assert forget_failures(one.folder.units) == 0, "it would fail again"
 
 
+@pytest.mark.slow
 def test_a_run_with_a_mistake_of_ours_fails_alone(tmp_path: Path, trained: Trained) -> None:
     trained.fails = lambda config: "shapes differ" if config.drop_path.rate == 0 else None
     trained.error = RuntimeError
@@ -142,6 +145,7 @@ def test_the_final_is_run_on_fresh_seeds(tmp_path: Path, trained: Trained, capsy
     assert "final zero" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_winner_at_rate_0_is_run_once(tmp_path: Path, trained: Trained) -> None:
     trained.score = lambda config: -(config.drop_path.rate or 0.0)
     one = opened(tmp_path, "verdict={seeds: 2, split: val}")
@@ -161,6 +165,7 @@ def test_a_unit_that_another_process_holds_is_not_taken(tmp_path: Path, trained:
     assert one.plan.update().now == [unit], "free as soon as its holder is gone, and the first to be taken"
 
 
+@pytest.mark.slow
 def test_nothing_is_held_in_the_end(tmp_path: Path, trained: Trained) -> None:
     one = opened(tmp_path)
     work(one)
