@@ -18,6 +18,7 @@ import torch
 import models
 import predict
 import train
+import tune
 import validate
 from export import parse_args
 from files import strict_yaml
@@ -29,6 +30,8 @@ from training.config import DEFAULT_CONFIG, TrainConfig, load_config
 from training.evaluating.blocks import parse_wanted
 from training.evaluating.corruptions import CORRUPTIONS
 from training.evaluating.part import find_data
+from tuning import advice_command
+from tuning.config import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "models.md").read_text()
@@ -58,7 +61,10 @@ def blocks(language: str, page: str = PAGE) -> list[str]:
 # docs/models.md has tests of its own below, docs/contributing.md in test_contributing.py
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("stochastic-depth", "any-model", "data", "training", "evaluation", "reliability")),
+    *(
+        f"docs/{name}.md"
+        for name in ("stochastic-depth", "any-model", "data", "training", "tuning", "evaluation", "reliability")
+    ),
 )
 TEXTS = {name: (ROOT / name).read_text() for name in PAGES}
 
@@ -78,7 +84,10 @@ def test_python_of_other_pages(page: str, number: int, capsys: pytest.CaptureFix
 
 
 def test_yaml_of_other_pages() -> None:
-    (text,) = [block for page in TEXTS.values() for block in blocks("yaml", page)]
+    study, text = (b for name in ("docs/tuning.md", "docs/stochastic-depth.md") for b in blocks("yaml", TEXTS[name]))
+    assert sum(len(blocks("yaml", page)) for page in TEXTS.values()) == 2
+    shipped = parse_yaml((ROOT / "configs" / "tune" / "mnist5k_few.yaml").read_text()).data
+    assert parse_yaml(study).data == shipped, "what the page shows is the file it names"
     whole = {"model": {"name": "any"}, "data": {"dataset": "digits"}, **parse_yaml(text).data}
     assert strict_yaml.validate(TrainConfig, whole).drop_path.schedule.kind == "early"
 
@@ -110,6 +119,14 @@ def test_commands_of_other_pages() -> None:
             ):
                 args = train.parse_args(arguments)
                 load_config(args.config and ROOT / args.config, args.overrides)
+            case ["python", "tune.py", "advise", *arguments]:
+                args = advice_command.parse_args(arguments)
+                load_config(args.config and ROOT / args.config, args.overrides)
+            case ["python", "tune.py", *arguments]:
+                args = tune.parse_args(arguments)
+                load_study(args.config and ROOT / args.config, args.overrides)
+            case ["python", "-m", "tuning.report", _]:
+                pass
             case ["python", "validate.py", *arguments] | ["torchrun", "--nproc-per-node", _, "validate.py", *arguments]:
                 args = validate.parse_args(arguments)
                 assert args.drop_blocks is None or parse_wanted(args.drop_blocks)

@@ -11,6 +11,8 @@ import torch
 from configs import CONFIGS
 from models.factory import create_model
 from training.config import load_config
+from tuning.config import load_study
+from tuning.space import Space
 
 ROOT = Path(__file__).resolve().parents[1]
 # Who may import what: ours, and of others'. A row holds for a folder and all below it that has no row of its own, or for
@@ -148,6 +150,14 @@ def test_every_training_yaml_is_valid_and_says_what_it_is_for(path: Path) -> Non
     with torch.device("meta"):
         create_model(model.name, num_classes=model.num_classes, **model.overrides)
     assert path.read_text().startswith("#"), "opens with paper or purpose, command, machine, minutes and result"
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "tune").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_study_is_valid_and_says_what_it_is_for(path: Path) -> None:
+    study = load_study(path)
+    assert Space(study).distributions and study.base.model.name
+    head = path.read_text().partition("\ntrain:")[0]
+    assert head.startswith("#") and "python tune.py" in head, "opens with what it asks, command, machine, minutes, result"
 
 
 def test_every_source_file_is_tested() -> None:

@@ -28,8 +28,8 @@ from tuning.published import Row, load_published
 
 NO_STEPS, FULL_STEPS = 1_000, 20_000
 MEASURED = (
-    "with 500 labels of mnist5k and 30 epochs (450 steps) a ConvFormer of 9 blocks reached 89.2, 88.0, 83.4 and 75.3 % "
-    "at rates 0, 0.1, 0.3 and 0.5"
+    "with 500 labels of mnist5k and 30 epochs (450 steps) a ConvFormer of 9 blocks reached 92.6, 92.5, 91.8 and 89.8 % "
+    "at linear rates 0, 0.1, 0.3 and 0.5 (4 seeds)"
 )
 SMALL = 20.0
 """Million parameters up to which Liu et al. 2023 found that a constant rate hurts and an early one helps (Mixer-S)."""
@@ -125,7 +125,7 @@ def advice_for(config: TrainConfig, facts: Facts) -> Advice:
     spread = [at_mean(mean, facts.depths, profile) for mean in (min(means), max(means))]
     low, high = min(full / 2, full - 0.1, spread[0]), max(full * 1.5, full + 0.1, spread[1])
     if share < 1:
-        low, high = 0.0, max(0.1, full)
+        low = 0.0
         reasons.append(
             f"{facts.steps:,} optimizer steps are few: below {FULL_STEPS:,} the rate shrinks, to 0 at {NO_STEPS:,}; here "
             f"from {full:.2f} to {rate:.2f}. This is our inference, not a publication: {MEASURED}"

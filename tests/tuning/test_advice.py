@@ -74,7 +74,7 @@ def test_few_steps_shrink_the_rate_and_say_that_this_is_our_inference() -> None:
     row = row_of("convformer", "s36", purpose="train")
     found = [advice_for(config(), facts_of(row, steps=steps)) for steps in (450, NO_STEPS, 5_000, FULL_STEPS, 10**6)]
     assert [a.rate for a in found] == [0.0, 0.0, 0.16, 0.3, 0.3]
-    assert [a.low for a in found[:3]] == [0, 0, 0] and [a.high for a in found[:3]] == [0.3, 0.3, 0.3]
+    assert [a.low for a in found[:3]] == [0, 0, 0] and len({a.high for a in found}) == 1, "the search looks as far"
     told = [any("our inference, not a publication" in reason for reason in a.reasons) for a in found]
     assert told == [True, True, True, False, False]
 
@@ -106,7 +106,7 @@ def test_a_rate_far_from_the_range_is_warned_of() -> None:
     row = row_of("poolformer", "s12", purpose="train")
     small = facts_of(row, model="poolformer_n4", depths=[2, 2], params=0.2, steps=450, rate=0.5)
     (warning,) = warnings(small, "drop_path.rate=0.5")
-    assert "drop_path.rate 0.5 (linear) is far above the range from 0 to 0.1 for 4 blocks" in warning
+    assert "drop_path.rate 0.5 (linear) is far above the range from 0 to 0.13 for 4 blocks" in warning
     large = facts_of(row_of("convnext", "large", purpose="train"), rate=0.05)
     (warning,) = warnings(large, "drop_path.rate=0.05")
     assert "far below the range from 0.25 to 0.75" in warning
