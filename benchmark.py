@@ -12,7 +12,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import any_model, busy, depth, digits, drop_path, finetune, finetune_imagenet, fold, profiles, saving
+from benchmarks import (
+    any_model,
+    busy,
+    depth,
+    digits,
+    drop_path,
+    finetune,
+    finetune_imagenet,
+    fold,
+    profiles,
+    saving,
+    tuning,
+)
 from benchmarks import input as input_speed
 from benchmarks.measure import facts
 from files.errors import run_command
@@ -36,6 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         finetune_imagenet,
         depth,
         profiles,
+        tuning,
     ):
         benchmark.add_parsers(commands, common)
     args = parser.parse_args(argv)

@@ -110,7 +110,7 @@ _STAGE_GAP = 0.8  # in blocks
 
 
 def write_pictures(folder: Path) -> list[Path]:
-    """Writes zoo.svg, depth.svg and those of drop path (rates, batch, schedules), the same bytes each time.
+    """Writes zoo.svg, depth.svg, tuning.svg and those of drop path (rates, batch, schedules), the same bytes each time.
 
     Returns:
         Their paths.
@@ -129,6 +129,7 @@ def write_pictures(folder: Path) -> list[Path]:
         "drop_path_rates.svg": draw_rates,
         "drop_path_batch.svg": draw_batch,
         "drop_path_schedules.svg": draw_schedules,
+        "tuning.svg": lambda: draw_tuning(json.loads(TUNING.read_text(encoding="utf-8"))),
         "depth.svg": lambda: draw_depth(json.loads(DEPTH.read_text(encoding="utf-8"))),
     }
     texts = {name: _picture(name, draw) for name, draw in pictures.items()}
@@ -383,6 +384,42 @@ def draw_depth(result: Mapping[str, Any]) -> Figure:
         "A ConvFormer of 9 blocks after training: blocks removed, and MC drop-path",
         x=0.01, ha="left", fontsize=13, fontweight="bold",
     )  # fmt: skip
+    return figure
+
+
+TUNING = DEPTH.with_name("tuning.json")
+_STUDIES = {"mnist5k_few": "augmented, 30 epochs", "mnist5k_few_plain": "not augmented, 60 epochs"}
+
+
+def draw_tuning(result: Mapping[str, Any]) -> Figure:
+    """Top-1 over the drop-path rate, on the whole grid and where the tuner looked: what `tuning.json` holds."""
+    figure = Figure(figsize=(10, 4.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.06))
+    every = figure.subplots(1, len(result["studies"]), squeeze=False)[0]
+    for axes, (name, found) in zip(every, result["studies"].items(), strict=True):
+        for colour, profile in ((BLUE, "linear"), (ORANGE, "constant")):
+            # at rate 0 the profiles are one configuration
+            rows = [row for row in found["grid"]["trials"] if row["profile"] == profile or row["rate"] == 0]
+            for row in rows:
+                axes.plot(
+                    [row["rate"]] * len(row["scores"]), row["scores"], ".", color=colour, markersize=4, alpha=0.45
+                )
+            axes.plot([r["rate"] for r in rows], [r["mean"] for r in rows], color=colour, label=f"grid, {profile}")
+            tried = [row for row in found["tuner"]["trials"] if row["profile"] == profile and row["scores"]]
+            axes.scatter(
+                [row["rate"] for row in tried], [row["mean"] for row in tried],
+                s=[14 * len(row["scores"]) for row in tried], facecolors="none", edgecolors=colour, linewidths=1.3,
+                label=f"tuner, {profile}",
+            )  # fmt: skip
+        axes.set_xlabel("drop-path rate (the largest over blocks)", fontsize=9, color=GREY)
+        axes.set_title(f"{_STUDIES.get(name, name)}: validation top-1 in %", loc="left", fontsize=10, color=INK)
+        axes.tick_params(length=0, labelsize=9, labelcolor=GREY)
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+    every[0].legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower left")
+    figure.suptitle(
+        "500 labels: the whole grid, and where the tuner looked", x=0.01, ha="left", fontsize=13, fontweight="bold"
+    )
     return figure
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import main, parse_args
-from benchmarks import any_model, busy, digits, drop_path, finetune, finetune_imagenet, fold, profiles, saving
+from benchmarks import any_model, busy, digits, drop_path, finetune, finetune_imagenet, fold, profiles, saving, tuning
 from benchmarks.measure import ROOT, facts
 from files.errors import Failure
 
@@ -32,6 +32,7 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path
         (["profiles", "optim.epochs=1"], profiles.profiles_benchmark),
         (["finetune", "optim.epochs=1"], finetune.finetune_benchmark),
         (["finetune-imagenet", "optim.epochs=1"], finetune_imagenet.finetune_imagenet_benchmark),
+        (["tuning", "optim.epochs=1"], tuning.tuning_benchmark),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

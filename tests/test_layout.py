@@ -157,7 +157,9 @@ def test_every_study_is_valid_and_says_what_it_is_for(path: Path) -> None:
     study = load_study(path)
     assert Space(study).distributions and study.base.model.name
     head = path.read_text().partition("\ntrain:")[0]
-    assert head.startswith("#") and "python tune.py" in head, "opens with what it asks, command, machine, minutes, result"
+    assert head.startswith("#") and "python tune.py" in head, (
+        "opens with what it asks, command, machine, minutes, result"
+    )
 
 
 def test_every_source_file_is_tested() -> None:

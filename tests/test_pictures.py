@@ -23,7 +23,14 @@ def test_pictures_are_the_same_bytes_each_time(tmp_path: Path, capsys: pytest.Ca
     assert pictures.main([str(first)]) == 0
     torch.rand(3)  # the draws must not depend on the state around them
     assert pictures.main([str(second)]) == 0
-    names = ["drop_path_rates.svg", "drop_path_batch.svg", "drop_path_schedules.svg", "depth.svg", "zoo.svg"]
+    names = [
+        "drop_path_rates.svg",
+        "drop_path_batch.svg",
+        "drop_path_schedules.svg",
+        "tuning.svg",
+        "depth.svg",
+        "zoo.svg",
+    ]
     assert capsys.readouterr().out.split() == [str(folder / name) for folder in (first, second) for name in names]
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes()
@@ -82,6 +89,17 @@ def test_picture_of_depth_holds_what_was_measured() -> None:
     for key, axes in (("nll", nll), ("ece", ece)):
         heights = [bar.get_height() for bars in axes.containers for bar in bars]
         assert heights == [each[kind][key] for each in result["summary"] for kind in ("plain", "mc")]
+
+
+def test_picture_of_tuning_holds_what_was_measured() -> None:
+    result = json.loads(pictures.TUNING.read_text())
+    for axes, found in zip(pictures.draw_tuning(result).axes, result["studies"].values(), strict=True):
+        curves = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.lines}
+        for profile in ("linear", "constant"):
+            rows = [row for row in found["grid"]["trials"] if row["profile"] == profile or row["rate"] == 0]
+            assert curves[f"grid, {profile}"] == [row["mean"] for row in rows] and len(rows) > 2
+        rings = sum(len(np.asarray(collection.get_offsets())) for collection in axes.collections)
+        assert rings == sum(bool(row["scores"]) for row in found["tuner"]["trials"])
 
 
 def test_families() -> None:

@@ -43,7 +43,7 @@ class Finalist:
     """A configuration in the final.
 
     Attributes:
-        role: "winner", "zero" or "published".
+        role: "winner", "zero" or "published"; "runner-up" where the winner is all of these.
         values: Of the keys that were varied.
         digest: Of its config.
         config: The training config.

@@ -14,7 +14,7 @@ from files.errors import Failure
 from training.config import TrainConfig
 from tuning.config import StudyConfig
 from tuning.links import Finalist
-from tuning.race import Decision, Standing, race
+from tuning.race import Decision, Scores, Standing, race
 from tuning.search import Proposal, Search
 from tuning.space import Values, candidate, digest_of
 from tuning.study import StudyFolder, Trial, TrialState
@@ -179,10 +179,23 @@ class Plan:
                 after.now.append(self.unit(entry.config, entry.proposal.digest, seed))
         after.left += len(wanted)
 
-    def finalists_of(self, winner: Proposal) -> list[Finalist]:
-        """The winner, and those it is compared with."""
-        of_winner = Finalist("winner", winner.values, winner.digest, self.config_of(winner), {})
-        return [of_winner, *self.finalists]
+    def finalists_of(self, winner: Proposal, scores: Scores) -> list[Finalist]:
+        """The winner, and those it is compared with: where it is all of them itself, the next best of the race.
+
+        Args:
+            winner: Of the race.
+            scores: Of all trials that did not fail, by seed.
+        """
+        found = [Finalist("winner", winner.values, winner.digest, self.config_of(winner), {}), *self.finalists]
+        if all(one.digest == winner.digest for one in found):
+            sign = self.study.tune.objective.sign
+            others = [p for p in self.search.proposals() if scores.get(p.number) and p.digest != winner.digest]
+            ranked = [(len(s), sign * sum(s) / len(s), -p.number, p) for p in others
+                      if (s := list(scores[p.number].values()))]  # fmt: skip
+            if ranked:
+                *_, second = max(ranked)
+                found.append(Finalist("runner-up", second.values, second.digest, self.config_of(second), {}))
+        return found
 
     def _want_final(self, after: Next, live: Sequence[_Entry]) -> None:
         """Adds the units of the final: to do now where the winner is known, else for who has nothing else to do."""
@@ -190,7 +203,8 @@ class Plan:
         if not seeds:
             return
         won = next((e.proposal for e in live if e.proposal.number == after.winner), None)
-        finalists = list(self.finalists) if won is None else self.finalists_of(won)
+        scores = {e.proposal.number: e.scores for e in live}
+        finalists = list(self.finalists) if won is None else self.finalists_of(won, scores)
         units = {(f.digest, seed): self.unit(f.config, f.digest, seed) for seed in seeds for f in finalists}
         for unit in units.values():
             state = unit.state

@@ -27,7 +27,7 @@ from training.run_folder import RunFolder
 from tuning.statistics import Comparison, claim, compare, holm
 from tuning.study import StudyFolder
 
-Role = Literal["winner", "zero", "published"]
+Role = Literal["winner", "zero", "published", "runner-up"]
 
 TEST_SCORES = "test.json"
 """In a unit's folder: what its best weights scored, and the hash of those weights."""

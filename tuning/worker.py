@@ -164,7 +164,7 @@ def _line(opened: Opened, unit: Unit, after: Next, *, seconds: float) -> str:
     fresh = opened.plan.verdict_seeds[:1]
     if fresh and unit.seed >= fresh[0]:
         roles = [f.role for f in opened.plan.finalists if f.digest == digest]
-        who = f"final {'winner' if trial and trial.state == 'winner' else '/'.join(roles)}"
+        who = f"final {'winner' if trial and trial.state == 'winner' else '/'.join(roles) or 'runner-up'}"
     else:
         who = f"trial {trial.number}" if trial else digest
     words = in_words(trial.parameters) if trial else f"rate {unit.config.drop_path.rate or 0:.3g}"
@@ -200,7 +200,8 @@ def finish(opened: Opened) -> str:
         config = opened.plan.config_of(winner)
         sentence = "No final was run: the winner of the search is the best of what was tried, by luck or not."
         if tune.verdict is not None:
-            finalists = _scored(opened, opened.plan.finalists_of(winner))
+            scores = {trial.number: trial.scores for trial in after.trials if trial.state != "failed"}
+            finalists = _scored(opened, opened.plan.finalists_of(winner, scores))
             if not any(f.role == "winner" for f in finalists):
                 raise Failure(
                     f"the winner, trial {winner.number}, failed on all fresh seeds; "

@@ -146,11 +146,18 @@ def test_the_final_is_run_on_fresh_seeds(tmp_path: Path, trained: Trained, capsy
 
 
 @pytest.mark.slow
-def test_a_winner_at_rate_0_is_run_once(tmp_path: Path, trained: Trained) -> None:
+def test_a_winner_at_rate_0_is_run_once_and_compared_with_the_next_best(tmp_path: Path, trained: Trained) -> None:
     trained.score = lambda config: -(config.drop_path.rate or 0.0)
     one = opened(tmp_path, "verdict={seeds: 2, split: val}")
     work(one)
-    assert [run for run in trained.runs if run[1] >= 1000] == [(0.0, 1000), (0.0, 1001)]
+    above = [trial for trial in one.folder.read_trials() if trial.parameters["drop_path.rate"] > 0]
+    most = max(len(trial.scores) for trial in above)
+    second = round(min(t.parameters["drop_path.rate"] for t in above if len(t.scores) == most), 4)
+    fresh = [run for run in trained.runs if run[1] >= 1000]
+    assert sorted(fresh) == [(0.0, 1000), (0.0, 1001), (second, 1000), (second, 1001)]
+    finish(one)
+    roles = [each["role"] for each in json.loads(one.folder.verdict.read_text())["configs"]]
+    assert roles == ["winner", "zero", "runner-up"]
 
 
 def test_a_unit_that_another_process_holds_is_not_taken(tmp_path: Path, trained: Trained) -> None:

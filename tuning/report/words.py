@@ -22,7 +22,8 @@ STATES = {
 }
 ORIGINS = {"zero": "rate 0", "published": "published", "advice": "advisor", "given": "given by you"}
 SAMPLERS = {"gp": "Gaussian process", "tpe": "TPE", "random": "random", "grid": "grid"}
-ROLES = {"winner": "winner of the search", "zero": "no drop path", "published": "published default"}
+ROLES = {"winner": "winner of the search", "zero": "no drop path", "published": "published default",
+         "runner-up": "next best of the search"}  # fmt: skip
 
 
 def axis_name(key: str) -> str:
