@@ -83,3 +83,11 @@ def test_docs_say_what_was_measured() -> None:
         assert f"{share} of the grid's steps" in page and found["share_of_steps"] <= 0.4, name
         for row in found["grid"]["trials"]:
             assert f"{row['mean']:.1f}" in page, (name, row)
+
+
+def test_the_fine_tuning_that_is_told_was_measured() -> None:
+    told = json.loads((ROOT / "benchmarks" / "results" / "tuning-new-classes.json").read_text())
+    sentence = told["verdict"]["sentence"].replace("\u00a0", " ")
+    for page in ("README.md", "docs/tuning.md"):
+        assert sentence in " ".join((ROOT / page).read_text().split()), page
+    assert told["command"] in (ROOT / "README.md").read_text() and len(told["trials"]) == 9

@@ -1,5 +1,7 @@
 """Advice holds to what is published, and moves as the rule says."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 from files.errors import ConfigError
 from tests.tuning.recipes import KNOWN, config, facts_of, rate, recipe, row_of
 from training.config import load_config
-from tuning.advice import FULL_STEPS, MEASURED, NO_STEPS, Advice, advice_for, advise, at_mean
+from tuning.advice import BY_HEART, FULL_STEPS, MEASURED, NO_STEPS, Advice, advice_for, advise, at_mean
 from tuning.estimates import LONGER
 from tuning.facts import Facts
 from tuning.published import Row
@@ -164,7 +166,14 @@ def test_an_unknown_model_is_refused() -> None:
 
 def test_the_docs_say_the_same() -> None:
     page = " ".join((ROOT / "docs" / "stochastic-depth.md").read_text().split())
-    assert " ".join(MEASURED.split()) in page
+    assert MEASURED in page and BY_HEART in page
+    told = json.loads((ROOT / "benchmarks" / "results" / "tuning.json").read_text())["studies"]
+    for text, study, profile in ((MEASURED, "mnist5k_few", "linear"), (BY_HEART, "mnist5k_few_plain", "constant")):
+        rates = [float(rate) for rate in re.findall(r"0(?:\.\d)?\b", text.partition(f"{profile} rates ")[2])]
+        means = {
+            t["rate"]: t["mean"] for t in told[study]["grid"]["trials"] if t["profile"] == profile or t["rate"] == 0
+        }
+        assert len(rates) == 4 and all(f"{means[rate]:.1f}" in text for rate in rates), study
     assert f"below {FULL_STEPS:,} optimizer steps, to 0 at {NO_STEPS:,}" in page
     assert f"twice the published epochs take {LONGER} more" in page and f"half of them {LONGER} less" in page
     assert "| ViT-T | 73.9 | 72.6 | 74.4 |" in page
