@@ -59,7 +59,9 @@ def test_sigterm(phase: str, zygote: Zygote, whole: Path, tmp_path: Path) -> Non
     else:
         assert "SIGTERM: saved" in done.out and steps(folder), done.out
         expected = {"first files": 1, "first step": 1, "mid-epoch": 8, "last step": 15, "validation": 5, "save": 5}
-        assert summary(folder)["steps"] == expected[phase]
+        stopped = summary(folder)["steps"]
+        # a save goes on beside the training, which on a busy machine may be a step ahead when the signal comes
+        assert stopped == expected[phase] or (phase == "save" and stopped == 6)
     if phase == "validation":
         assert not (folder / "metrics.csv").exists(), "what was not measured is not noted"
     zygote.run(*TINY, "--output", folder, "--resume", "auto", cwd=tmp_path).fine()
