@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from files.errors import nearest
 from training.distributed import World
 
 
@@ -293,3 +294,15 @@ def evaluation_metrics() -> tuple[list[Metric], Predictions]:
         if metric.column == "loss":
             metric.column, metric.label = "nll", "NLL"
     return metrics, predictions
+
+
+def known_column(column: str) -> str:
+    """The column, where it is that of a metric in metrics.csv.
+
+    Raises:
+        ValueError: It is not.
+    """
+    known = [metric.column for metric in METRICS]
+    if column not in known:
+        raise ValueError(f"expected {' or '.join(map(repr, known))}, got {column!r}{nearest(column, known)}")
+    return column

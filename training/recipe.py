@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from files.errors import FieldError, nearest
-from training.metrics import METRICS
+from files.errors import FieldError
+from training.metrics import known_column
 from training.section import Fraction, Section
 
 
@@ -25,10 +25,7 @@ class EarlyStoppingSection(Section):
     @field_validator("metric")
     @classmethod
     def _check_metric(cls, metric: str) -> str:
-        known = [m.column for m in METRICS]
-        if metric not in known:
-            raise ValueError(f"expected {' or '.join(map(repr, known))}, got {metric!r}{nearest(metric, known)}")
-        return metric
+        return known_column(metric)
 
     @model_validator(mode="after")
     def _check(self) -> "EarlyStoppingSection":

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from configs import CONFIGS
-from files.errors import ConfigError, FieldError, nearest
+from files.errors import ConfigError, FieldError
 from files.strict_yaml import (
     Document,
     annotation_at,
@@ -32,7 +32,7 @@ from files.strict_yaml import (
     validate,
 )
 from training.config import TrainConfig, annotation_of_key
-from training.metrics import METRICS
+from training.metrics import known_column
 from training.recipe import EarlyStoppingSection
 from training.section import Section
 
@@ -137,10 +137,7 @@ class ObjectiveSection(Section):
     @field_validator("metric")
     @classmethod
     def _check_metric(cls, metric: str) -> str:
-        known = [m.column for m in METRICS]
-        if metric not in known:
-            raise ValueError(f"expected {' or '.join(map(repr, known))}, got {metric!r}{nearest(metric, known)}")
-        return metric
+        return known_column(metric)
 
     @property
     def sign(self) -> int:

@@ -29,6 +29,7 @@ from tuning.plan import Next, in_words
 from tuning.race import Decision
 from tuning.study import Trial
 from tuning.units import Unit, make_unit_folder, read_failure, train_unit
+from tuning.verdict import check_metric
 
 POLL_SECONDS = 1.0
 """Between two looks at what the others do."""
@@ -145,16 +146,10 @@ def _score(opened: Opened, unit: Unit) -> float | None:
     verdict, metric = opened.study.tune.verdict, opened.study.tune.objective.metric
     assert verdict is not None
     try:
-        return opened.links.score_unit(unit.folder, verdict.split, name_of_metric(metric))
+        return opened.links.score_unit(unit.folder, verdict.split, check_metric(metric))
     except (ConfigError, Failure) as error:
         print(f"warning: {unit.folder} cannot be scored: {error}", file=sys.stderr)
         return None
-
-
-def name_of_metric(column: str) -> str:
-    """What an evaluation outside of a run calls a column of metrics.csv."""
-    name = column.removeprefix("val_")
-    return "nll" if name == "loss" else name
 
 
 def _line(opened: Opened, unit: Unit, after: Next, *, seconds: float) -> str:
@@ -207,7 +202,7 @@ def finish(opened: Opened) -> str:
                     f"the winner, trial {winner.number}, failed on all fresh seeds; "
                     f"see {opened.folder.unit(winner.digest, 0).parent}"
                 )
-            metric = name_of_metric(tune.objective.metric)
+            metric = check_metric(tune.objective.metric)
             verdict = opened.links.conclude(opened.folder, finalists, metric, tune.verdict.split)
             sentence = str(verdict["sentence"])
             role = str(verdict.get("recommended", "winner"))
