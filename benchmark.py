@@ -23,6 +23,7 @@ from benchmarks import (
     fold,
     profiles,
     saving,
+    step,
     tuning,
 )
 from benchmarks import input as input_speed
@@ -49,6 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         depth,
         profiles,
         tuning,
+        step,
     ):
         benchmark.add_parsers(commands, common)
     args = parser.parse_args(argv)

@@ -6,6 +6,8 @@ import os
 import statistics
 import subprocess
 import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,28 +27,39 @@ ROOT = Path(__file__).resolve().parents[1]
 def step_time(model: nn.Module, images: Tensor) -> float:
     """Seconds of one forward and backward pass."""
     model.zero_grad(set_to_none=True)
-    _wait(images)
+    return seconds_of(lambda: model(images).float().square().mean().backward(), images.device)
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a call takes, until the device is done with it."""
+    wait(device)
     start = time.perf_counter()
-    model(images).float().square().mean().backward()
-    _wait(images)
+    run()
+    wait(device)
     return time.perf_counter() - start
 
 
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
+def wait(device: torch.device) -> None:
+    """Returns when the device has done all that it was given."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_memory(model: nn.Module, images: Tensor) -> float:
     """MiB that one forward and backward pass allocates at its highest point, beside weights and images."""
     model.zero_grad(set_to_none=True)
-    if images.is_cuda:
+    return peak_allocated(lambda: step_time(model, images), images.device)
+
+
+def peak_allocated(run: Callable[[], Any], device: torch.device) -> float:
+    """MiB that a call allocates at its highest point, above the level before it."""
+    if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step_time(model, images)
+        run()
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step_time(model, images)
+        run()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # type: ignore[attr-defined]
@@ -64,24 +77,50 @@ def realised_rate(model: nn.Module, batch: int, draws: int = 400) -> float:
     return round(1.0 - kept / (batch * draws * len(modules)), 4)
 
 
+def take_turns(runs: Mapping[str, Callable[[], float]], rounds: int, *, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds that each call returns, in rounds, each of which begins one further in the order.
+
+    Args:
+        runs: By name.
+        rounds: That count.
+        warmup: Rounds before them.
+    """
+    names = list(runs)
+    for name in names * warmup:
+        runs[name]()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(runs[name]())
+    return times
+
+
+def paired_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, list[float]]:
+    """Median and quartiles of the ratio of paired rounds: what slows the machine down for a while slows both."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    if len(ratios) == 1:
+        ratios *= 2
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return round(middle, 4), [round(low, 4), round(high, 4)]
+
+
 def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
     """Median seconds per step of each, its ratio to mask with quartiles, peak memory and realised rate."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for model in models.values():
-        step_time(model, images)
-    for _ in range(rounds):
-        for name, model in models.items():
-            times[name].append(step_time(model, images))
-            model.zero_grad(set_to_none=True)
+
+    def step(model: nn.Module) -> float:
+        seconds = step_time(model, images)
+        model.zero_grad(set_to_none=True)
+        return seconds
+
+    times = take_turns({name: partial(step, model) for name, model in models.items()}, rounds)
     results = {}
     for name, model in models.items():
-        # ratio of paired rounds: what slows the machine down for a while slows both
-        ratios = [a / b for a, b in zip(times["mask"], times[name], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        speedup, quartiles = paired_ratio(times["mask"], times[name])
         results[name] = {
             "seconds": round(statistics.median(times[name]), 5),
-            "speedup_over_mask": round(middle, 4),
-            "quartiles": [round(low, 4), round(high, 4)],
+            "speedup_over_mask": speedup,
+            "quartiles": quartiles,
             "peak_mb": peak_memory(model, images),
             "realised_rate": realised_rate(model, len(images)),
         }
