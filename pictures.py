@@ -112,6 +112,8 @@ _STAGE_GAP = 0.8  # in blocks
 def write_pictures(folder: Path) -> list[Path]:
     """Writes zoo.svg, depth.svg, tuning.svg and those of drop path (rates, batch, schedules), the same bytes each time.
 
+    Also step.svg, where a training step was measured.
+
     Returns:
         Their paths.
 
@@ -132,6 +134,8 @@ def write_pictures(folder: Path) -> list[Path]:
         "tuning.svg": lambda: draw_tuning(json.loads(TUNING.read_text(encoding="utf-8"))),
         "depth.svg": lambda: draw_depth(json.loads(DEPTH.read_text(encoding="utf-8"))),
     }
+    if STEP.exists():
+        pictures["step.svg"] = lambda: draw_speed(json.loads(STEP.read_text(encoding="utf-8")))
     texts = {name: _picture(name, draw) for name, draw in pictures.items()}
     texts["zoo.svg"] = draw_zoo([model_config(name) for name in list_models()])
     for name, text in texts.items():
@@ -420,6 +424,57 @@ def draw_tuning(result: Mapping[str, Any]) -> Figure:
     figure.suptitle(
         "500 labels: the whole grid, and where the tuner looked", x=0.01, ha="left", fontsize=13, fontweight="bold"
     )
+    return figure
+
+
+STEP = DEPTH.with_name("step.json")
+_SIDES = {"timm channels_last": (ORANGE, "timm, channels_last"), "masked": (PALE, "ours, masked"),
+          "skipping": (BLUE, "ours, skipping")}  # fmt: skip
+
+
+def draw_speed(result: Mapping[str, Any]) -> Figure:
+    """Time of a training step over the machine's limit by side, a panel per precision: what `step.json` holds."""
+    rows: list[dict[str, Any]] = result["rows"]
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    labels = list(dict.fromkeys((row["model"], row["rate"], row["profile"]) for row in rows))
+    places, place = {}, 0.0
+    for number, label in enumerate(labels):
+        place += (0.55 if number and label[0] != labels[number - 1][0] else 0.0) + 1.0
+        places[label] = place
+    figure = Figure(
+        figsize=(10, 2.0 + 0.36 * place), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.03)
+    )
+    panels = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
+    for axes, precision in zip(panels, precisions, strict=True):
+        for row in rows:
+            if row["precision"] != precision:
+                continue
+            for number, (side, (colour, _)) in enumerate(_SIDES.items()):
+                if (found := row["over_limit"].get(side)) is not None:
+                    y = places[row["model"], row["rate"], row["profile"]] + 0.27 * (number - 1)
+                    axes.barh(y, found["median"], height=0.25, color=colour)
+                    axes.plot(found["quartiles"], [y, y], color=INK, linewidth=0.8, solid_capstyle="butt")
+        for limit, style in ((1.0, "-"), (1.15, "--")):
+            axes.axvline(limit, color=INK, linewidth=1.0, linestyle=style)
+        axes.set_title(precision, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("time of a step over the limit", fontsize=9, color=GREY)
+        axes.set_xlim(0)
+        axes.tick_params(length=0, labelsize=9, labelcolor=GREY)
+        axes.grid(axis="x", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+    names = {label: label[0].removeprefix("timm/").partition("_patch")[0] for label in labels}
+    words = [f"{names[m, r, p]}  {r:g}{f' {p}' if r else ''}" for m, r, p in labels]
+    panels[0].set_yticks([places[label] for label in labels], words)
+    panels[0].set_ylim(place + 0.7, 0.3)
+    keys = [Patch(color=colour, label=label) for colour, label in _SIDES.values()]
+    keys += [Line2D([], [], color=INK, linewidth=1.0, label="the limit: products and convolutions alone"),
+             Line2D([], [], color=INK, linewidth=1.0, linestyle="--", label="1.15 times")]  # fmt: skip
+    figure.legend(handles=keys, loc="outside lower left", ncols=5, frameon=False, fontsize=9, labelcolor=INK)
+    figure.suptitle(
+        f"A training step at drop rates, batch {rows[0]['batch']}: {result['machine']}",
+        x=0.01, ha="left", fontsize=12, fontweight="bold",
+    )  # fmt: skip
     return figure
 
 

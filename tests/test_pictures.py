@@ -4,11 +4,13 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.figure import Figure
 
 import pictures
 from layers.rates import drop_path_rates
@@ -29,6 +31,7 @@ def test_pictures_are_the_same_bytes_each_time(tmp_path: Path, capsys: pytest.Ca
         "drop_path_schedules.svg",
         "tuning.svg",
         "depth.svg",
+        *(["step.svg"] if pictures.STEP.exists() else []),
         "zoo.svg",
     ]
     assert capsys.readouterr().out.split() == [str(folder / name) for folder in (first, second) for name in names]
@@ -100,6 +103,36 @@ def test_picture_of_tuning_holds_what_was_measured() -> None:
             assert curves[f"grid, {profile}"] == [row["mean"] for row in rows] and len(rows) > 2
         rings = sum(len(np.asarray(collection.get_offsets())) for collection in axes.collections)
         assert rings == sum(bool(row["scores"]) for row in found["tuner"]["trials"])
+
+
+def test_picture_of_a_step_holds_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(model: str, precision: str, rate: float, *sides: str) -> dict[str, Any]:
+        over = {side: {"median": 1.5 + rate + i, "quartiles": [1.4, 1.6]} for i, side in enumerate(sides)}
+        return {"model": model, "precision": precision, "rate": rate, "profile": "linear", "batch": 8,
+                "over_limit": {**over, "timm": {"median": 9.0, "quartiles": [8.0, 10.0]}}}  # fmt: skip
+
+    sides = ("timm channels_last", "masked", "skipping")
+    rows = [
+        row("poolformer_s12", precision, rate, *sides) for precision in ("float32", "bfloat16") for rate in (0, 0.4)
+    ]
+    rows.append(row("timm/convnext_tiny", "float32", 0.4, "timm channels_last", "skipping"))
+    result = {"rows": rows, "machine": "a machine"}
+    for axes, precision in zip(pictures.draw_speed(result).axes, ("float32", "bfloat16"), strict=True):
+        assert axes.get_title(loc="left") == precision
+        drawn = sorted(bar.get_width() for bars in axes.containers for bar in bars)
+        own = [each["over_limit"] for each in rows if each["precision"] == precision]
+        assert drawn == sorted(found[side]["median"] for found in own for side in sides if side in found)
+        lines = [np.asarray(line.get_xdata()).tolist() for line in axes.lines]
+        assert lines[-2:] == [[1.0, 1.0], [1.15, 1.15]], "the limit, and the goal"
+    words = [label.get_text() for label in pictures.draw_speed(result).axes[0].get_yticklabels()]
+    assert words == ["poolformer_s12  0", "poolformer_s12  0.4 linear", "convnext_tiny  0.4 linear"]
+    for name in ("draw_rates", "draw_batch", "draw_schedules", "draw_tuning", "draw_depth"):
+        monkeypatch.setattr(pictures, name, lambda *_: Figure())
+    monkeypatch.setattr(pictures, "draw_zoo", lambda _: "")
+    monkeypatch.setattr(pictures, "STEP", tmp_path / "step.json")
+    assert tmp_path / "step.svg" not in pictures.write_pictures(tmp_path), "not measured"
+    pictures.STEP.write_text(json.dumps(result))
+    assert tmp_path / "step.svg" in pictures.write_pictures(tmp_path)
 
 
 def test_families() -> None:

@@ -42,10 +42,34 @@ def test_sides_take_turns_and_ratios_are_of_pairs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(measure, "step_time", step_time)
     monkeypatch.setattr(measure, "peak_memory", lambda model, images: 1.0)
     found = measure.interleaved(models, torch.zeros(4, 8), 3)
-    assert order == ["mask", "skip"] * 4, "one round of each to warm up, then three in turns"
-    ratios = [2 * 3 / 4, 2 * 5 / 6, 2 * 7 / 8]
+    turns = ["mask", "skip"] * 2 + ["skip", "mask"] + ["mask", "skip"]
+    assert order == turns, "one round to warm up, then three, each beginning with another"
+    ratios = [2 * 3 / 4, 2 * 6 / 5, 2 * 7 / 8]
     assert found["skip"]["speedup_over_mask"] == pytest.approx(sorted(ratios)[1], abs=1e-4)
     assert found["mask"]["speedup_over_mask"] == 1.0
+
+
+def test_turns_begin_one_further_each_round() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: float(order.append(name) or len(order)) for name in "abc"}
+    assert measure.take_turns(runs, 3, warmup=2) == {
+        "a": [7.0, 12.0, 14.0],
+        "b": [8.0, 10.0, 15.0],
+        "c": [9.0, 11.0, 13.0],
+    }
+    assert "".join(order) == "abcabc" + "abc" + "bca" + "cab"
+
+
+def test_ratios_are_of_pairs() -> None:
+    assert measure.paired_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == (2.0, [1.5, 2.5])
+    assert measure.paired_ratio([3.0], [2.0]) == (1.5, [1.5, 1.5])
+
+
+def test_peak_allocated_is_above_the_level_before() -> None:
+    kept = [torch.zeros(2**20)]  # 4 MiB
+    assert (
+        measure.peak_allocated(lambda: kept.append(torch.zeros(2**19) + torch.zeros(2**19)), torch.device("cpu")) == 6.0
+    )
 
 
 def test_peak_memory_counts_what_a_step_keeps() -> None:
