@@ -15,16 +15,18 @@ Nothing is measured before both sides were seen to compute the same, logits and 
 
 import argparse
 import gc
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.limit import Limit, Placed, Pool, Ways, find_operations
-from benchmarks.measure import Commands, add_threads, paired_ratio, peak_allocated, seconds_of, take_turns
+from benchmarks.measure import Commands, add_threads, facts, paired_ratio, peak_allocated, seconds_of, take_turns
 from benchmarks.sides import (
     CLASSES,
     LOGITS_TOLERANCE,
@@ -228,6 +230,9 @@ def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", action="store_true", help="the peak memory of a step as well")
     parser.add_argument("--infer", action="store_true", help="images per second in evaluation as well")
     parser.add_argument("--quick", action="store_true", help="six rows, in less than 5 minutes on 2 cores")
+    parser.add_argument(
+        "--append", action="store_true", help="keep what else the output holds, of the same commit, machine and batch"
+    )
     add_threads(parser)
     parser.set_defaults(run=step_benchmark)
 
@@ -247,6 +252,36 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
     return list(QUICK)
 
 
+def earlier_result(path: Path, cases: Sequence[Case], batch: int) -> dict[str, Any]:
+    """What a JSON of this benchmark holds beside the cases that are measured now; nothing where it is empty.
+
+    Raises:
+        ConfigError: It was measured at another commit, on another machine, with other versions or another batch.
+    """
+    text = path.read_text(encoding="utf-8")
+    if not text:
+        return {"earlier_commands": [], "rows": [], "inference": [], "ways": []}
+    old = json.loads(text)
+    now = {**facts(), "batch": batch}
+    for key, before in ((key, row["batch"] if key == "batch" else old.get(key)) for key in now for row in old["rows"]):
+        if before != now[key]:
+            raise ConfigError(f"--append: {path} was measured with {key} {before!r}, now it is {now[key]!r}")
+    again = {(case.model, case.precision) for case in cases}
+    return {
+        "earlier_commands": [*old["earlier_commands"], old["command"]],
+        "rows": [row for row in old["rows"] if case_of(row) not in cases],
+        **{
+            key: [each for each in old[key] if (each["model"], each["precision"]) not in again]
+            for key in ("inference", "ways")
+        },
+    }
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    """What a row is of."""
+    return Case(row["model"], row["precision"], Setting(row["rate"], row["profile"]))
+
+
 def step_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Training steps of all sides and the limit, row by row; see the module."""
     cases = chosen_cases(args)
@@ -255,7 +290,9 @@ def step_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         check_name(name)
     batch, rounds = args.batch or (8 if args.quick else 16), args.rounds or (3 if args.quick else 7)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result: dict[str, Any] = {"rows": [], "inference": [], "ways": []}
+    result: dict[str, Any] = {"earlier_commands": [], "rows": [], "inference": [], "ways": []}
+    if args.append:
+        result = earlier_result(args.output, cases, batch)
     print(HEADER)
     for name in names:
         pair = make_pair(name)
@@ -288,8 +325,8 @@ HEADER = (
 
 def line_of(row: dict[str, Any]) -> str:
     """A row of the table; ratios with quartiles."""
-    setting = Setting(row["rate"], row["profile"])
-    text = f"{row['model'].removeprefix('timm/')[:23]:<24}{row['precision']:<10}{setting!s:<13}"
+    case = case_of(row)
+    text = f"{case.model.removeprefix('timm/')[:23]:<24}{case.precision:<10}{case.setting!s:<13}"
     for name in _TIMED:
         text += f"{row['times'][name]['ms']:<10.1f}" if name in row["times"] else f"{'-':<10}"
     for name in _GAINED:

@@ -10,8 +10,20 @@ import torch
 
 from benchmark import main, parse_args
 from benchmarks import step
+from benchmarks.measure import facts
 from benchmarks.sides import Setting, make_pair
-from benchmarks.step import MODELS, QUICK, Case, chosen_cases, line_of, line_of_inference, measure_inference, spread
+from benchmarks.step import (
+    MODELS,
+    QUICK,
+    Case,
+    chosen_cases,
+    earlier_result,
+    line_of,
+    line_of_inference,
+    measure_inference,
+    spread,
+)
+from files.errors import ConfigError
 
 
 def choose(tmp_path: Path, *options: str) -> list[Case]:
@@ -82,6 +94,26 @@ def test_rows_hold_every_side_in_turns(
     assert all(min(trial["ms"].values()) >= 0 for each in told["ways"] for trial in each["trials"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[2].split()[:3] == ["test_vit", "float32", "0"] and "2.000 [2.000 2.000]" in printed[2]
+
+
+def test_rows_are_appended_where_they_are_of_the_same_machine(tmp_path: Path) -> None:
+    row = {"model": "a", "precision": "float32", "rate": 0.4, "profile": "linear", "batch": 2}
+    other = {**row, "profile": "constant"}
+    of = {"model": "a", "precision": "float32"}, {"model": "b", "precision": "float32"}
+    old: dict[str, Any] = {"command": "first", **facts(), "earlier_commands": [], "rows": [row, other],
+                           "inference": list(of), "ways": list(of)}  # fmt: skip
+    path = tmp_path / "a.json"
+    path.write_text("")
+    cases = [Case("a", "float32", Setting(0.4))]
+    assert earlier_result(path, cases, 2)["rows"] == []
+    path.write_text(json.dumps(old))
+    kept = {"earlier_commands": ["first"], "rows": [other], "inference": [of[1]], "ways": [of[1]]}
+    assert earlier_result(path, cases, 2) == kept
+    with pytest.raises(ConfigError, match="was measured with batch 2, now it is 4"):
+        earlier_result(path, cases, 4)
+    path.write_text(json.dumps({**old, "commit": "other"}))
+    with pytest.raises(ConfigError, match="was measured with commit 'other', now"):
+        earlier_result(path, cases, 2)
 
 
 def test_lines_stand_in_their_columns() -> None:
