@@ -290,6 +290,7 @@ def step_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         check_name(name)
     batch, rounds = args.batch or (8 if args.quick else 16), args.rounds or (3 if args.quick else 7)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in the trainer, and in convolutions: one precision for all sides
     result: dict[str, Any] = {"earlier_commands": [], "rows": [], "inference": [], "ways": []}
     if args.append:
         result = earlier_result(args.output, cases, batch)
