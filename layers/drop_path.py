@@ -11,13 +11,13 @@ is what timm made common. Differences from timm's `DropPath`:
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from layers.branches import batch_norms, held_modules, left_alone, masked_compiled, samples_to_compute
+from layers.draw import Draw, per_sample
 from layers.mlp import Mlp
 from layers.rates import check_drop_prob
 from layers.token_mixers import TOKEN_MIXERS
@@ -65,61 +65,7 @@ def _drop_samples(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:
     scale = (torch.rand(x.shape[0], device=x.device) < keep_prob).to(x.dtype)
     if scale_by_keep and keep_prob > 0.0:
         scale = scale / keep_prob
-    return x * _per_sample(scale, x)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One draw on its way past a branch: made in front of it, take the samples to compute, add or scatter the result.
-
-    Attributes:
-        batch: Samples drawn for.
-        scale: Factor of the computed samples: one number, or one for each, (B',); `None`: nothing is dropped or scaled.
-        kept: Indices (B',) of the samples to compute; `None`: all.
-        idle: Batch norms inside the branch that would be given no sample, and keep their statistics.
-    """
-
-    batch: int
-    scale: Tensor | None = None
-    kept: Tensor | None = None
-    idle: tuple[nn.Module, ...] = ()
-
-    def take(self, x: Tensor, groups: int = 1) -> Tensor:
-        """The samples to compute, (B * groups, ...) -> (B' * groups, ...); x itself where that is all of them."""
-        if self.kept is None:
-            return x
-        if groups == 1:
-            return x.index_select(0, self.kept)
-        taken = x.reshape(self.batch, groups, *x.shape[1:]).index_select(0, self.kept)  # (B', groups, ...)
-        return taken.reshape(self.kept.shape[0] * groups, *x.shape[1:])
-
-    def scaled(self, out: Tensor) -> Tensor:
-        """The branch's output for the computed samples, (B', ...), each by its factor."""
-        return out if self.scale is None else out * _per_sample(self.scale, out)
-
-    def add(self, shortcut: Tensor, out: Tensor) -> Tensor:
-        """shortcut + the branch's output for the computed samples, (B, ...) + (B', ...), in the shortcut's dtype."""
-        out = out.to(shortcut.dtype)
-        if self.kept is not None:
-            return shortcut.index_add(0, self.kept, self.scaled(out))
-        if self.scale is not None and self.scale.ndim:  # in one pass over memory
-            return torch.addcmul(shortcut, out, _per_sample(self.scale, shortcut))
-        return shortcut + self.scaled(out)
-
-    def put(self, out: Tensor, groups: int = 1) -> Tensor:
-        """The computed samples in their places, (B' * groups, ...) -> (B * groups, ...), with zeros for the others."""
-        if self.kept is None:
-            return out
-        grouped = out.reshape(self.kept.shape[0], groups, *out.shape[1:])
-        full = out.new_zeros(self.batch, groups, *out.shape[1:]).index_add(0, self.kept, grouped)
-        return full.reshape(self.batch * groups, *out.shape[1:])
-
-    def as_mask(self) -> "Draw":
-        """The same draw for a branch that is computed in full."""
-        if self.kept is None or self.scale is None:
-            return self
-        scale = self.scale * self.kept.new_ones(self.kept.shape, dtype=self.scale.dtype)  # (B',)
-        return replace(self, kept=None, scale=scale.new_zeros(self.batch).index_copy(0, self.kept, scale))
+    return x * per_sample(scale, x)
 
 
 class DropPath(nn.Module):
@@ -492,9 +438,3 @@ DropPath.__jit_unused_properties__ = [  # type: ignore[attr-defined]
 def call_drop_path(module: DropPath, x: Tensor) -> Tensor:
     """Calls the module; one node of a traced graph, so that the rate, the mode and `training` stay the module's own."""
     return module(x)
-
-
-def _per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ...) with x's number of dimensions and dtype; one number stays one."""
-    values = values.to(x.dtype)
-    return values.view(-1, *(1,) * (x.ndim - 1)) if values.ndim and x.ndim > 1 else values

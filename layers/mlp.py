@@ -1,11 +1,12 @@
 """Channel MLP of a block, MLP head of a classifier, and the activations they use, for (B, ..., C)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.fast import act_linear, is_linear, linear, linear_act, scaled, takes
 from layers.norm import LayerNorm
 
 
@@ -59,6 +60,7 @@ class Mlp(nn.Module):
 
     kind = "mlp"  # of layers.drop_path.BREAK_EVEN
     break_even = 0.05
+    first, last = "fc1", "fc2"  # as in layers.token_mixers.TokenMixer
 
     def __init__(self, dim: int, ratio: float = 4.0, act: str = "gelu", bias: bool = True) -> None:
         super().__init__()
@@ -68,7 +70,59 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self.is_fast(x):
+            return self.forward_scaled(x, None)
         return self.fc2(self.act(self.fc1(x)))
+
+    @torch.jit.unused
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether `forward_scaled` may take x, (B, ..., C)."""
+        return is_fast_mlp(x, self.fc1, self.act, self.fc2)
+
+    @torch.jit.unused
+    def forward_scaled(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """This MLP times a scale per channel, with `is_fast(x)`: the scale goes into the last layer's weights.
+
+        Args:
+            x: (B, ..., C).
+            scale: (C,), or `None` for 1.
+        """
+        return fast_mlp(x, self.fc1, self.act, self.fc2, scale)
+
+
+def is_fast_mlp(x: Tensor, fc1: nn.Module, act: nn.Module, fc2: nn.Module) -> bool:
+    """Whether `fast_mlp` may take an input, (..., C), past these modules."""
+    return takes(x, fc1, act, fc2) and is_linear(fc1, fc2) and _name_of(act) is not None
+
+
+def fast_mlp(x: Tensor, fc1: Any, act: nn.Module, fc2: Any, scale: Tensor | None = None) -> Tensor:
+    """fc2(act(fc1(x))) * scale, (..., C) -> (..., D), with `is_fast_mlp`.
+
+    StarReLU's two numbers and the scale are put into the second layer's weights, which is less work.
+
+    Args:
+        x: (..., C).
+        fc1: First linear layer.
+        act: Activation.
+        fc2: Second linear layer.
+        scale: (D,), or `None` for 1.
+    """
+    name, weight, bias = _name_of(act), fc2.weight, fc2.bias
+    assert name is not None
+    if isinstance(act, StarReLU):
+        shift = act.bias * weight.sum(1)
+        weight, bias = weight * act.scale, shift if bias is None else bias + shift
+    weight, bias = scaled(weight, bias, scale)
+    if not torch.is_grad_enabled():
+        return linear(linear_act(x, fc1.weight, fc1.bias, name), weight, bias)
+    return act_linear(linear(x, fc1.weight, fc1.bias), weight, bias, name)
+
+
+def _name_of(act: nn.Module) -> str | None:
+    """What `layers.fast` calls an activation, StarReLU without its scale and bias; `None`: it does not know it."""
+    if type(act) is nn.GELU:
+        return "gelu" if act.approximate == "none" else None
+    return {nn.ReLU: "relu", nn.SiLU: "silu", SquaredReLU: "squared_relu", StarReLU: "squared_relu"}.get(type(act))
 
 
 class MlpHead(nn.Module):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -28,10 +29,14 @@ class GroupNorm1(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self.norm(x, self.weight, self.bias)
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The norm with another weight and bias, (B, ..., C) to the same."""
         # A view in (B, C, ...), which on a CPU runs and stays in channels-last memory. Not a layer norm over x.shape[1:]:
         # that one is slower there, and torch's older ONNX exporter wants to know its shape (and no dimension -1).
-        x = torch.group_norm(x.movedim(x.ndim - 1, 1), 1, self.weight.to(x.dtype), bias, self.eps)
+        bias = None if bias is None else bias.to(x.dtype)
+        x = torch.group_norm(x.movedim(x.ndim - 1, 1), 1, weight.to(x.dtype), bias, self.eps)
         return x.movedim(1, x.ndim - 1)
 
     def extra_repr(self) -> str:
@@ -45,6 +50,10 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, dim: int, eps: float = 1e-6, bias: bool = True) -> None:
         super().__init__(dim, eps=eps, bias=bias)
 
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The norm with another weight and bias, (B, ..., C) to the same."""
+        return F.layer_norm(x, [x.shape[-1]], weight, bias, self.eps)
+
 
 class Affine(nn.Module):
     """A learned scale and shift per channel over (B, ..., C), without statistics."""
@@ -55,7 +64,11 @@ class Affine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias.to(x.dtype), x, self.weight.to(x.dtype))
+        return self.norm(x, self.weight, self.bias)
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The norm with another weight and bias, (B, ..., C) to the same."""
+        return torch.addcmul(bias.to(x.dtype), x, weight.to(x.dtype))
 
     def extra_repr(self) -> str:
         """As torch's norms print."""

@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from layers.fast import takes
+from layers.mlp import Mlp
+from layers.norm import Affine, GroupNorm1, LayerNorm
+from layers.token_mixers import Attention, SepConv, TokenMixer
+
 
 class Scale(nn.Module):
     """Multiplies (B, ..., C) by a learned vector (C,).
@@ -23,3 +28,28 @@ class Scale(nn.Module):
 def build_scale(dim: int, init_value: float | None) -> nn.Module:
     """A `Scale`, or the identity where init_value is `None`."""
     return nn.Identity() if init_value is None else Scale(dim, init_value)
+
+
+def scaled_branch(norm: nn.Module, body: nn.Module, scale: nn.Module, x: Tensor) -> Tensor:
+    """scale(body(norm(x))), (B, ..., C) to the same; where fast paths may, the scale is put into weights.
+
+    Into those of the body's last layer, or, where the body treats all channels alike, of the norm.
+
+    Args:
+        norm: A norm of `layers.norm`.
+        body: Token mixer or MLP.
+        scale: A `Scale` or the identity.
+        x: (B, ..., C).
+    """
+    if type(scale) is Scale and takes(x, norm, body, scale):
+        if type(body) in (Mlp, SepConv, Attention):
+            y = norm(x)
+            last = body.get_submodule(body.last)  # type: ignore[arg-type]
+            # weights are scaled at less cost than activations where there are more of these
+            if body.is_fast(y) and y.numel() // y.shape[-1] >= last.in_features:  # type: ignore[operator]
+                return body.forward_scaled(y, scale.scale)  # type: ignore[operator]
+            return scale(body(y))
+        if isinstance(body, TokenMixer) and body.per_channel and type(norm) in (GroupNorm1, LayerNorm, Affine):
+            bias = None if norm.bias is None else norm.bias * scale.scale  # type: ignore[operator]
+            return body(norm.norm(x, norm.weight * scale.scale, bias))  # type: ignore[operator]
+    return scale(body(norm(x)))

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.fast import call, is_linear, linear, mean_minus_self, scaled, star_relu_conv, takes
 from layers.kernels import depthwise_conv
-from layers.mlp import Mlp, StarReLU, build_act
+from layers.mlp import Mlp, StarReLU, build_act, fast_mlp, is_fast_mlp
 from layers.patch_embed import check_grid, check_positions
 
 # What looks at sizes stays one call in a graph of torch.fx.
@@ -29,6 +30,9 @@ class TokenMixer(nn.Module):
         break_even: Drop rate from which leaving samples out of that kind of branch beats masking them, as measured there.
         fixed_size: Whether its weights belong to positions, so that it takes images of one size only.
         takes_tokens: Whether it also takes rows of tokens, (B, N, C), and so class and register tokens.
+        per_channel: Whether it treats every channel alike, so that a scale per channel may stand before as well as behind it.
+        first: Name of the linear layer over channels that it begins with; "": none.
+        last: Name of the one that it ends with; its weights can take a scale per channel (`forward_scaled`).
         config_keys: Keys of a model's config that this mixer alone reads.
     """
 
@@ -36,6 +40,8 @@ class TokenMixer(nn.Module):
     break_even = 0.0
     fixed_size = False
     takes_tokens = False
+    per_channel = False
+    first, last = "", ""
     config_keys: tuple[str, ...] = ()
 
     @classmethod
@@ -59,6 +65,7 @@ class Pooling(TokenMixer):
 
     kind = "pooling"
     break_even = 0.3
+    per_channel = True
     config_keys = ("pool_size",)
 
     def __init__(self, pool_size: int = 3) -> None:
@@ -71,9 +78,21 @@ class Pooling(TokenMixer):
         return cls(config.pool_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self.is_fast(x):
+            return self.forward_fast(x)
         y = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels_last in memory
         y = F.avg_pool2d(y, self.pool_size, stride=1, padding=self.pool_size // 2, count_include_pad=False)
         return y.permute(0, 2, 3, 1) - x  # (B, H, W, C)
+
+    @torch.jit.unused
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether `forward_fast` may take x, (B, H, W, C)."""
+        return takes(x)
+
+    @torch.jit.unused
+    def forward_fast(self, x: Tensor) -> Tensor:
+        """The same, keeping nothing for backward, with `is_fast(x)`."""
+        return mean_minus_self(x, self.pool_size)
 
     def extra_repr(self) -> str:
         """The window size."""
@@ -86,6 +105,7 @@ class Identity(TokenMixer):
     kind = "identity"
     break_even = 0.6
     takes_tokens = True
+    per_channel = True
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -101,6 +121,7 @@ class RandomMixing(TokenMixer):
     kind = "random_mixing"
     break_even = 0.2
     fixed_size = True
+    per_channel = True
 
     def __init__(self, num_tokens: int) -> None:
         super().__init__()
@@ -139,7 +160,7 @@ class SpatialMlp(TokenMixer):
 
     def __init__(self, height: int, width: int, hidden: int | None = None, act: str = "gelu") -> None:
         super().__init__()
-        self.height, self.width = height, width
+        self.height, self.width, self.hidden = height, width, hidden
         tokens = height * width
         self.fc1 = nn.Linear(tokens, hidden or tokens)
         self.act = build_act(act) if hidden else nn.Identity()
@@ -154,8 +175,24 @@ class SpatialMlp(TokenMixer):
         x = check_grid(x, self.height, self.width, "the spatial MLP")
         batch, height, width, dim = x.shape
         x = x.reshape(batch, height * width, dim).transpose(1, 2)  # (B, C, N)
-        x = self.fc2(self.act(self.fc1(x)))
+        x = self.layers(x)
         return x.transpose(1, 2).reshape(batch, height, width, dim)
+
+    def layers(self, x: Tensor) -> Tensor:
+        """The linear layers, (B, C, N) to the same."""
+        if not torch.jit.is_scripting() and self.is_fast(x):
+            return self.forward_fast(x)
+        return self.fc2(self.act(self.fc1(x)))
+
+    @torch.jit.unused
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether `forward_fast` may take x, (B, C, N)."""
+        return is_fast_mlp(x, self.fc1, self.act, self.fc2) or (not self.hidden and takes(x, self.fc1))
+
+    @torch.jit.unused
+    def forward_fast(self, x: Tensor) -> Tensor:
+        """The layers on (B, C, N), with `is_fast(x)`."""
+        return fast_mlp(x, self.fc1, self.act, self.fc2) if self.hidden else call(self.fc1, x)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -198,6 +235,7 @@ class SepConv(TokenMixer):
 
     kind = "sep_conv"
     break_even = 0.05
+    first, last = "pwconv1", "pwconv2"
     config_keys = ("conv_kernel_size", "conv_expansion")
 
     def __init__(self, dim: int, expansion_ratio: float = 2.0, kernel_size: int = 7) -> None:
@@ -214,7 +252,31 @@ class SepConv(TokenMixer):
         return cls(dim, config.conv_expansion, config.conv_kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self.is_fast(x):
+            return self.forward_scaled(x, None)
         return self.pwconv2(self.dwconv(self.act1(self.pwconv1(x))))
+
+    @torch.jit.unused
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether `forward_scaled` may take x, (B, H, W, C)."""
+        return (
+            takes(x, self.pwconv1, self.act1, self.dwconv, self.pwconv2)
+            and is_linear(self.pwconv1, self.pwconv2)
+            and type(self.act1) is StarReLU
+            and type(self.dwconv) is DepthwiseConv
+        )
+
+    @torch.jit.unused
+    def forward_scaled(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """This mixer times a scale per channel, with `is_fast(x)`: the scale goes into the last layer's weights.
+
+        Args:
+            x: (B, H, W, C).
+            scale: (C,), or `None` for 1.
+        """
+        x = linear(x, self.pwconv1.weight, self.pwconv1.bias)
+        x = star_relu_conv(x, self.act1.scale, self.act1.bias, self.dwconv.weight)
+        return linear(x, *scaled(self.pwconv2.weight, self.pwconv2.bias, scale))
 
 
 class Attention(TokenMixer):
@@ -233,6 +295,7 @@ class Attention(TokenMixer):
     kind = "attention"
     break_even = 0.05
     takes_tokens = True
+    first, last = "qkv", "proj"
     config_keys = ("head_dim", "qkv_bias", "proj_bias")
 
     def __init__(self, dim: int, head_dim: int = 32, qkv_bias: bool = False, proj_bias: bool = False) -> None:
@@ -250,13 +313,33 @@ class Attention(TokenMixer):
         return cls(dim, config.head_dim, qkv_bias=config.qkv_bias, proj_bias=config.proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        qkv = self.qkv(x).flatten(1, -2)  # (B, N, 3 C), from a grid of positions as from a row of tokens
+        if not torch.jit.is_scripting() and self.is_fast(x):
+            return self.forward_scaled(x, None)
+        return self.proj(self.attend(self.qkv(x), x.shape))  # type: ignore[arg-type]
+
+    def attend(self, qkv: Tensor, shape: list[int]) -> Tensor:
+        """Values by queries and keys, (B, ..., 3 C) -> shape (B, ..., C), of a grid of positions or a row of tokens."""
+        qkv = qkv.flatten(1, -2)  # (B, N, 3 C)
         batch, tokens, _ = qkv.shape
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(shape))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape)
+
+    @torch.jit.unused
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether `forward_scaled` may take x, (B, ..., C)."""
+        return takes(x, self.qkv, self.proj) and is_linear(self.qkv, self.proj)
+
+    @torch.jit.unused
+    def forward_scaled(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """This mixer times a scale per channel, with `is_fast(x)`: the scale goes into the last layer's weights.
+
+        Args:
+            x: (B, ..., C).
+            scale: (C,), or `None` for 1.
+        """
+        x = self.attend(linear(x, self.qkv.weight, self.qkv.bias), x.shape)  # type: ignore[arg-type]
+        return linear(x, *scaled(self.proj.weight, self.proj.bias, scale))
 
 
 TokenMixerName = Literal["pooling", "identity", "random_mixing", "sep_conv", "attention", "spatial_mlp"]

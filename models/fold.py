@@ -12,19 +12,10 @@ from files.strict_yaml import validate
 from layers.mlp import Mlp, SquaredReLU, StarReLU
 from layers.norm import Affine, GroupNorm1, LayerNorm
 from layers.scale import Scale
-from layers.token_mixers import Attention, Identity, Pooling, RandomMixing, SepConv
 from models.config import MetaFormerConfig
 from models.factory import set_class_names, trained_class_names
 from models.metaformer import MetaFormer, MetaFormerBlock
 from models.weights import load_weights
-
-# The linear layers that a branch begins and ends with. Where one is missing, what would go into it stays as it is.
-_FIRST: dict[type[nn.Module], str] = {Mlp: "fc1", SepConv: "pwconv1", Attention: "qkv"}
-
-_LAST: dict[type[nn.Module], str] = {Mlp: "fc2", SepConv: "pwconv2", Attention: "proj"}
-
-# Mixers that treat every channel alike, so that a scale per channel can be applied before as well as after them.
-_PER_CHANNEL = (Pooling, Identity, RandomMixing)
 
 
 class Standardize(nn.Module):
@@ -82,12 +73,12 @@ def _fold_layer_scale(scale: nn.Module, branch: nn.Module, norm: nn.Module) -> n
     if not isinstance(scale, Scale):
         return scale
     factor = scale.scale.double()
-    if name := _LAST.get(type(branch)):
+    if name := getattr(branch, "last", ""):
         linear = branch.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         _set(linear, linear.weight.double() * factor[:, None], None if linear.bias is None else linear.bias * factor)
         return nn.Identity()
-    if isinstance(branch, _PER_CHANNEL) and isinstance(norm, (GroupNorm1, LayerNorm, Affine)):
+    if getattr(branch, "per_channel", False) and isinstance(norm, (GroupNorm1, LayerNorm, Affine)):
         _set(norm, norm.weight.double() * factor, None if norm.bias is None else norm.bias * factor)
         return nn.Identity()
     return scale
@@ -95,8 +86,8 @@ def _fold_layer_scale(scale: nn.Module, branch: nn.Module, norm: nn.Module) -> n
 
 def _fold_norm(norm: nn.Module, branch: nn.Module) -> nn.Module:
     """Folds a norm's weight and bias into the linear layer behind it; returns what is left of the norm."""
-    name = _FIRST.get(type(branch))
-    if name is None or not isinstance(norm, (GroupNorm1, LayerNorm, Affine)):
+    name = getattr(branch, "first", "")
+    if not name or not isinstance(norm, (GroupNorm1, LayerNorm, Affine)):
         return norm
     linear = branch.get_submodule(name)
     assert isinstance(linear, nn.Linear)

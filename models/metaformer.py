@@ -24,7 +24,7 @@ from layers.mlp import Mlp, MlpHead
 from layers.norm import build_norm
 from layers.patch_embed import PatchEmbed, TokenEmbed
 from layers.rates import drop_path_rates
-from layers.scale import build_scale
+from layers.scale import build_scale, scaled_branch
 from layers.token_mixers import TOKEN_MIXERS, TokenMixer
 from models.config import MetaFormerConfig, make_pretrained_cfg
 
@@ -70,11 +70,17 @@ class MetaFormerBlock(nn.Module):
 
     def branch1(self, x: Tensor) -> Tensor:
         """What is added to the first shortcut."""
-        return self.layer_scale1(self.token_mixer(self.norm1(x)))
+        if torch.jit.is_scripting():
+            return self.layer_scale1(self.token_mixer(self.norm1(x)))
+        else:
+            return scaled_branch(self.norm1, self.token_mixer, self.layer_scale1, x)
 
     def branch2(self, x: Tensor) -> Tensor:
         """What is added to the second shortcut."""
-        return self.layer_scale2(self.mlp(self.norm2(x)))
+        if torch.jit.is_scripting():
+            return self.layer_scale2(self.mlp(self.norm2(x)))
+        else:
+            return scaled_branch(self.norm2, self.mlp, self.layer_scale2, x)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop_path1.residual(x, self.branch1, self.res_scale1(x))

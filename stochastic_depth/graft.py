@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from layers.branches import batch_norms, takes_batch_statistics, wants_known_batch
-from layers.drop_path import Draw, DropPath, Mode
+from layers.draw import Draw
+from layers.drop_path import DropPath, Mode
 from stochastic_depth.law import bounded, drop_law
 from stochastic_depth.places import branch_ends, find_owners, is_identity, misplaced, unknown_modules
 

@@ -16,7 +16,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from layers.drop_path import BREAK_EVEN, MODES, Draw, DropPath, drop_path
+from layers.draw import Draw
+from layers.drop_path import BREAK_EVEN, MODES, DropPath, drop_path
 from models import create_model
 from stochastic_depth.setting import set_drop_path
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from files.errors import ConfigError
-from layers.drop_path import Draw, DropPath
+from layers.draw import Draw
+from layers.drop_path import DropPath
 from stochastic_depth import set_drop_path
 from training.config import TrainConfig
 from training.data.draws import hash_words, uniform

@@ -1,0 +1,331 @@
+"""Faster ways of the same on a CPU: what runs there instead of torch's plain operators, and when.
+
+Each has its plain form beside it and equals that in outputs and gradients but for rounding. They are chosen by device,
+dtype and size, never by timing, so the same machine always computes the same bits:
+
+- `linear`: oneDNN's inner product forward and for the input's gradient. torch gives float32 to MKL, whose kernels are
+  slow on other vendors' processors.
+- `act_linear` and `star_relu_conv`: an activation and the layer behind it keep the activation's input only and compute
+  the activation again in backward, so that the widest tensors of a block are kept once instead of two to four times.
+- `mean_minus_self`: pooling minus its input in one tensor, keeping none.
+
+They run in eager code, in float32 and in bfloat16 where oneDNN computes in it. Compiled, traced, scripted and exported
+code, torch.func, forward-mode differentiation, dispatch modes (FLOP counters, fake tensors) and modules with hooks, with
+parametrisations or replaced by others (LoRA, quantisation) get the plain form. `set_fast_paths(False)`, in a training
+config `runtime.fast_paths: false`, turns all off.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+FEWEST_PRODUCTS = 2**22
+"""Multiplications of a linear layer from which oneDNN's call costs less than it saves."""
+
+_enabled = True
+
+
+def set_fast_paths(enabled: bool) -> None:
+    """Turns the fast paths of this process on or off; on is the default."""
+    global _enabled
+    _enabled = enabled
+
+
+def fast_paths() -> bool:
+    """Whether the fast paths are on."""
+    return _enabled
+
+
+@contextmanager
+def plain_paths() -> Iterator[None]:
+    """The plain forms only, for comparisons."""
+    before = _enabled
+    set_fast_paths(False)
+    try:
+        yield
+    finally:
+        set_fast_paths(before)
+
+
+def takes(x: Any, *modules: nn.Module) -> bool:
+    """Whether fast paths may take an input past some modules without calling them.
+
+    Args:
+        x: Input of the first.
+        modules: Whose weights are read; each must be what it was built as, without hooks.
+    """
+    return (
+        _enabled
+        and not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and _computes_in(_dtype(x))
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None  # type: ignore[attr-defined]
+        and forward_ad._current_level < 0
+        and not torch_module._has_any_global_hook()
+        and all(map(_is_bare, modules))
+    )
+
+
+def is_linear(*modules: nn.Module) -> bool:
+    """Whether modules are torch's linear layers themselves, not others in their place."""
+    return all(type(module) is nn.Linear for module in modules)
+
+
+def scaled(weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight (D, C) and bias (D,) of a linear layer with a scale (D,) behind it."""
+    if scale is None:
+        return weight, bias
+    return weight * scale[:, None], None if bias is None else bias * scale
+
+
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer of (..., C), the fast way where that may be."""
+    if is_linear(module) and takes(x, module):
+        return linear(x, module.weight, module.bias)  # type: ignore[arg-type]
+    return module(x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `F.linear`, (..., C) -> (..., D), with `takes(x)`."""
+    dtype = _dtype(x)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if not _is_large(x, weight):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    """As `act(F.linear(...))` without gradients, (..., C) -> (..., D), with `takes(x)`; act: a key of `ACTS`."""
+    dtype = _dtype(x)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    fused = {"squared_relu": "relu"}.get(act, act)
+    if fused not in ("gelu", "relu") or not _is_large(x, weight):
+        return ACTS[act](F.linear(x, weight, bias))
+    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, fused, [], "none")
+    return y.square_() if act == "squared_relu" else y
+
+
+def act_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    """As `F.linear(act(x), weight, bias)`, (..., C) -> (..., D), with `takes(x)`; keeps x, not act(x).
+
+    Args:
+        x: Output of another layer.
+        weight: (D, C).
+        bias: (D,) or `None`.
+        act: A key of `ACTS`.
+    """
+    dtype = _dtype(x)
+    return _ActLinear.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), act)
+
+
+def star_relu_conv(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    """A depthwise convolution of scale * relu(x)^2 + shift, (B, H, W, C) to the same, with `takes(x)`; keeps x only.
+
+    Args:
+        x: Output of another layer.
+        scale: (1,).
+        shift: (1,).
+        weight: (C, 1, K, K), K odd.
+    """
+    dtype = _dtype(x)
+    return _StarReluConv.apply(x.to(dtype), scale.to(dtype), shift.to(dtype), weight.to(dtype))
+
+
+def mean_minus_self(x: Tensor, size: int) -> Tensor:
+    """Average pooling with stride 1 minus the input, (B, H, W, C) to the same, with `takes(x)`; keeps nothing."""
+    return _MeanMinusSelf.apply(x, size)
+
+
+ACTS = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "squared_relu": lambda x: F.relu(x).square(),
+}
+"""Activations that `act_linear` knows, by name."""
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient that is itself differentiated
+            return _plain_gradients(F.linear, ctx, (x, weight, bias), grads[0])
+        grad = grads[0].contiguous()
+        grad_x = _product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
+        return grad_x, *_weight_gradients(ctx, grad, x)
+
+
+class _ActLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.act = act
+        return _product(_act(x, act), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        act = ctx.act
+        if torch.is_grad_enabled():
+            plain = lambda x, weight, bias: F.linear(ACTS[act](x), weight, bias)  # noqa: E731
+            return *_plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None
+        grad = grads[0].contiguous()
+        of_weight = _weight_gradients(ctx, grad, _act(x, act))
+        grad_x = _act_gradient(grad, x, weight, act) if ctx.needs_input_grad[0] else None
+        return grad_x, *of_weight, None
+
+
+class _StarReluConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, shift, weight)
+        return _depthwise(_star_relu(F.relu(x), scale, shift), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, scale, shift, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            plain = lambda x, scale, shift, weight: _depthwise(scale * F.relu(x).square() + shift, weight)  # noqa: E731
+            return _plain_gradients(plain, ctx, (x, scale, shift, weight), grads[0])
+        image = _star_relu(F.relu(x), scale, shift).permute(0, 3, 1, 2)  # (B, C, H, W)
+        padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+        grad, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grads[0].permute(0, 3, 1, 2), image, weight, None, [1, 1], padding, [1, 1], False, [0, 0],
+            weight.shape[0], [True, ctx.needs_input_grad[3], False],
+        )  # fmt: skip
+        del image
+        grad, relu = grad.permute(0, 2, 3, 1).contiguous(), F.relu(x)  # (B, H, W, C)
+        grad_shift = grad.sum().reshape(1)
+        grad.mul_(relu)
+        grad_scale = _inner(grad, relu).reshape(1)
+        return grad.mul_(2 * scale), grad_scale, grad_shift, grad_weight
+
+
+class _MeanMinusSelf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return _pool(x, size).sub_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        size = ctx.size
+        grad = grads[0].contiguous()
+        image = grad.permute(0, 3, 1, 2)  # (B, C, H, W); the input, which has the same shape, gives nothing else
+        back = torch.ops.aten.avg_pool2d_backward(
+            image, image, [size, size], [1, 1], [size // 2, size // 2], False, False, None
+        )
+        return back.permute(0, 2, 3, 1) - grad, None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias by oneDNN, or the plain way where there is little of it."""
+    if not _is_large(x, weight):
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _weight_gradients(ctx: Any, grad: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias, which are the second and third input."""
+    rows = grad.reshape(-1, grad.shape[-1]) if grad.numel() else grad.new_empty(0, grad.shape[-1])  # (N, D)
+    inputs = x.reshape(rows.shape[0], x.shape[-1])  # (N, C)
+    of_weight = None
+    if ctx.needs_input_grad[1]:
+        # (D, C); MKL's product is good at tall results, oneDNN's at wide ones
+        wide = x.dtype == torch.float32 and x.shape[-1] > grad.shape[-1]
+        of_weight = _product(rows.t(), inputs.t(), None) if wide else rows.t() @ inputs
+    return of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _plain_gradients(plain: Any, ctx: Any, inputs: tuple[Tensor | None, ...], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of the plain form, which can be differentiated again."""
+    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and ctx.needs_input_grad[i]]
+    found = torch.autograd.grad(plain(*inputs), [inputs[i] for i in wanted], grad, create_graph=True)  # type: ignore[misc]
+    of = dict(zip(wanted, found, strict=True))
+    return [of.get(i) for i in range(len(inputs))]
+
+
+def _act(x: Tensor, act: str) -> Tensor:
+    return F.relu(x).square_() if act == "squared_relu" else ACTS[act](x)
+
+
+def _act_gradient(grad: Tensor, x: Tensor, weight: Tensor, act: str) -> Tensor:
+    """Gradient of act's input x, from that of the linear layer behind it, grad."""
+    if act == "squared_relu":
+        return _product(grad, (2 * weight).t(), None).mul_(F.relu(x))
+    inner = _product(grad, weight.t(), None)
+    if act == "gelu":
+        return torch.ops.aten.gelu_backward.grad_input(inner, x, grad_input=inner)
+    if act == "silu":
+        return torch.ops.aten.silu_backward.grad_input(inner, x, grad_input=inner)
+    return torch.ops.aten.threshold_backward.grad_input(inner, x, 0, grad_input=inner)
+
+
+def _star_relu(relu: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * relu^2 + shift, in place of relu."""
+    return torch.addcmul(shift, relu, relu, value=scale.item(), out=relu)
+
+
+def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, H, W, C) to the same."""
+    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=weight.shape[0]).permute(0, 2, 3, 1)
+
+
+def _pool(x: Tensor, size: int) -> Tensor:
+    y = F.avg_pool2d(x.permute(0, 3, 1, 2), size, stride=1, padding=size // 2, count_include_pad=False)
+    return y.permute(0, 2, 3, 1)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of the products of two contiguous tensors."""
+    if a.dtype != torch.float32:
+        return (a * b).sum()
+    return torch.dot(a.view(-1), b.view(-1))
+
+
+def _is_large(x: Tensor, weight: Tensor) -> bool:
+    return x.numel() * weight.shape[0] >= FEWEST_PRODUCTS
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer of x computes in."""
+    if x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
+def _computes_in(dtype: torch.dtype) -> bool:
+    if dtype == torch.float32:
+        return _HAS_ONEDNN and torch.backends.mkldnn.enabled  # type: ignore[return-value]
+    return dtype == torch.bfloat16 and _HAS_BFLOAT16 and torch.backends.mkldnn.enabled  # type: ignore[return-value]
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling a module does no more than its class says."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_HAS_BFLOAT16 = _HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
