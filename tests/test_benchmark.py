@@ -58,8 +58,7 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path
 def test_each_benchmark_has_a_command(arguments: list[str], runs: object, tmp_path: Path) -> None:
     args = parse_args([arguments[0], "--output", str(tmp_path / "new" / "a.json"), *arguments[1:]])
     assert args.run is runs and args.output.exists()
-    assert ("threads" in args) == (arguments[0] in ("drop-path", "limits", "fold", "saving", "foreign-off"))
-    assert ("threads" in args) == (arguments[0] in ("drop-path", "limits", "fold", "saving", "step"))
+    assert ("threads" in args) == (arguments[0] in ("drop-path", "limits", "fold", "saving", "step", "foreign-off"))
 
 
 def test_what_is_written_names_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
