@@ -21,8 +21,11 @@ from benchmarks import (
     finetune,
     finetune_imagenet,
     fold,
+    foreign_off,
     profiles,
     saving,
+    scale,
+    startup,
     step,
     tuning,
 )
@@ -50,6 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         depth,
         profiles,
         tuning,
+        startup,
+        foreign_off,
+        scale,
         step,
     ):
         benchmark.add_parsers(commands, common)

@@ -69,11 +69,27 @@ class GraftedDropPath(DropPath):
             parts: What runs until its end.
             groups: Rows of x, one behind the other, that are one sample.
         """
-        self.pending = None
+        self.forget_pending()
         if not self.training or not self.skips_here() or not x.shape[0]:
             return x
         self.pending = self.draw(x, parts, groups=groups)
         return self.pending.take(x, groups)
+
+    def forget_pending(self) -> None:
+        """Forgets a draw that an exception left behind; setting an attribute of a module costs more than this look."""
+        if self.pending is not None:
+            self.pending = None
+
+    def draw(self, x: Tensor, runs: Any = None, dtype: torch.dtype | None = None, groups: int = 1) -> Draw:
+        """As of `DropPath`; at rate 0 the same numbers are drawn and counted, and nothing is made of them."""
+        if torch.compiler.is_compiling() or self.rate != 0.0:
+            return super().draw(x, runs, dtype, groups)
+        batch = x.shape[0] // groups
+        if self.mode != "mask":
+            torch.rand((), dtype=torch.float64, device="cpu")  # of the count
+        torch.rand(batch, device=x.device)
+        self._count(batch, torch.tensor(batch))
+        return Draw(batch)
 
     def norms_of(self, runs: "Parts", count: int) -> Sequence[nn.Module]:
         """The batch norms that take statistics of what they are given."""
@@ -165,10 +181,13 @@ class SelectKept:
         self.windows = windows
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self.drop_path.training:  # nothing to do in evaluation, and no time to lose
+            return self.drop_path.forget_pending()
         if not args or not isinstance(args[0], Tensor):
             return None
         groups = args[0].shape[0] // self.drop_path.batch_around if self.windows else 1
-        return (self.drop_path.select(args[0], self.parts, groups), *args[1:])
+        selected = self.drop_path.select(args[0], self.parts, groups)
+        return None if selected is args[0] else (selected, *args[1:])
 
 
 class SkipModule:
@@ -218,6 +237,8 @@ class BlockSkip:
     def before(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Keeps the full batch aside and hands on the kept samples."""
         self.inputs.clear()
+        if not self.drop_paths[0].training:
+            return self.drop_paths[0].forget_pending()
         if not args or not isinstance(args[0], Tensor):
             return None
         first, *others = self.drop_paths
@@ -233,7 +254,7 @@ class BlockSkip:
         """The full batch with the kept samples' results in their places."""
         draw = self.drop_paths[0].pending
         for module in self.drop_paths:
-            module.pending = None
+            module.forget_pending()
         if draw is None or draw.kept is None or not self.inputs:
             return None
         x = self.inputs.pop()

@@ -14,8 +14,11 @@ from benchmarks import (
     finetune,
     finetune_imagenet,
     fold,
+    foreign_off,
     profiles,
     saving,
+    scale,
+    startup,
     step,
     tuning,
 )
@@ -45,6 +48,9 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path
         (["finetune", "optim.epochs=1"], finetune.finetune_benchmark),
         (["finetune-imagenet", "optim.epochs=1"], finetune_imagenet.finetune_imagenet_benchmark),
         (["tuning", "optim.epochs=1"], tuning.tuning_benchmark),
+        (["startup"], startup.startup_benchmark),
+        (["foreign-off"], foreign_off.foreign_off_benchmark),
+        (["scale"], scale.scale_benchmark),
         (["step", "--quick"], step.step_benchmark),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -52,7 +58,7 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path
 def test_each_benchmark_has_a_command(arguments: list[str], runs: object, tmp_path: Path) -> None:
     args = parse_args([arguments[0], "--output", str(tmp_path / "new" / "a.json"), *arguments[1:]])
     assert args.run is runs and args.output.exists()
-    assert ("threads" in args) == (arguments[0] in ("drop-path", "limits", "fold", "saving", "step"))
+    assert ("threads" in args) == (arguments[0] in ("drop-path", "limits", "fold", "saving", "step", "foreign-off"))
 
 
 def test_what_is_written_names_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

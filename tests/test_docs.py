@@ -63,7 +63,16 @@ PAGES = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("stochastic-depth", "any-model", "data", "training", "tuning", "evaluation", "reliability")
+        for name in (
+            "stochastic-depth",
+            "any-model",
+            "data",
+            "training",
+            "tuning",
+            "evaluation",
+            "reliability",
+            "performance",
+        )
     ),
 )
 TEXTS = {name: (ROOT / name).read_text() for name in PAGES}

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
+from layers.drop_path import Draw, Mode
 from stochastic_depth.graft import grafted
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import set_drop_path
@@ -376,3 +378,38 @@ def test_grafted_models_that_mask_are_scripted_in_evaluation(name: str) -> None:
     set_drop_path(model, 0.5, mode="mask", input_size=size_of(name))
     x = torch.randn(2, *size_of(name))
     torch.testing.assert_close(torch.jit.script(model.eval())(x), model(x))
+
+
+@pytest.mark.parametrize("mode", ["mask", "skip", "batch"])
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet18"])
+def test_a_model_at_rate_0_draws_as_at_any_rate_and_computes_as_untouched(name: str, mode: Mode) -> None:
+    torch.manual_seed(0)
+    untouched = timm.create_model(name, num_classes=3).train()
+    model, images = copy.deepcopy(untouched), torch.randn(3, 3, 64, 64)
+    depth = set_drop_path(model, 0.0, mode=mode, input_size=(3, 64, 64))
+    states = []
+    for rate in (0.0, 0.3):
+        set_drop_path(model, rate, profile="constant", mode=mode)
+        torch.manual_seed(1)
+        if rate == 0.0:
+            out, expected = model(images), untouched(images)
+            torch.manual_seed(1)
+            assert torch.equal(out, expected)
+        model(images)
+        states.append(torch.get_rng_state())
+        for module in (m for block in depth.blocks for m in block.drop_paths.values()):
+            assert module.samples_seen == (6 if rate == 0.0 else 3)
+            assert rate or (module.samples_dropped, module.samples_computed) == (0, 6)
+    assert torch.equal(*states)
+
+
+def test_a_draw_that_an_exception_left_behind_is_forgotten_in_evaluation() -> None:
+    model = timm.create_model("convnext_atto", num_classes=3)
+    set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 64, 64))
+    images, wanted = torch.randn(2, 3, 64, 64), []
+    model.eval()
+    for leave in (False, True):
+        for module in grafted(model):
+            module.pending = Draw(9, kept=torch.tensor([0])) if leave else None
+        wanted.append(model(images))
+    assert torch.equal(*wanted) and all(module.pending is None for module in grafted(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -133,18 +134,18 @@ def _table(data: DataSection, key: str) -> Table:
     )
     path_at, label_at = (header.index(column) for column in columns)
     labelled: dict[str, Row] = {}
-    rows = []
+    rows, absolute = [], os.path.abspath(folder)
     for cells, line in lines:
         if len(cells) != len(header):
             raise ConfigError(
                 f"{where}, line {line}: {len(cells)} cells, but {len(header)} columns in the first line; "
                 "quote what holds a separator"
             )
-        path, label = cells[path_at], cells[label_at]
+        path, label = cells[path_at], sys.intern(cells[label_at])  # a million rows share the names of a few classes
         for column, cell in zip(columns, (path, label), strict=True):
             if not cell:
                 raise ConfigError(f"{where}, line {line}: column {column!r} is empty")
-        row = Row(name_below(os.path.normpath(path), os.path.abspath(folder)), label, line)
+        row = Row(name_below(os.path.normpath(path), absolute), label, line)
         first = labelled.setdefault(row.path, row)
         if first.label != label:
             raise ConfigError(
@@ -225,7 +226,7 @@ def _classes(table: Table) -> list[str]:
 
 def _check_files(key: str, table: Table) -> None:
     """Refuses a table that lists files that are not there, naming the first."""
-    missing = [row for row in table.rows if not os.path.isfile(table.folder / row.path)]
+    missing = [row for row in table.rows if not os.path.isfile(os.path.join(table.folder, row.path))]
     if not missing:
         return
     row, place = missing[0], table.folder / missing[0].path
@@ -240,8 +241,10 @@ def _check_files(key: str, table: Table) -> None:
 def _warn_of_shared(parts: dict[str, CsvSource]) -> None:
     """Says it where a training image is validated or tested on: figures are then too good."""
     train = parts["train_file"]
-    mine = {os.path.join(train.location, path) for path in train.paths}
     for key, part in parts.items():
-        shared = 0 if part is train else sum(os.path.join(part.location, path) in mine for path in part.paths)
+        if part is train:
+            continue
+        theirs = Counter(os.path.join(part.location, path) for path in part.paths)  # fewer than for training
+        shared = sum(theirs.pop(os.path.join(train.location, path), 0) for path in train.paths)
         if shared:
             logger.warning("warning: data.%s: %s of its %s images are training images", key, shared, len(part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import warnings
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
+# Images that wait to be looked at at one time: what waits takes 2 kB an image, which a million would multiply.
+CHECKED_AT_ONCE = 4096
 
 # Up to here every image is decoded before training (seconds); above, only header and end of file are looked at.
 FULL_CHECK_LIMIT = 2000
@@ -241,13 +245,17 @@ def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
     if not total:
         return
     full = total <= FULL_CHECK_LIMIT
-    samples = [(source, index) for source in sources for index in range(len(source))]
+    samples = ((source, index) for source in sources for index in range(len(source)))
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what Pillow only warns of is refused here
         look = _damage if full else _obvious_damage
-        checked = pool.map(lambda sample: look(*sample), samples)
-        bar = tqdm(checked, total=total, desc="checking images", unit="", leave=False, disable=full or None)
-        damaged = [(sample, reason) for sample, reason in zip(samples, bar, strict=True) if reason]
+        bar = tqdm(total=total, desc="checking images", unit="", leave=False, disable=full or None)
+        damaged = []
+        while some := list(itertools.islice(samples, CHECKED_AT_ONCE)):
+            reasons = pool.map(lambda sample: look(*sample), some)
+            damaged += [(sample, reason) for sample, reason in zip(some, reasons, strict=True) if reason]
+            bar.update(len(some))
+        bar.close()
     if damaged:
         sample, reason = damaged[0]
         first = place(*sample)

@@ -336,3 +336,14 @@ def test_a_split_that_cannot_be_is_refused(image_root: Path, one_folder: Path) -
     (image_root / "val").rename(image_root / "held-out")
     with fails("no folder for validation", "data.val_fraction=0.1"):
         folder(image_root)
+
+
+def test_images_are_looked_at_a_few_at_a_time(image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, and the first that is damaged is named, in whichever lot it is."""
+    monkeypatch.setattr("training.data.images.CHECKED_AT_ONCE", 4)
+    bundle = folder(image_root)
+    damaged = [bundle.train.source.name(11), bundle.val.source.name(len(bundle.val) - 1)]
+    for part, name in zip(("train", "val"), damaged, strict=True):
+        (image_root / part / name).write_bytes(b"")
+    with fails(f"2 of 21 images cannot be read; the first is '{image_root / 'train' / damaged[0]}'"):
+        check_images(bundle)
