@@ -21,6 +21,7 @@ from benchmarks import (
     finetune,
     finetune_imagenet,
     fold,
+    gpu,
     profiles,
     saving,
     tuning,
@@ -34,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of benchmark.py; `run` is the benchmark that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--output", type=Path, help="JSON; default benchmarks/results/NAME.json")
+    common.add_argument("--output", "--out", type=Path, help="JSON; default benchmarks/results/NAME.json")
     commands = parser.add_subparsers(dest="command", required=True)
     for benchmark in (
         drop_path,
@@ -49,6 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         depth,
         profiles,
         tuning,
+        gpu,
     ):
         benchmark.add_parsers(commands, common)
     args = parser.parse_args(argv)
@@ -69,8 +71,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def measure() -> int:
         command = f"python benchmark.py {' '.join(argv if argv is not None else sys.argv[1:])}"
-        result = {"command": command, **facts(), **args.run(args)}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        origin = {"command": command, **facts()}
+        args.save = lambda found: args.output.write_text(json.dumps({**origin, **found}, indent=1) + "\n")
+        args.save(args.run(args))
         print(f"written {args.output}")
         return 0
 

@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 
 from benchmark import main, parse_args
-from benchmarks import any_model, busy, digits, drop_path, finetune, finetune_imagenet, fold, profiles, saving, tuning
+from benchmarks import (
+    any_model,
+    busy,
+    digits,
+    drop_path,
+    finetune,
+    finetune_imagenet,
+    fold,
+    gpu,
+    profiles,
+    saving,
+    tuning,
+)
 from benchmarks.measure import ROOT, facts
 from files.errors import Failure
 
@@ -33,13 +45,14 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path
         (["finetune", "optim.epochs=1"], finetune.finetune_benchmark),
         (["finetune-imagenet", "optim.epochs=1"], finetune_imagenet.finetune_imagenet_benchmark),
         (["tuning", "optim.epochs=1"], tuning.tuning_benchmark),
+        (["gpu"], gpu.gpu_benchmark),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_each_benchmark_has_a_command(arguments: list[str], runs: object, tmp_path: Path) -> None:
     args = parse_args([arguments[0], "--output", str(tmp_path / "new" / "a.json"), *arguments[1:]])
     assert args.run is runs and args.output.exists()
-    assert ("threads" in args) == (arguments[0] in ("drop-path", "limits", "fold", "saving"))
+    assert ("threads" in args) == (arguments[0] in ("drop-path", "limits", "fold", "saving", "gpu"))
 
 
 def test_what_is_written_names_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
