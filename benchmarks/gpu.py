@@ -269,8 +269,10 @@ def measure_row(row: Row, args: argparse.Namespace, device: torch.device, peak: 
             if batch == 1:
                 raise
         batch //= 2
+        torch._dynamo.reset()  # which would keep what was compiled, with its weights
         gc.collect()  # outside of the handler, whose traceback held tensors
-        torch.cuda.empty_cache()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def measure_at(row: Row, args: argparse.Namespace, device: torch.device, peak: Peak, batch: int) -> dict[str, Any]:
