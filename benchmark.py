@@ -22,6 +22,7 @@ from benchmarks import (
     finetune_imagenet,
     fold,
     foreign_off,
+    gpu,
     profiles,
     saving,
     scale,
@@ -38,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of benchmark.py; `run` is the benchmark that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--output", type=Path, help="JSON; default benchmarks/results/NAME.json")
+    common.add_argument("--output", "--out", type=Path, help="JSON; default benchmarks/results/NAME.json")
     commands = parser.add_subparsers(dest="command", required=True)
     for benchmark in (
         drop_path,
@@ -57,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         foreign_off,
         scale,
         step,
+        gpu,
     ):
         benchmark.add_parsers(commands, common)
     args = parser.parse_args(argv)
@@ -77,8 +79,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def measure() -> int:
         command = f"python benchmark.py {' '.join(argv if argv is not None else sys.argv[1:])}"
-        result = {"command": command, **facts(), **args.run(args)}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        origin = {"command": command, **facts()}
+        args.save = lambda found: args.output.write_text(json.dumps({**origin, **found}, indent=1) + "\n")
+        args.save(args.run(args))
         print(f"written {args.output}")
         return 0
 

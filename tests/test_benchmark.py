@@ -15,6 +15,7 @@ from benchmarks import (
     finetune_imagenet,
     fold,
     foreign_off,
+    gpu,
     profiles,
     saving,
     scale,
@@ -52,13 +53,16 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path
         (["foreign-off"], foreign_off.foreign_off_benchmark),
         (["scale"], scale.scale_benchmark),
         (["step", "--quick"], step.step_benchmark),
+        (["gpu"], gpu.gpu_benchmark),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_each_benchmark_has_a_command(arguments: list[str], runs: object, tmp_path: Path) -> None:
     args = parse_args([arguments[0], "--output", str(tmp_path / "new" / "a.json"), *arguments[1:]])
     assert args.run is runs and args.output.exists()
-    assert ("threads" in args) == (arguments[0] in ("drop-path", "limits", "fold", "saving", "step", "foreign-off"))
+    assert ("threads" in args) == (
+        arguments[0] in ("drop-path", "limits", "fold", "saving", "step", "foreign-off", "gpu")
+    )
 
 
 def test_what_is_written_names_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

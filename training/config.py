@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsage]
@@ -247,6 +247,9 @@ class EmaSection(Section):
     )
 
 
+Compile: TypeAlias = Literal["blocks"] | bool
+
+
 class RuntimeSection(Section):
     """Where and how to compute; what is learned does not depend on it, but for rounding."""
 
@@ -255,7 +258,11 @@ class RuntimeSection(Section):
         default="auto", description="Of autocast. auto: bfloat16 where the device is fast at it, else float32."
     )
     channels_last: Literal["auto"] | bool = Field(default="auto", description="Memory format. auto: on CUDA.")
-    compile: bool = Field(default=False, description="torch.compile the model.")
+    compile: Compile = Field(
+        default=False,
+        description="torch.compile. true: the model, as a whole. blocks: each residual block by itself; those that are alike "
+        "share what is compiled, so that the time to compile does not grow with depth.",
+    )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp",
         description="Of several processes. ddp: each holds the whole model. fsdp: each holds a piece of weights, gradients "

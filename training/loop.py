@@ -21,6 +21,7 @@ from models.factory import saved_config
 from models.weights import save_weights, weights_sha256
 from stochastic_depth.report import drop_path_report
 from training.checkpoint import Checkpoint
+from training.compiling import compile_in_place
 from training.config import dump_config
 from training.console import Board, ProgressBar, StopSignals
 from training.data.dataset import ReadError
@@ -73,8 +74,7 @@ def train(
     if world.is_main:
         _start_files(setup, folder, progress)
     trained: nn.Module = model
-    if config.runtime.compile:
-        model.compile()
+    compile_in_place(model, config.runtime.compile)
     loss_fn = setup.loss_fn
     metrics: dict[str, float] = {}
     saved_step = progress.step  # saved, or on its way to the disk; nothing has to be at step 0

@@ -21,6 +21,7 @@ from stochastic_depth.blocks import NoBlocksError
 from stochastic_depth.compute import Macs, count_macs
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import StochasticDepth, break_even_of, set_drop_path
+from training.compiling import check_blocks, configure
 from training.config import ModelSection, TrainConfig, build_schedule
 from training.data.build import build_datasets
 from training.data.dataset import DataBundle
@@ -187,6 +188,7 @@ def build(
     drop_path, rate_origin = with_default_rate(config.drop_path, config.model, facts)
     config = config.model_copy(update={"drop_path": drop_path})
     depth = _set_drop_path(model, config, steps_per_epoch)
+    check_blocks(config.runtime.compile, depth.blocks)
     config = _resolved(config, facts.arguments, model.num_classes, depth, data)
     precision = autocast_dtype(config.runtime.precision, world.device, key="runtime.precision:")
     channels_last = (
@@ -350,9 +352,7 @@ def _set_backends(config: TrainConfig, device: torch.device) -> None:
     if config.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if config.runtime.compile:
-        # lets compiled code hold the number of kept samples as a number, in one graph
-        torch._dynamo.config.capture_scalar_outputs = True
+    configure(config.runtime.compile)
 
 
 def describe(setup: Setup) -> str:
@@ -367,6 +367,7 @@ def describe(setup: Setup) -> str:
     threads = torch.get_num_threads()
     profile = section.profile if isinstance(section.profile, str) else "as listed"
     sizes = ", ".join(f"{size} from epoch {epoch + 1}" for epoch, size in config.data.image_size_schedule or ())
+    compiled = {False: "", True: ", compiled", "blocks": ", compiled by blocks"}[config.runtime.compile]
     optim = config.optim
     lines = [
         f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs} GMACs at "
@@ -381,7 +382,7 @@ def describe(setup: Setup) -> str:
         *filter(None, [setup.distillation.describe(), setup.freezing.describe()]),
         f"device    {world.device} x {world.size}{', sharded' if config.runtime.parallel == 'fsdp' else ''}, "
         f"{str(setup.precision).removeprefix('torch.')}"
-        f"{', channels_last' if setup.channels_last else ''}{', compiled' if config.runtime.compile else ''}, "
+        f"{', channels_last' if setup.channels_last else ''}{compiled}, "
         f"{threads} CPU thread{'s' if threads > 1 else ''}{' each' if world.size > 1 else ''}",
         f"drop path up to {max(setup.depth.rates, default=0.0):.3g}, {profile}, mode {section.mode}, "
         f"schedule {section.schedule.kind}: "
