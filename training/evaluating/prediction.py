@@ -24,8 +24,8 @@ from training.evaluating.classes import names_for_people
 from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, find_subject, image_spec
 from training.evaluating.validation import Compute, Evaluated
+from training.processor import set_up_processor
 from training.setup import autocast_dtype
-from training.threads import number_of_threads
 
 DEFAULT_BATCH = 64
 DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
@@ -193,7 +193,7 @@ class Predictor:
             close_world(world)
             raise ConfigError(f"predict.py runs as one process, not as {world.size}; give each its part of the images")
         self.device = world.device
-        torch.set_num_threads(number_of_threads(runtime.threads if runtime else "auto"))
+        set_up_processor(runtime)
         wanted = request.compute.precision or (runtime.precision if runtime else "float32")
         self.precision = autocast_dtype(wanted, self.device, key="--precision")
         model = subject.build()

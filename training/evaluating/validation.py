@@ -30,8 +30,8 @@ from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, Subject, find_subject, image_spec
 from training.evaluation import evaluate_each
 from training.metrics import Predictions, evaluation_metrics
+from training.processor import set_up_processor
 from training.setup import autocast_dtype, on_main
-from training.threads import number_of_threads
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +264,7 @@ class Bench:
     def __init__(self, subject: Subject, data: DataSection, request: Request, world: World) -> None:
         self.subject, self.data, self.request, self.world = subject, data, request, world
         self.runtime = runtime = subject.config.runtime if subject.config is not None else None
-        torch.set_num_threads(number_of_threads(runtime.threads if runtime else "auto", processes=world.local_size))
+        set_up_processor(runtime, processes=world.local_size)
         wanted = request.compute.precision or (runtime.precision if runtime else "float32")
         self.precision = autocast_dtype(wanted, world.device, key="--precision")
         self.model = subject.build()
