@@ -28,6 +28,7 @@ from torch.nn.modules import module as torch_module
 FEWEST_PRODUCTS = 2**22
 """Multiplications of a linear layer from which oneDNN's call costs less than it saves."""
 
+_PLAIN = (Tensor, nn.Parameter)
 _enabled = True
 
 
@@ -63,7 +64,7 @@ def takes(x: Any, *modules: nn.Module) -> bool:
     return (
         _enabled
         and not torch.compiler.is_compiling()
-        and type(x) in (Tensor, nn.Parameter)
+        and type(x) in _PLAIN
         and x.device.type == "cpu"
         and _computes_in(_dtype(x))
         and not torch.jit.is_tracing()
@@ -163,7 +164,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient that is itself differentiated
+        if _wants_plain_gradients(grads[0]):
             return _plain_gradients(F.linear, ctx, (x, weight, bias), grads[0])
         grad = grads[0].contiguous()
         grad_x = _product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
@@ -181,7 +182,7 @@ class _ActLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         act = ctx.act
-        if torch.is_grad_enabled():
+        if _wants_plain_gradients(grads[0]):
             plain = lambda x, weight, bias: F.linear(ACTS[act](x), weight, bias)  # noqa: E731
             return *_plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None
         grad = grads[0].contiguous()
@@ -199,7 +200,7 @@ class _StarReluConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, scale, shift, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _wants_plain_gradients(grads[0]):
             plain = lambda x, scale, shift, weight: _depthwise(scale * F.relu(x).square() + shift, weight)  # noqa: E731
             return _plain_gradients(plain, ctx, (x, scale, shift, weight), grads[0])
         image = _star_relu(F.relu(x), scale, shift).permute(0, 3, 1, 2)  # (B, C, H, W)
@@ -252,12 +253,26 @@ def _weight_gradients(ctx: Any, grad: Tensor, x: Tensor) -> tuple[Tensor | None,
     return of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def _plain_gradients(plain: Any, ctx: Any, inputs: tuple[Tensor | None, ...], grad: Tensor) -> list[Tensor | None]:
+def _wants_plain_gradients(grad: Tensor) -> bool:
+    """Whether a gradient is itself differentiated, or taken for many upstream gradients at once (`is_grads_batched`)."""
+    functorch = torch._C._functorch
+    batched = functorch.is_legacy_batchedtensor(grad) or functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+    return torch.is_grad_enabled() or batched
+
+
+def _plain_gradients(
+    plain: Any, ctx: Any, inputs: tuple[Tensor | None, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
     """Gradients of the plain form, which can be differentiated again."""
     wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(plain(*inputs), [inputs[i] for i in wanted], grad, create_graph=True)  # type: ignore[misc]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # of views: an input that was computed from another, as where a layer is applied twice, counts as given
+        views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        out = plain(*views)
+    found = torch.autograd.grad(out, [views[i] for i in wanted], grad, create_graph=again)  # type: ignore[misc]
     of = dict(zip(wanted, found, strict=True))
-    return [of.get(i) for i in range(len(inputs))]
+    return tuple(of.get(i) for i in range(len(inputs)))
 
 
 def _act(x: Tensor, act: str) -> Tensor:
@@ -317,14 +332,14 @@ def _computes_in(dtype: torch.dtype) -> bool:
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Whether calling a module does no more than its class says."""
+    """Whether calling a module does no more than its class says, with weights that are nothing but numbers."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-    )
+    ) and all(weight is None or type(weight) in _PLAIN for weight in module._parameters.values())
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -16,7 +16,6 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from layers.draw import Draw
 from layers.drop_path import BREAK_EVEN, MODES, DropPath, drop_path
 from models import create_model
 from stochastic_depth.setting import set_drop_path
@@ -294,23 +293,6 @@ def test_every_form_makes_the_same_draw(compilations: Callable[[], tuple[int, in
             for a, b in zip(gradients, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
                 torch.testing.assert_close(a, b)
     assert compilations()[1] == 0
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("kept", [[2, 0], [1], []])
-def test_what_is_taken_is_put_back(kept: list[int], groups: int) -> None:
-    draw = Draw(4, torch.tensor(2.0), torch.tensor(kept, dtype=torch.int64))
-    x = torch.randn(4 * groups, 5)
-    rows = [i * groups + j for i in kept for j in range(groups)]
-    assert torch.equal(draw.take(x, groups), x[rows])
-    full = torch.zeros_like(x)
-    full[rows] = x[rows]
-    assert torch.equal(draw.put(x[rows], groups), full)
-    if groups == 1:
-        mask = draw.as_mask()
-        assert mask.kept is None and torch.equal(draw.add(x, x[rows]), x + 2 * full)
-        assert torch.equal(mask.scaled(x), 2 * full) and torch.equal(mask.add(x, x), x + 2 * full)
-        assert mask.as_mask() is mask and mask.take(x) is x and mask.put(x) is x
 
 
 # ---- settings and state ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.drop_path import BREAK_EVEN
+from layers.fast import plain_paths
 from layers.token_mixers import (
     TOKEN_MIXERS,
     Attention,
@@ -239,7 +240,9 @@ def test_graphs_scripts_and_traces_agree(name: str, training: bool, x: Tensor) -
         warnings.simplefilter("error", torch.jit.TracerWarning)
         traced: Any = torch.jit.trace(mixer, x)
     for twin in (torch.fx.symbolic_trace(mixer), torch.jit.script(mixer), traced):
-        assert torch.equal(twin(x), mixer(x)) and torch.equal(twin(x[:1]), mixer(x[:1]))
+        torch.testing.assert_close(twin(x), mixer(x), rtol=1e-4, atol=1e-4)
+        with plain_paths():  # as graphs, scripts and traces are
+            assert torch.equal(twin(x), mixer(x)) and torch.equal(twin(x[:1]), mixer(x[:1]))
 
 
 @pytest.mark.parametrize("name", ["random_mixing", "spatial_mlp"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from layers.drop_path import MODES, DropPath
+from layers.fast import plain_paths
 from layers.mlp import Mlp, MlpHead
 from layers.rates import drop_path_rates
 from layers.token_mixers import Attention, Pooling, RandomMixing
@@ -815,6 +816,7 @@ def of_family(name: str) -> tuple[MetaFormer, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", TRACED)
+@plain_paths()  # as graphs and scripts are
 def test_a_graph_of_evaluation_is_the_model(name):
     model, two, one = of_family(name)
     graph = torch.fx.symbolic_trace(model.eval())
@@ -834,10 +836,12 @@ def test_a_graph_of_training_draws_trains_and_evaluates(name):
     assert not torch.allclose(graph(two), out) and {b.drop_path1.rate for b in blocks_of(model)} == {1.0}
     out.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert torch.equal(graph.eval()(two), model.eval()(two))
+    with plain_paths():
+        assert torch.equal(graph.eval()(two), model.eval()(two))
 
 
 @pytest.mark.parametrize("name", TRACED)
+@plain_paths()  # as graphs and scripts are
 def test_torchvisions_extractor_gives_channels_first(name):
     model, two, _ = of_family(name)
     nodes = [f"stages.{i}" for i in range(len(model.depths))]
@@ -853,6 +857,7 @@ def test_torchvisions_extractor_gives_channels_first(name):
 
 
 @pytest.mark.parametrize("name", TRACED)
+@plain_paths()  # as graphs and scripts are
 def test_torchscript_in_evaluation_is_the_model(name, tmp_path):
     model, two, one = of_family(name)
     scripted = torch.jit.script(model.eval())
@@ -863,6 +868,14 @@ def test_torchscript_in_evaluation_is_the_model(name, tmp_path):
     assert torch.equal(model.train().eval()(two), scripted(two)), "the model itself is left as it was"
     with pytest.raises(torch.jit.Error, match="stochastic depth in evaluation only"):
         scripted.train()(two)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_graphs_and_scripts_are_near_the_model_on_fast_paths(name):
+    model, two, one = of_family(name)
+    for twin in (torch.fx.symbolic_trace(model.eval()), torch.jit.script(model)):
+        torch.testing.assert_close(twin(two), model(two), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(twin(one), model(one), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TRACED)
@@ -885,6 +898,7 @@ def test_graphs_and_scripts_name_the_size_they_were_built_for(name):
             twin(images(size=96))
 
 
+@plain_paths()  # as graphs and scripts are
 def test_a_model_within_a_model_is_scripted():
     model = nn.Sequential(hybrid(0.5), nn.Softmax(-1)).eval()
     assert torch.equal(torch.jit.script(model)(images()), model(images()))
