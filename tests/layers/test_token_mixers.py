@@ -240,7 +240,7 @@ def test_graphs_scripts_and_traces_agree(name: str, training: bool, x: Tensor) -
         warnings.simplefilter("error", torch.jit.TracerWarning)
         traced: Any = torch.jit.trace(mixer, x)
     for twin in (torch.fx.symbolic_trace(mixer), torch.jit.script(mixer), traced):
-        torch.testing.assert_close(twin(x), mixer(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(twin(x), mixer(x), rtol=1e-4, atol=1e-3)
         with plain_paths():  # as graphs, scripts and traces are
             assert torch.equal(twin(x), mixer(x)) and torch.equal(twin(x[:1]), mixer(x[:1]))
 
