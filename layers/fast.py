@@ -11,8 +11,8 @@ dtype and size, never by timing, so the same machine always computes the same bi
 
 They run in eager code, in float32 and in bfloat16 where oneDNN computes in it. Compiled, traced, scripted and exported
 code, torch.func, forward-mode differentiation, dispatch modes (FLOP counters, fake tensors) and modules with hooks, with
-parametrisations or replaced by others (LoRA, quantisation) get the plain form. `set_fast_paths(False)`, in a training
-config `runtime.fast_paths: false`, turns all off.
+parametrisations or replaced by others (LoRA, quantisation) get the plain form, and so do weights of a tensor subclass.
+`set_fast_paths(False)`, in a training config `runtime.fast_paths: false`, turns all off.
 """
 
 from collections.abc import Iterator
@@ -255,8 +255,8 @@ def _weight_gradients(ctx: Any, grad: Tensor, x: Tensor) -> tuple[Tensor | None,
 
 def _wants_plain_gradients(grad: Tensor) -> bool:
     """Whether a gradient is itself differentiated, or taken for many upstream gradients at once (`is_grads_batched`)."""
-    functorch = torch._C._functorch
-    batched = functorch.is_legacy_batchedtensor(grad) or functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    batched = functorch.is_legacy_batchedtensor(grad) or functorch.maybe_current_level() is not None
     return torch.is_grad_enabled() or batched
 
 

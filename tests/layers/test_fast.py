@@ -540,7 +540,7 @@ def test_compiled_and_exported_code_is_the_plain_form(body: str, compilations: C
 
 def test_functional_transforms_get_the_plain_form() -> None:
     mlp, x = Mlp(DIM), torch.randn(LARGE)
-    weights = dict(mlp.named_parameters())
+    weights: dict[str, Tensor] = dict(mlp.named_parameters())
 
     def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.functional_call(mlp, weights, (x,)).square().mean()
@@ -554,7 +554,7 @@ def test_functional_transforms_get_the_plain_form() -> None:
     for name, found in per_sample.items():
         torch.testing.assert_close(found.mean(0), mlp.get_parameter(name).grad)
     tangent = torch.randn_like(x)
-    _, by_func = torch.func.jvp(lambda x: loss(weights, x), (x,), (tangent,))
+    by_func = torch.func.jvp(lambda x: loss(weights, x), (x,), (tangent,))[1]
     with forward_ad.dual_level():
         dual = forward_ad.unpack_dual(loss(weights, forward_ad.make_dual(x, tangent))).tangent
     torch.testing.assert_close(by_func, dual)
