@@ -24,7 +24,7 @@ from training.evaluating.classes import names_for_people
 from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, find_subject, image_spec
 from training.evaluating.validation import Compute, Evaluated
-from training.setup import autocast_dtype
+from training.precision import evaluation_dtype
 from training.threads import number_of_threads
 
 DEFAULT_BATCH = 64
@@ -194,8 +194,7 @@ class Predictor:
             raise ConfigError(f"predict.py runs as one process, not as {world.size}; give each its part of the images")
         self.device = world.device
         torch.set_num_threads(number_of_threads(runtime.threads if runtime else "auto"))
-        wanted = request.compute.precision or (runtime.precision if runtime else "float32")
-        self.precision = autocast_dtype(wanted, self.device, key="--precision")
+        self.precision = evaluation_dtype(request.compute.precision, runtime, self.device)
         model = subject.build()
         self.spec = image_spec(model)
         check_spec(self.spec)
