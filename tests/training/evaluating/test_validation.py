@@ -161,8 +161,9 @@ def test_the_figures_of_a_run_in_bfloat16_are_found_again(tmp_path: Path, monkey
     with (tmp_path / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert found.precision == "bfloat16" and plain.precision == "float32"
-    for name in ("top1", "nll"):
-        assert f"{found.metrics[name]:.8g}" == row[{"top1": "val_top1", "nll": "val_nll"}[name]], row
+    for name in ("top1", "macro_f1"):
+        assert f"{found.metrics[name]:.8g}" == row[f"val_{name}"]
+    assert f"{found.metrics['nll']:.8g}" == row["val_loss"]
     assert plain.metrics["nll"] != found.metrics["nll"]
 
 
