@@ -32,7 +32,7 @@ def test_arms_differ_in_precision_alone(tmp_path: Path, monkeypatch: pytest.Monk
         assert one.model_copy(update={"runtime": other.runtime}) == other
     told = json.loads(output.read_text())
     assert told["precisions"]["bfloat16"]["mean"] == 90.5 and told["precisions"]["float32"]["mean"] == 89.5
-    assert told["comparison"]["sentence"].startswith("bfloat16 beats float32 by 1.0 points (95 %: 1.0 to 1.0;")
+    assert told["comparison"]["sentence"].startswith("bfloat16 beats float32 by 1.0 point (95 %: 1.0 to 1.0;")
     assert told["changes"] == ["optim.epochs=20", "data.train_samples=500"] and "steps" not in told
 
 
@@ -72,7 +72,7 @@ def test_the_page_says_what_was_measured() -> None:
     """And that what was measured allows what `auto` does."""
     told = json.loads((ROOT / "benchmarks" / "results" / "precision.json").read_text())
     page = " ".join((ROOT / "docs" / "training.md").read_text().split())
-    assert told["comparison"]["sentence"] in page and told["comparison"]["seeds"] == 8
+    assert told["comparison"]["sentence"] in page and told["comparison"]["seeds"] >= 8
     low, high = told["comparison"]["interval"]
     assert low <= 0 <= high, "no difference was found"
     for name in precision.PRECISIONS:
