@@ -14,9 +14,9 @@ _FAST_CPU = ("avx512_bf16", "amx_bf16")
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware, and torch uses it.
 
-    Of CPUs these are those of x86-64 with AVX512-BF16 or AMX, by what torch says of them and where it has oneDNN. On
-    others oneDNN emulates it, which is slower than float32, although it says that it supports it; other architectures
-    have not been measured.
+    Of CPUs these are those of x86-64 with AVX512-BF16 or AMX, by what torch says of them and where it has oneDNN. With
+    AVX512 alone oneDNN calls it supported too, but emulates it, which is slower than float32 (docs/training.md, Precision).
+    Other architectures have not been measured.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

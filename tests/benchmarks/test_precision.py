@@ -78,3 +78,6 @@ def test_the_page_says_what_was_measured() -> None:
     for name in precision.PRECISIONS:
         row = told["precisions"][name]
         assert f"| {name} | {row['mean']:.2f} | {row['sd']:.2f} |" in page
+    ratios = [row["float32_over_bfloat16"] for row in told["steps"].values()]
+    assert f"{ratios[0]:.2f} times as fast, of ConvFormer-S18 (224 px, batch 8) {ratios[1]:.2f} times" in page
+    assert min(ratios) > 1 and told["bfloat16_in_hardware"]
