@@ -6,7 +6,6 @@ wait_passively()  # before torch loads
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from benchmarks import (
 from benchmarks import input as input_speed
 from benchmarks.measure import facts
 from files.errors import run_command
+from training.processor import keep_freed_memory
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -91,9 +91,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # glibc gives large blocks back to the system and fetches them again, and page faults then swamp the differences: keep
-    # them, for all sides alike. The C library reads these before Python starts.
-    keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
-    if sys.platform == "linux" and not keep.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**keep, **os.environ})
+    keep_freed_memory()  # as runs do, for all sides alike: page faults would swamp the differences
     sys.exit(main())

@@ -277,6 +277,16 @@ class RuntimeSection(Section):
         description="CPU threads per process. auto: OMP_NUM_THREADS where it is set, else the cores there are, shared out "
         "between the processes. A small model gains nothing from more than 1, which also suffers least beside others.",
     )
+    fast_paths: bool = Field(
+        default=True,
+        description="On a CPU: faster forms of linear layers, activations, pooling and scales, equal but for rounding, that "
+        "keep less for backward. false: torch's plain operators only.",
+    )
+    keep_memory: bool = Field(
+        default=True,
+        description="On Linux: freed memory stays with the process for the next step, which saves fetching it again. false: "
+        "as the C library does it, which holds less between steps.",
+    )
     timeout_minutes: float = Field(
         default=10.0, gt=0, le=10_080, description="How long a process waits for the others before the run ends."
     )

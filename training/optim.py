@@ -12,7 +12,7 @@ from training.config import EmaSection, OptimSection
 
 
 def build_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; no weight decay on biases, norms and scales; fused where CUDA offers it.
+    """timm's optimizer of that name; no weight decay on biases, norms and scales; torch's fused form of it if there is one.
 
     Raises:
         ConfigError: The optimizer does not take one of the settings given, or does not run here.
@@ -23,7 +23,7 @@ def build_optimizer(model: nn.Module, optim: OptimSection, device: torch.device)
         options["betas"] = tuple(optim.betas)
     if optim.eps is not None:
         options["eps"] = optim.eps
-    if device.type == "cuda" and optim.name in ("adam", "adamw", "sgd"):
+    if device.type in ("cuda", "cpu") and optim.name in ("adam", "adamw", "sgd"):
         options["fused"] = True
     try:
         return create_optimizer_v2(

@@ -37,7 +37,7 @@ FREE_TO_CHANGE = {
     # where the data lie is free: that they are the same, their identity says
     "data": {"workers", "root", "eval_batch_size", "class_names", "on_error", "max_skipped", "decoder"}
     | {"train_file", "val_file", "test_file", "download", "train_shards", "val_shards", "cache"},
-    "runtime": {"threads", "timeout_minutes"},
+    "runtime": {"threads", "timeout_minutes", "keep_memory"},
     "optim": {"epochs", "on_non_finite", "max_non_finite"},  # epochs as far as `check_epochs` allows
     "distill": {"teacher", "pretrained", "checkpoint"},  # compared by the weights themselves
     "early_stopping": {"patience"},  # a run that was stopped may be given more

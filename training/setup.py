@@ -42,8 +42,8 @@ from training.non_finite import NonFiniteSteps
 from training.optim import build_ema, build_optimizer
 from training.precision import training_dtype
 from training.prefetch import Feed, build_feed
+from training.processor import set_up_processor
 from training.sharding import shard
-from training.threads import number_of_threads
 from training.tracking import check_log
 
 
@@ -140,8 +140,7 @@ def build(
     Raises:
         ConfigError: Whatever the user gave that cannot work.
     """
-    threads = number_of_threads(config.runtime.threads, processes=world.local_size)
-    torch.set_num_threads(threads)  # first: all that is computed below rounds as the run does
+    set_up_processor(config.runtime, processes=world.local_size)  # first: all that is computed rounds as the run does
     _check_parallel(config, world)
     check_log(config.log)
     section = config.model

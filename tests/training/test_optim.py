@@ -102,9 +102,16 @@ def test_an_optimizer_for_cuda_is_refused_without_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "fused"), [("adamw", "cuda", True), ("adamw", "cpu", False), ("lamb", "cuda", False)]
+    ("name", "device", "fused"),
+    [
+        ("adamw", "cuda", True),
+        ("adamw", "cpu", True),
+        ("sgd", "cpu", True),
+        ("adamw", "mps", False),
+        ("lamb", "cuda", False),
+    ],
 )
-def test_fused_where_cuda_offers_it(monkeypatch, name: str, device: str, fused: bool) -> None:
+def test_fused_where_torch_offers_it(monkeypatch, name: str, device: str, fused: bool) -> None:
     asked = []
 
     def spy(model: nn.Module, **options: object) -> torch.optim.Optimizer:
@@ -114,6 +121,27 @@ def test_fused_where_cuda_offers_it(monkeypatch, name: str, device: str, fused: 
     monkeypatch.setattr(tested, "create_optimizer_v2", spy)
     build_optimizer(small_model(), section(name=name), torch.device(device))
     assert asked == [fused]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_the_fused_form_on_a_cpu_is_the_plain_one(name: str) -> None:
+    models = [small_model(), small_model()]
+    models[1].load_state_dict(models[0].state_dict())
+    fused = build_optimizer(models[0], section(name=name), CPU)
+    assert all(group["fused"] for group in fused.param_groups)
+    plain = create_optimizer_v2(
+        models[1], opt=name, lr=fused.param_groups[0]["lr"], weight_decay=section(name=name).weight_decay
+    )
+    before = [p.detach().clone() for p in models[0].parameters()]
+    for step in range(3):
+        for model, optimizer in zip(models, (fused, plain), strict=True):
+            torch.manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+    assert not all(torch.equal(p, q) for p, q in zip(models[0].parameters(), before, strict=True))
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
 # ---- average --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, find_subject, image_spec
 from training.evaluating.validation import Compute, Evaluated
 from training.precision import evaluation_dtype
-from training.threads import number_of_threads
+from training.processor import set_up_processor
 
 DEFAULT_BATCH = 64
 DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
@@ -193,7 +193,7 @@ class Predictor:
             close_world(world)
             raise ConfigError(f"predict.py runs as one process, not as {world.size}; give each its part of the images")
         self.device = world.device
-        torch.set_num_threads(number_of_threads(runtime.threads if runtime else "auto"))
+        set_up_processor(runtime)
         self.precision = evaluation_dtype(request.compute.precision, runtime, self.device)
         model = subject.build()
         self.spec = image_spec(model)

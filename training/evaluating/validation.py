@@ -31,8 +31,8 @@ from training.evaluating.subject import Choice, Subject, find_subject, image_spe
 from training.evaluation import evaluate_each
 from training.metrics import Predictions, evaluation_metrics
 from training.precision import evaluation_dtype
+from training.processor import set_up_processor
 from training.setup import on_main
-from training.threads import number_of_threads
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ class Bench:
     def __init__(self, subject: Subject, data: DataSection, request: Request, world: World) -> None:
         self.subject, self.data, self.request, self.world = subject, data, request, world
         self.runtime = runtime = subject.config.runtime if subject.config is not None else None
-        torch.set_num_threads(number_of_threads(runtime.threads if runtime else "auto", processes=world.local_size))
+        set_up_processor(runtime, processes=world.local_size)
         self.precision = evaluation_dtype(request.compute.precision, runtime, world.device)
         self.model = subject.build()
         self.parameters = sum(count_parameters(self.model))

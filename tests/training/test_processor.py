@@ -1,0 +1,85 @@
+"""What a run asks of processor and C library: threads, fast paths, and memory that stays."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from layers.fast import fast_paths, set_fast_paths
+from training.config import RuntimeSection
+from training.processor import keep_freed_memory, set_up_processor
+
+ROOT = Path(__file__).resolve().parents[2]
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+
+# Page faults of an operation whose result was freed before, thus once with what the allocator had and once again.
+FAULTS = """
+import resource, sys, torch
+from training.config import RuntimeSection
+from training.processor import set_up_processor
+set_up_processor(RuntimeSection(threads=1, keep_memory=sys.argv[1] == "true"))
+x = torch.ones(2**23)  # 32 MiB
+for _ in range(3):
+    y = x + 1
+    del y
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    y = x + 1
+    del y
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(keep: str, **settings: str) -> int:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, keep], cwd=ROOT, env=clean | settings, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@glibc
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    pages = 4 * 2**25 // os.sysconf("SC_PAGE_SIZE")
+    assert faults("true") < pages / 100
+    assert faults("false") > pages / 2
+    assert faults("true", MALLOC_MMAP_THRESHOLD_="1000000") > pages / 2  # the user's own setting is left as it is
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "LD_PRELOAD"])
+def test_who_set_up_the_allocator_keeps_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "")
+    assert not keep_freed_memory()
+
+
+def test_another_system_or_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("training.processor.ctypes.CDLL", lambda name: object())
+    assert not keep_freed_memory()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("training.processor.ctypes.CDLL", None)  # not even asked
+    assert not keep_freed_memory()
+
+
+@pytest.fixture
+def as_before():
+    threads, fast = torch.get_num_threads(), fast_paths()
+    yield
+    torch.set_num_threads(threads)
+    set_fast_paths(fast)
+
+
+@pytest.mark.usefixtures("as_before")
+def test_threads_and_fast_paths_are_the_configs() -> None:
+    set_up_processor(RuntimeSection(threads=3, fast_paths=False, keep_memory=False))
+    assert torch.get_num_threads() == 3 and not fast_paths()
+    set_up_processor(RuntimeSection(threads=2, keep_memory=False))
+    assert torch.get_num_threads() == 2 and fast_paths()
+    set_fast_paths(False)
+    set_up_processor(None)
+    assert fast_paths()

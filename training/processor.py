@@ -1,0 +1,51 @@
+"""What a process asks of the processor and of the C library: threads, fast paths, memory that stays."""
+
+import ctypes
+import os
+import sys
+
+import torch
+
+from layers.fast import set_fast_paths
+from training.config import RuntimeSection
+from training.threads import number_of_threads
+
+# glibc's own numbers of mallopt's settings, and what they are set to.
+_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
+_MALLOPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**28}
+# A user's own settings of the allocator.
+_MALLOC = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+def set_up_processor(runtime: RuntimeSection | None, *, processes: int = 1) -> None:
+    """Sets this process up as a run's config says, before anything is computed.
+
+    Args:
+        runtime: Section of the run; `None`: its defaults.
+        processes: Processes of the run on this machine.
+    """
+    threads = "auto" if runtime is None else runtime.threads
+    torch.set_num_threads(number_of_threads(threads, processes=processes))
+    set_fast_paths(runtime is None or runtime.fast_paths)
+    if runtime is None or runtime.keep_memory:
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> bool:
+    """Lets glibc keep the memory that is freed for what comes next, in this process and those it starts by fork.
+
+    By its defaults glibc gives every large block back to the system when it is freed. Each step of training then fetches
+    its activations anew, one page fault for 4 kB, which took more time than the additions done in them.
+    The process holds the most it ever needed until it ends.
+
+    Returns:
+        Whether it was done: not with another C library or allocator, nor where the environment sets this one up
+        (`MALLOC_...`, `GLIBC_TUNABLES`, `LD_PRELOAD`).
+    """
+    if sys.platform != "linux" or any(name.startswith(_MALLOC) for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # musl has no such function, and no version either
+    if mallopt is None or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        return False
+    return all([mallopt(setting, value) for setting, value in _MALLOPT.items()])
