@@ -22,6 +22,7 @@ from benchmarks import (
     fold,
     foreign_off,
     gpu,
+    precision,
     profiles,
     saving,
     scale,
@@ -59,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         scale,
         step,
         gpu,
+        precision,
     ):
         benchmark.add_parsers(commands, common)
     args = parser.parse_args(argv)

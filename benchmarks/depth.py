@@ -46,7 +46,7 @@ def config_of(rate: float, seed: int, epochs: int) -> TrainConfig:
             "augment={hflip: 0}",
             f"optim={{epochs: {epochs}, lr: 1e-3, warmup_epochs: {min(3, epochs - 1)}}}",
             "ema={enabled: false}",
-            "runtime={device: cpu, threads: 1}",
+            "runtime={device: cpu, precision: float32, threads: 1}",
             f"log={{validate_every: {epochs}, report: false}}",
         ],
     )

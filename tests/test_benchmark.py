@@ -16,6 +16,7 @@ from benchmarks import (
     fold,
     foreign_off,
     gpu,
+    precision,
     profiles,
     saving,
     scale,
@@ -54,6 +55,7 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_runs(tmp_path
         (["scale"], scale.scale_benchmark),
         (["step", "--quick"], step.step_benchmark),
         (["gpu"], gpu.gpu_benchmark),
+        (["precision", "optim.epochs=1"], precision.precision_benchmark),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -255,7 +255,9 @@ class RuntimeSection(Section):
 
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps. auto: the best there is.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Of autocast. auto: bfloat16 where the device is fast at it, else float32."
+        default="auto",
+        description="Of autocast. auto: bfloat16 where the device is fast at it (GPUs since Ampere, CPUs with AVX512-BF16 or "
+        "AMX), else float32 (older GPUs: float16). config.yaml of a run says what it came to, and a resumed run keeps that.",
     )
     channels_last: Literal["auto"] | bool = Field(default="auto", description="Memory format. auto: on CUDA.")
     compile: Compile = Field(

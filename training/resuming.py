@@ -27,6 +27,19 @@ def check_epochs(checkpoint: Checkpoint, config: TrainConfig) -> None:
         )
 
 
+def with_precision_of(folder: RunFolder, config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The config in the precision that the run in the folder began with, where `auto` leaves it to the device.
+
+    Another machine may be fast at another one, and a run must not change it on the way. There may be no run yet.
+    """
+    if config.runtime.precision != "auto" or not folder.holds_run():
+        return config
+    kept = load_config(folder.config).runtime.precision
+    if kept == "auto" and device.type != "cuda":
+        kept = "float32"  # which auto was there, when runs did not write down what it came to
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"precision": kept})})
+
+
 def changes(folder: RunFolder, checkpoint: Checkpoint, setup: Setup) -> list[str]:
     """What is different from the run in the folder, and what is therefore not as in a run that nobody interrupted.
 

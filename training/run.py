@@ -20,7 +20,7 @@ from training.data.build import class_names_of_data
 from training.data.loading import end_workers
 from training.distributed import World, close_world, init_world
 from training.failures import explain
-from training.resuming import changes, check_epochs, same_total_batch
+from training.resuming import changes, check_epochs, same_total_batch, with_precision_of
 from training.run_folder import RunFolder, changed_environment, latest_run, new_run_path
 from training.setup import Setup, build, describe, on_main
 
@@ -151,6 +151,7 @@ def _prepared(
         if resume is not None and path is not None:
             checkpoint = _find_checkpoint(RunFolder(path), resume, world)
             same_data = checkpoint.shared.get("data") if checkpoint is not None else RunFolder(path).read_data()
+            config = with_precision_of(RunFolder(path), config, world.device)
         setup = build(config, world, load_checkpoint=checkpoint is None, same_data=same_data)
         if checkpoint is not None and path is not None and world.is_main:
             for change in changed_environment(RunFolder(path), world, decoder=setup.data.decoder):
@@ -259,6 +260,8 @@ def check_same_run(folder: RunFolder, config: TrainConfig, more: Mapping[str, se
     if not folder.holds_run():
         return
     old, new = load_config(folder.config).model_dump(), config.model_dump()
+    if old["runtime"]["precision"] == "auto":  # of an older version: `with_precision_of` has said what it means
+        old["runtime"]["precision"] = new["runtime"]["precision"]
     for section in COMPARED:
         before, after = old[section], new[section]
         if section in FREE_TO_CHANGE:

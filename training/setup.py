@@ -40,6 +40,7 @@ from training.loss import build_loss, class_weights
 from training.lr_schedule import build_scheduler
 from training.non_finite import NonFiniteSteps
 from training.optim import build_ema, build_optimizer
+from training.precision import training_dtype
 from training.prefetch import Feed, build_feed
 from training.processor import set_up_processor
 from training.sharding import shard
@@ -188,8 +189,8 @@ def build(
     config = config.model_copy(update={"drop_path": drop_path})
     depth = _set_drop_path(model, config, steps_per_epoch)
     check_blocks(config.runtime.compile, depth.blocks)
-    config = _resolved(config, facts.arguments, model.num_classes, depth, data)
-    precision = autocast_dtype(config.runtime.precision, world.device, key="runtime.precision:")
+    precision = training_dtype(config.runtime.precision, world)
+    config = _resolved(config, facts.arguments, model.num_classes, depth, data, precision)
     channels_last = (
         world.device.type == "cuda" if config.runtime.channels_last == "auto" else config.runtime.channels_last
     )
@@ -309,7 +310,12 @@ def _set_drop_path(model: nn.Module, config: TrainConfig, steps_per_epoch: int) 
 
 
 def _resolved(
-    config: TrainConfig, arguments: Mapping[str, Any], num_classes: int, depth: StochasticDepth, bundle: DataBundle
+    config: TrainConfig,
+    arguments: Mapping[str, Any],
+    num_classes: int,
+    depth: StochasticDepth,
+    bundle: DataBundle,
+    precision: torch.dtype,
 ) -> TrainConfig:
     """The config with what was left open filled in, so that it says all about the run."""
     named = {k: getattr(config.model, k) for k in ("name", "pretrained", "checkpoint")}
@@ -319,27 +325,8 @@ def _resolved(
     data = config.data.model_copy(update={"class_names": bundle.class_names})
     if isinstance(size, int):
         data = data.model_copy(update={"image_size": size})
-    return config.model_copy(update={"model": section, "drop_path": drop_path, "data": data})
-
-
-def autocast_dtype(wanted: str, device: torch.device, *, key: str) -> torch.dtype:
-    """The dtype of autocast.
-
-    Args:
-        wanted: auto, float32, bfloat16 or float16.
-        device: Where the model runs.
-        key: What the user gave it by, for the message.
-
-    Raises:
-        ConfigError: float16 on a CPU.
-    """
-    if wanted == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if wanted == "float16" and device.type == "cpu":
-        raise ConfigError(f"{key} float16 needs a GPU; on a CPU use float32 or bfloat16")
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+    runtime = config.runtime.model_copy(update={"precision": str(precision).removeprefix("torch.")})
+    return config.model_copy(update={"model": section, "drop_path": drop_path, "data": data, "runtime": runtime})
 
 
 def _set_backends(config: TrainConfig, device: torch.device) -> None:

@@ -20,7 +20,7 @@ WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 TINY = ["model={name: caformer_n4, in_chans: 1, image_size: 8, depths: [1, 1], dims: [16, 32]}",
         "data={dataset: digits, batch_size: 256, workers: 0}", "augment={hflip: 0, rotate: 10, label_smoothing: 0.1}",
         "optim={lr: 3e-3, epochs: 2, warmup_epochs: 1}", "drop_path={rate: 0.4, mode: skip}", "ema={enabled: false}",
-        "runtime={device: cpu}", "checkpoint={every_epochs: 1}"]  # fmt: skip
+        "runtime={device: cpu, precision: float32}", "checkpoint={every_epochs: 1}"]  # fmt: skip
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 Batch = tuple[Tensor, Tensor, Tensor]

@@ -25,7 +25,7 @@ WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 # 1,437 digits in batches of 16, and never all of them: a run is stopped after 3 steps
 RUN = ["data={dataset: digits, batch_size: 4, eval_batch_size: 64, workers: 0}", "augment={hflip: 0}",
        "optim={lr: 1e-3, epochs: 1, accumulate: 2, layer_decay: 0.8, warmup_epochs: 0}", "drop_path={rate: 0.5, mode: skip}",
-       "ema={enabled: true}", "runtime={device: cpu}", "checkpoint={every_steps: null}"]  # fmt: skip
+       "ema={enabled: true}", "runtime={device: cpu, precision: float32}", "checkpoint={every_steps: null}"]  # fmt: skip
 FAST = ["timm/convnext_atto"]
 SLOW = ["timm/resnet18", "timm/vit_tiny_patch16_224", "timm/swin_tiny_patch4_window7_224", "timm/efficientnet_b0",
         "timm/caformer_s18", "torchvision/resnet18", "torchvision/convnext_tiny"]  # fmt: skip

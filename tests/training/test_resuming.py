@@ -114,6 +114,45 @@ def test_fewer_epochs_than_begun_are_refused(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).config.read_text() == before
 
 
+# ---- precision --------------------------------------------------------------------------------------------------
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, *, bfloat16: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16}, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_a_run_keeps_its_precision_on_another_machine(
+    bfloat16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, bfloat16=bfloat16)
+    whole = train(tmp_path, "runtime.precision=auto")
+    own, other = ("bfloat16", "float32")[:: 1 if bfloat16 else -1]
+    assert load_config(RunFolder(tmp_path).config).runtime.precision == own
+    machine(monkeypatch, bfloat16=not bfloat16)
+    assert build_tiny("runtime.precision=auto").config.runtime.precision == other, "of a new run there"
+    middle = RunFolder(tmp_path).checkpoints / "step-00000005"
+    for config in (load_config(RunFolder(tmp_path).config), load_config(None, [*TINY, "runtime.precision=auto"])):
+        assert run(config, tmp_path, resume=middle)["weights_sha256"] == whole["weights_sha256"]
+        assert load_config(RunFolder(tmp_path).config).runtime.precision == own
+    with pytest.raises(ConfigError, match=rf"--resume: runtime\.precision is '{other}', but the run in .* has '{own}'"):
+        run(load_config(None, [*TINY, f"runtime.precision={other}"]), tmp_path, resume=middle)
+
+
+def test_a_run_that_did_not_write_down_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In older versions `auto` was float32 on every CPU, and config.yaml said auto."""
+    machine(monkeypatch, bfloat16=True)
+    whole = train(tmp_path, "runtime.precision=float32")
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(folder.config.read_text().replace("precision: float32", "precision: auto"))
+    assert load_config(folder.config).runtime.precision == "auto"
+    again = run(load_config(folder.config), tmp_path, resume=folder.checkpoints / "step-00000005")
+    assert again["weights_sha256"] == whole["weights_sha256"]
+    assert load_config(folder.config).runtime.precision == "float32"
+    assert train(tmp_path / "other", "runtime.precision=auto")["weights_sha256"] != whole["weights_sha256"]
+
+
 # ---- processes --------------------------------------------------------------------------------------------------
 
 

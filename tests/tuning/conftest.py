@@ -12,7 +12,7 @@ SMALL = [
     *TINY,
     "optim={lr: 3e-3, epochs: 1, warmup_epochs: 0}",
     "log={report: false}",
-    "runtime={device: cpu, threads: 1}",
+    "runtime={device: cpu, precision: float32, threads: 1}",
 ]
 
 

@@ -23,7 +23,7 @@ train:
   data: {dataset: digits, batch_size: 256, workers: 0}
   augment: {hflip: 0.0}
   optim: {lr: 3e-3, epochs: 2, warmup_epochs: 1}
-  runtime: {device: cpu}
+  runtime: {device: cpu, precision: float32}
 space: {drop_path.rate: {low: 0.0, high: 0.5}}
 search: {trials: 6, sampler: random}
 race: {seeds: [1, 2, 3], keep: [3, 2]}

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(lock.fcntl is None, reason="n
 
 # 8 epochs of 23 steps, saved every 5 steps, so that there is something to go on from
 LONGER = STUDY.replace("batch_size: 256", "batch_size: 64").replace("epochs: 2", "epochs: 8").replace(
-    "runtime: {device: cpu}", "runtime: {device: cpu}\n  checkpoint: {every_steps: 5}"
+    "runtime: {device: cpu, precision: float32}", "runtime: {device: cpu, precision: float32}\n  checkpoint: {every_steps: 5}"
 )  # fmt: skip
 
 

@@ -34,7 +34,9 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, metavar="N", help="processes that read images; results do not depend on it"
     )
     group.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--precision", choices=PRECISIONS, help="default: that of the run, else float32")
+    group.add_argument(
+        "--precision", choices=PRECISIONS, help="default: that of the run where the device is fast at it, else float32"
+    )
 
 
 def choice_of(args: argparse.Namespace) -> Choice:

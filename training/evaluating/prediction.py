@@ -24,8 +24,8 @@ from training.evaluating.classes import names_for_people
 from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, find_subject, image_spec
 from training.evaluating.validation import Compute, Evaluated
+from training.precision import evaluation_dtype
 from training.processor import set_up_processor
-from training.setup import autocast_dtype
 
 DEFAULT_BATCH = 64
 DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
@@ -194,8 +194,7 @@ class Predictor:
             raise ConfigError(f"predict.py runs as one process, not as {world.size}; give each its part of the images")
         self.device = world.device
         set_up_processor(runtime)
-        wanted = request.compute.precision or (runtime.precision if runtime else "float32")
-        self.precision = autocast_dtype(wanted, self.device, key="--precision")
+        self.precision = evaluation_dtype(request.compute.precision, runtime, self.device)
         model = subject.build()
         self.spec = image_spec(model)
         check_spec(self.spec)

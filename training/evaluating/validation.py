@@ -30,8 +30,9 @@ from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, Subject, find_subject, image_spec
 from training.evaluation import evaluate_each
 from training.metrics import Predictions, evaluation_metrics
+from training.precision import evaluation_dtype
 from training.processor import set_up_processor
-from training.setup import autocast_dtype, on_main
+from training.setup import on_main
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how the model runs; None: as the model's run did, else the best device and float32."""
+    """Where and how the model runs; None: as the model's run did (see `evaluation_dtype`), else the best
+    device and float32."""
 
     device: str | None = None
     precision: Precision | None = None
@@ -265,8 +267,7 @@ class Bench:
         self.subject, self.data, self.request, self.world = subject, data, request, world
         self.runtime = runtime = subject.config.runtime if subject.config is not None else None
         set_up_processor(runtime, processes=world.local_size)
-        wanted = request.compute.precision or (runtime.precision if runtime else "float32")
-        self.precision = autocast_dtype(wanted, world.device, key="--precision")
+        self.precision = evaluation_dtype(request.compute.precision, runtime, world.device)
         self.model = subject.build()
         self.parameters = sum(count_parameters(self.model))
         self.spec = image_spec(self.model)

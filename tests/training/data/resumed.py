@@ -16,7 +16,8 @@ from training.run import run
 ROOT = TESTS.parent
 MODEL = ["model={name: caformer_n4, image_size: 16, depths: [1, 1], dims: [16, 32]}", "data.batch_size=4",
          "optim={epochs: 3, warmup_epochs: 0}", "augment={crop_scale: [0.5, 1.0], random_erasing: 0.5}",
-         "drop_path.rate=0.3", "checkpoint={every_steps: 1, keep: 100}", "runtime={device: cpu, threads: 1}"]  # fmt: skip
+         "drop_path.rate=0.3", "checkpoint={every_steps: 1, keep: 100}",
+         "runtime={device: cpu, precision: float32, threads: 1}"]  # fmt: skip
 
 
 def _sums(folder: Path) -> dict[str, str]:

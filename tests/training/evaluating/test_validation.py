@@ -15,10 +15,13 @@ from models.factory import create_model
 from models.weights import load_weights, save_weights
 from tests.training.data.parts import write_image
 from tests.training.evaluating.conftest import FLOWERS
+from tests.training.parts import TINY
+from training.config import load_config
 from training.evaluating.corruptions import Corruption
 from training.evaluating.part import WantedData
 from training.evaluating.subject import Choice
 from training.evaluating.validation import Compute, Evaluated, Evaluation, Request, validate
+from training.run import run
 
 CPU = Compute(device="cpu")
 
@@ -147,6 +150,21 @@ def test_precision_and_device(digits_run: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             one(digits_run, compute=compute)
         assert told in str(caught.value)
+
+
+def test_the_figures_of_a_run_in_bfloat16_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    settings = ["runtime.precision=auto", "log.report=false", "optim.epochs=1", "optim.warmup_epochs=0"]
+    run(load_config(None, [*TINY, *settings]), tmp_path)
+    found, plain = one(tmp_path), one(tmp_path, compute=Compute("cpu", "float32"))
+    with (tmp_path / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert found.precision == "bfloat16" and plain.precision == "float32"
+    for name in ("top1", "macro_f1"):
+        assert f"{found.metrics[name]:.8g}" == row[f"val_{name}"]
+    assert f"{found.metrics['nll']:.8g}" == row["val_loss"]
+    assert plain.metrics["nll"] != found.metrics["nll"]
 
 
 def test_the_mean_of_probabilities_stays_one(digits_run: Path) -> None:
