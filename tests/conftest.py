@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from layers.fast import set_fast_paths
 from tests.browser import NAMES, Browser, find_chromium
 
 TESTS = Path(__file__).parent
@@ -28,9 +29,10 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """A run sets the number of threads of its process; the next test has one again."""
+    """A run sets the number of threads of its process, and its fast paths; the next test has one again, and all of them."""
     yield
     torch.set_num_threads(1)
+    set_fast_paths(True)
 
 
 @pytest.fixture(autouse=True)

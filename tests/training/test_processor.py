@@ -66,15 +66,6 @@ def test_another_system_or_c_library_is_left_alone(monkeypatch: pytest.MonkeyPat
     assert not keep_freed_memory()
 
 
-@pytest.fixture
-def as_before():
-    threads, fast = torch.get_num_threads(), fast_paths()
-    yield
-    torch.set_num_threads(threads)
-    set_fast_paths(fast)
-
-
-@pytest.mark.usefixtures("as_before")
 def test_threads_and_fast_paths_are_the_configs() -> None:
     set_up_processor(RuntimeSection(threads=3, fast_paths=False, keep_memory=False))
     assert torch.get_num_threads() == 3 and not fast_paths()
