@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -33,15 +34,15 @@ from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
 
 from benchmarks.drop_path import Branches
-from benchmarks.measure import Commands, add_threads
-from benchmarks.roofline import Peak, count_work, peaks, wait
-from files.errors import ConfigError, Failure
+from benchmarks.measure import Commands, add_threads, paired_ratio, seconds_of, take_turns, wait
+from benchmarks.roofline import Peak, count_work, peaks
+from benchmarks.sides import Side, autocast, check_rates, our_rates, their_rates
+from files.errors import ConfigError
 from layers.drop_path import BREAK_EVEN, DropPath
 from models.factory import create_model
 from models.layouts import timm_head
 from models.registry import model_config
-from stochastic_depth.blocks import find_blocks
-from stochastic_depth.places import find_owners, foreign_rate
+from stochastic_depth.places import find_owners
 from stochastic_depth.setting import set_drop_path
 from training.compiling import compile_in_place, configure
 from training.config import OptimSection
@@ -80,24 +81,6 @@ class Row(NamedTuple):
 
 class BudgetOver(Exception):
     """The time is over in the middle of something."""
-
-
-@dataclass
-class Side:
-    """A model ready for training steps."""
-
-    model: nn.Module
-    images: Tensor
-    targets: Tensor
-    optimizer: torch.optim.Optimizer
-
-    def step(self) -> None:
-        """One training step, which leaves no gradients."""
-        with torch.autocast(self.images.device.type, dtype=torch.bfloat16):
-            logits = self.model(self.images)
-        F.cross_entropy(logits.float(), self.targets).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
@@ -285,9 +268,9 @@ def measure_at(row: Row, args: argparse.Namespace, device: torch.device, peak: P
     for name in EAGER if row.form == "eager" else COMPILED:
         model = build(row, name, args.image_size).train()
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        sides[name] = Side(model, images, targets, build_optimizer(model, OPTIM, device))
+        sides[name] = Side(model, images, targets, build_optimizer(model, OPTIM, device), autocast(device, "bfloat16"))
     theirs, ours = (sides[name].model for name in (next(iter(sides)), next(reversed(sides))))
-    check_rates(ours, theirs)
+    check_rates(row.model, our_rates(ours), their_rates(theirs))
     told: dict[str, Any] = {**row._asdict(), "batch": batch, "image_size": args.image_size}
     if batch < args.batch:
         told["note"] = f"batch {args.batch} does not fit into memory"
@@ -297,13 +280,17 @@ def measure_at(row: Row, args: argparse.Namespace, device: torch.device, peak: P
         configure("blocks")
     found = {name: warm_up(name, side, args.compile) for name, side in sides.items()}
     graphs = graphs_so_far()
-    times = take_turns(sides, args.rounds, args.steps, device)
+    times = seconds_per_step(sides, args.rounds, args.steps, device)
     recompiled = graphs_so_far() - graphs
     for name, seconds in times.items():
         found[name] |= {
             "ms": round(1e3 * statistics.median(seconds), 3),
             "over_limit": round(1e3 * statistics.median(seconds) / limit, 3),
-            **{f"{other}_over_it": paired(times[other], seconds) for other in times if other.startswith("timm")},
+            **{
+                f"{other}_over_it": paired_ratio(times[other], seconds)[0]
+                for other in times
+                if other.startswith("timm")
+            },
         }
     told |= {"sides": found, "limit_ms": round(limit, 3)}
     told["work"] = {name: {key: float(f"{value:.4g}") for key, value in asdict(w).items()} for name, w in work.items()}
@@ -329,18 +316,6 @@ def build(row: Row, side: str, image_size: int) -> nn.Module:
     mode = "mask" if side == "masked" else "skip"
     set_drop_path(model, row.rate, profile=row.profile, mode=mode, input_size=(3, image_size, image_size))
     return model
-
-
-def check_rates(ours: nn.Module, theirs: nn.Module) -> None:
-    """Compares the rates of drop-path modules, in order.
-
-    Raises:
-        Failure: They differ.
-    """
-    mine = [m.drop_prob for block in find_blocks(ours) for m in block.drop_paths.values()]
-    others = [foreign_rate(slot) for owner in find_owners(theirs) for slot in owner.slots.values()]
-    if len(mine) != len(others) or any(abs(a - b) > 1e-6 for a, b in zip(mine, others, strict=True)):
-        raise Failure(f"timm's drop rates are {others}, ours {mine}")
 
 
 def warm_up(name: str, side: Side, how: str) -> dict[str, Any]:
@@ -383,25 +358,13 @@ def breaks_so_far() -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-def take_turns(sides: Mapping[str, Any], rounds: int, steps: int, device: torch.device) -> dict[str, list[float]]:
+def seconds_per_step(sides: Mapping[str, Any], rounds: int, steps: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of a step of each side, on average over `steps` between two waits for the device, in every round."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:  # no side is always the one behind a certain other
-            wait(device)
-            start = time.perf_counter()
-            for _ in range(steps):
-                sides[name].step()
-            wait(device)
-            times[name].append((time.perf_counter() - start) / steps)
-    return times
 
+    def several(side: Any) -> float:
+        return seconds_of(lambda: [side.step() for _ in range(steps)], device) / steps
 
-def paired(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of the ratios of one round each."""
-    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 4)
+    return take_turns({name: partial(several, side) for name, side in sides.items()}, rounds, warmup=0)
 
 
 # ---- break-even rates --------------------------------------------------------------------------------------------------
@@ -437,8 +400,8 @@ def measure_branch(kind: str, args: argparse.Namespace, device: torch.device) ->
         sides = {mode: BranchSide(model, x, mode, rate) for mode in ("mask", "skip")}
         for side in sides.values():
             side.step()
-        times = take_turns(sides, args.rounds, args.steps, device)
-        speedups[rate] = paired(times["mask"], times["skip"])
+        times = seconds_per_step(sides, args.rounds, args.steps, device)
+        speedups[rate] = paired_ratio(times["mask"], times["skip"])[0]
     return {"kind": kind, "batch": args.batch, "mask_over_skip": speedups, "break_even": crossing(speedups)}
 
 

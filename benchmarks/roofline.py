@@ -11,7 +11,6 @@ Both hold for the samples that a step really kept, and for the types that autoca
 """
 
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from benchmarks.measure import seconds_of
 
 PEAKS: tuple[tuple[str, float, float], ...] = (
     (r"H200", 989.4, 4.8),
@@ -87,20 +88,7 @@ def measured_peak(device: torch.device) -> Peak:
 
 
 def _fastest(run: Callable[[], object], device: torch.device, runs: int = 6) -> float:
-    seconds = []
-    for _ in range(runs):
-        wait(device)
-        start = time.perf_counter()
-        run()
-        wait(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return min(seconds_of(run, device) for _ in range(runs))
 
 
 def peaks(device: torch.device) -> tuple[Peak, dict[str, Any]]:

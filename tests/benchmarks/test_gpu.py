@@ -17,7 +17,6 @@ from benchmarks.gpu import (
     BudgetOver,
     Row,
     build,
-    check_rates,
     crossing,
     empty_batches,
     judge,
@@ -26,6 +25,7 @@ from benchmarks.gpu import (
     time_limit,
 )
 from benchmarks.roofline import Peak
+from benchmarks.sides import check_rates, our_rates, their_rates
 from files.errors import Failure
 from layers.drop_path import BREAK_EVEN
 from stochastic_depth.setting import set_drop_path
@@ -144,11 +144,11 @@ def test_a_row_that_does_not_fit_into_memory_has_half_the_batch(
 def test_sides_are_the_same_network_at_the_same_rates(name: str, rate: float, profile: Any) -> None:
     with torch.device("cpu"):
         theirs, ours = (build(Row(name, rate, profile, "eager"), side, 32) for side in ("timm", "skipping"))
-    check_rates(ours, theirs)
+    check_rates(name, our_rates(ours), their_rates(theirs))
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     set_drop_path(ours, 0.3, input_size=(3, 32, 32))
     with pytest.raises(Failure, match="rates"):
-        check_rates(ours, theirs)
+        check_rates(name, our_rates(ours), their_rates(theirs))
 
 
 @pytest.mark.parametrize(
