@@ -12,6 +12,7 @@ from pathlib import Path
 
 from files.errors import run_command
 from training.config import dump_config, json_schema
+from training.processor import keep_freed_memory
 from training.run import Resume, describe_result, dry_run, find_config, find_folder, run, with_class_names
 
 
@@ -55,6 +56,8 @@ def train(args: argparse.Namespace) -> int:
     elif args.dry_run:
         told = dry_run(config, folder, resume=resume, name=name)
     else:
+        if config.runtime.keep_memory:
+            keep_freed_memory()
         told = describe_result(run(config, folder, resume=resume, name=name))
     if told:
         print(told)

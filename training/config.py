@@ -284,8 +284,8 @@ class RuntimeSection(Section):
     )
     keep_memory: bool = Field(
         default=True,
-        description="On Linux: freed memory stays with the process for the next step, which saves fetching it again. false: "
-        "as the C library does it, which holds less between steps.",
+        description="On Linux, train.py: freed memory stays with the process, which saves fetching it again at each step. "
+        "false: as the C library does it, which holds less between steps.",
     )
     timeout_minutes: float = Field(
         default=10.0, gt=0, le=10_080, description="How long a process waits for the others before the run ends."

@@ -1,4 +1,4 @@
-"""What a process asks of the processor and of the C library: threads, fast paths, memory that stays."""
+"""What a process asks of the processor and of the C library: threads, fast paths, and, of scripts, memory that stays."""
 
 import ctypes
 import os
@@ -27,8 +27,6 @@ def set_up_processor(runtime: RuntimeSection | None, *, processes: int = 1) -> N
     threads = "auto" if runtime is None else runtime.threads
     torch.set_num_threads(number_of_threads(threads, processes=processes))
     set_fast_paths(runtime is None or runtime.fast_paths)
-    if runtime is None or runtime.keep_memory:
-        keep_freed_memory()
 
 
 def keep_freed_memory() -> bool:
@@ -36,7 +34,8 @@ def keep_freed_memory() -> bool:
 
     By its defaults glibc gives every large block back to the system when it is freed. Each step of training then fetches
     its activations anew, one page fault for 4 kB, which took more time than the additions done in them.
-    The process holds the most it ever needed until it ends.
+    The process holds the most it ever needed until it ends, and more where blocks of many sizes leave holes: for a process
+    that trains one model, not for one that goes on to others.
 
     Returns:
         Whether it was done: not with another C library or allocator, nor where the environment sets this one up

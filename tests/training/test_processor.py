@@ -19,9 +19,10 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 # Page faults of an operation whose result was freed before, thus once with what the allocator had and once again.
 FAULTS = """
 import resource, sys, torch
-from training.config import RuntimeSection
-from training.processor import set_up_processor
-set_up_processor(RuntimeSection(threads=1, keep_memory=sys.argv[1] == "true"))
+from training.processor import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "true":
+    keep_freed_memory()
 x = torch.ones(2**23)  # 32 MiB
 for _ in range(3):
     y = x + 1
@@ -67,10 +68,22 @@ def test_another_system_or_c_library_is_left_alone(monkeypatch: pytest.MonkeyPat
 
 
 def test_threads_and_fast_paths_are_the_configs() -> None:
-    set_up_processor(RuntimeSection(threads=3, fast_paths=False, keep_memory=False))
+    set_up_processor(RuntimeSection(threads=3, fast_paths=False))
     assert torch.get_num_threads() == 3 and not fast_paths()
-    set_up_processor(RuntimeSection(threads=2, keep_memory=False))
+    set_up_processor(RuntimeSection(threads=2))
     assert torch.get_num_threads() == 2 and fast_paths()
     set_fast_paths(False)
     set_up_processor(None)
     assert fast_paths()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_script_keeps_memory_where_the_config_says(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train
+
+    kept: list[str] = []
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: kept.append("kept"))
+    monkeypatch.setattr(train, "run", lambda *args, **options: {})
+    monkeypatch.setattr(train, "describe_result", lambda result: "")
+    assert train.main([f"runtime.keep_memory={str(keep).lower()}"]) == 0
+    assert kept == ["kept"] * keep
