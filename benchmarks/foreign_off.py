@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Commands, add_threads, machine, step_time
+from benchmarks.measure import Commands, add_threads, machine, seconds_of, step_time
 from stochastic_depth import set_drop_path
 
 MODELS = ["vit_tiny_patch16_224", "convnext_atto", "resnet18"]
@@ -51,10 +51,8 @@ def sides(name: str, pixels: int) -> dict[str, nn.Module]:
 
 def pass_time(model: nn.Module, images: Tensor) -> float:
     """Seconds of one forward pass."""
-    start = time.perf_counter()
     with torch.inference_mode():
-        model(images)
-    return time.perf_counter() - start
+        return seconds_of(lambda: model(images), images.device)
 
 
 def compare(models: dict[str, nn.Module], images: Tensor, *, training: bool, seconds: float) -> dict[str, Any]:

@@ -97,8 +97,7 @@ def call(module: nn.Module, x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As `F.linear`, (..., C) -> (..., D), with `takes(x)`."""
-    dtype = _dtype(x)
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight, bias = _cast(x, weight, bias)
     if not _is_large(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
@@ -106,8 +105,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     """As `act(F.linear(...))` without gradients, (..., C) -> (..., D), with `takes(x)`; act: a key of `ACTS`."""
-    dtype = _dtype(x)
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight, bias = _cast(x, weight, bias)
     fused = {"squared_relu": "relu"}.get(act, act)
     if fused not in ("gelu", "relu") or not _is_large(x, weight):
         return ACTS[act](F.linear(x, weight, bias))
@@ -124,8 +122,7 @@ def act_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
         bias: (D,) or `None`.
         act: A key of `ACTS`.
     """
-    dtype = _dtype(x)
-    return _ActLinear.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), act)
+    return _ActLinear.apply(*_cast(x, weight, bias), act)
 
 
 def star_relu_conv(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
@@ -323,6 +320,12 @@ def _dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu")
     return x.dtype
+
+
+def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All in the dtype that a linear layer of x computes in."""
+    dtype = _dtype(x)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _computes_in(dtype: torch.dtype) -> bool:
