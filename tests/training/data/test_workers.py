@@ -1,6 +1,7 @@
-"""Signals to a whole process group leave loader workers at work; their parent still ends them."""
+"""Signals to a whole process group leave loader workers at work; their parent still ends them, and so does its death."""
 
 import os
+import select
 import signal
 import time
 from typing import Any
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from training.data.workers import leave_signals_to_the_run
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+pytestmark = pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="needs sigtimedwait")
 
 
 class Pids(Dataset[int]):
@@ -58,3 +59,33 @@ def test_the_parent_ends_a_worker() -> None:
     worker.terminate()
     worker.join(20)
     assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("when", ["starting", "at work"])
+def test_no_worker_outlives_a_parent_that_was_killed(when: str) -> None:
+    """Not even one that had yet to look who its parent is. A worker shows by a pipe that it is there."""
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        os.close(read)
+
+        def late(worker: int) -> None:
+            while when == "starting" and os.getppid() == parent_of_the_worker:
+                time.sleep(0.01)
+            os.write(write, b"ready")
+            leave_signals_to_the_run(worker)
+
+        parent_of_the_worker = os.getpid()
+        options = {"num_workers": 1, "persistent_workers": True, "worker_init_fn": late}
+        batches = iter(DataLoader(Pids(), **options))
+        if when == "at work":
+            next(batches)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == -signal.SIGKILL
+    said = b""
+    while select.select([read], [], [], 20)[0] and (text := os.read(read, 100)):
+        said += text
+    ended = bool(select.select([read], [], [], 0)[0])
+    os.close(read)
+    assert said == b"ready" and ended
