@@ -8,6 +8,8 @@ dtype and size, never by timing, so the same machine always computes the same bi
 - `act_linear` and `star_relu_conv`: an activation and the layer behind it keep the activation's input only and compute
   the activation again in backward, so that the widest tensors of a block are kept once instead of two to four times.
 - `mean_minus_self`: pooling minus its input in one tensor, keeping none.
+- `attention`: products and a softmax one after the other where there are few tokens, with scores and their gradients in
+  float32. torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle.
 
 They run in eager code, in float32 and in bfloat16 where oneDNN computes in it. Compiled, traced, scripted and exported
 code, torch.func, forward-mode differentiation, dispatch modes (FLOP counters, fake tensors) and modules with hooks, with
@@ -27,6 +29,9 @@ from torch.nn.modules import module as torch_module
 
 FEWEST_PRODUCTS = 2**22
 """Multiplications of a linear layer from which oneDNN's call costs less than it saves."""
+
+MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 256}
+"""Tokens of attention up to which its products are faster apart, and its weights few enough to keep for backward."""
 
 _PLAIN = (Tensor, nn.Parameter)
 _enabled = True
@@ -143,6 +148,28 @@ def mean_minus_self(x: Tensor, size: int) -> Tensor:
     return _MeanMinusSelf.apply(x, size)
 
 
+def attention(qkv: Tensor) -> Tensor:
+    """Multi-head attention with `takes` of what qkv is computed from.
+
+    Args:
+        qkv: Queries, keys and values, (B, N, 3, heads, D).
+
+    Returns:
+        (B, N, heads, D). In bfloat16 nearer to float32's than torch's own form.
+    """
+    batch, tokens, _, heads, width = qkv.shape
+    if not 0 < tokens <= MOST_TOKENS.get(qkv.dtype, 0) or not batch:
+        return plain_attention(qkv)
+    parts = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, tokens, width)
+    return _Attention.apply(parts).view(batch, heads, tokens, width).transpose(1, 2)
+
+
+def plain_attention(qkv: Tensor) -> Tensor:
+    """torch's form of `attention`."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
 ACTS = {
     "gelu": F.gelu,
     "relu": F.relu,
@@ -229,6 +256,37 @@ class _MeanMinusSelf(torch.autograd.Function):
             image, image, [size, size], [1, 1], [size // 2, size // 2], False, False, None
         )
         return back.permute(0, 2, 3, 1) - grad, None
+
+
+class _Attention(torch.autograd.Function):
+    """(3, B * heads, N, D) -> (B * heads, N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = parts.unbind(0)
+            q, k = q.float(), k.float()
+            scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+            weights = scores.softmax(-1).to(parts.dtype)  # (B * heads, N, N)
+            ctx.save_for_backward(parts, weights)
+            return torch.bmm(weights, v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        parts, weights = ctx.saved_tensors
+        if _wants_plain_gradients(grads[0]):
+            plain = lambda parts: F.scaled_dot_product_attention(*parts.unbind(0))  # noqa: E731
+            return _plain_gradients(plain, ctx, (parts,), grads[0])[0]
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = parts.unbind(0)
+            grad, found = grads[0].contiguous(), torch.empty_like(parts)
+            torch.bmm(weights.mT, grad, out=found[2])
+            of_weights = torch.bmm(grad.float(), v.float().mT)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights.float(), -1, torch.float32)
+            of_scores = of_scores.mul_(q.shape[-1] ** -0.5).to(parts.dtype)
+            torch.bmm(of_scores, k, out=found[0])
+            torch.bmm(of_scores.mT, q, out=found[1])
+            return found
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.fast import call, is_linear, linear, mean_minus_self, scaled, star_relu_conv, takes
+from layers.fast import (
+    attention,
+    call,
+    is_linear,
+    linear,
+    mean_minus_self,
+    plain_attention,
+    scaled,
+    star_relu_conv,
+    takes,
+)
 from layers.kernels import depthwise_conv
 from layers.mlp import Mlp, StarReLU, build_act, fast_mlp, is_fast_mlp
 from layers.patch_embed import check_grid, check_positions
@@ -315,15 +325,12 @@ class Attention(TokenMixer):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting() and self.is_fast(x):
             return self.forward_scaled(x, None)
-        return self.proj(self.attend(self.qkv(x), x.shape))  # type: ignore[arg-type]
+        return self.proj(plain_attention(self.split(self.qkv(x))).reshape(x.shape))
 
-    def attend(self, qkv: Tensor, shape: list[int]) -> Tensor:
-        """Values by queries and keys, (B, ..., 3 C) -> shape (B, ..., C), of a grid of positions or a row of tokens."""
-        qkv = qkv.flatten(1, -2)  # (B, N, 3 C)
-        batch, tokens, _ = qkv.shape
-        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape)
+    def split(self, qkv: Tensor) -> Tensor:
+        """Queries, keys and values of a grid of positions or a row of tokens, (B, ..., 3 C) -> (B, N, 3, heads, D)."""
+        qkv = qkv.flatten(1, -2)
+        return qkv.reshape(qkv.shape[0], qkv.shape[1], 3, self.num_heads, self.head_dim)
 
     @torch.jit.unused
     def is_fast(self, x: Tensor) -> bool:
@@ -338,8 +345,8 @@ class Attention(TokenMixer):
             x: (B, ..., C).
             scale: (C,), or `None` for 1.
         """
-        x = self.attend(linear(x, self.qkv.weight, self.qkv.bias), x.shape)  # type: ignore[arg-type]
-        return linear(x, *scaled(self.proj.weight, self.proj.bias, scale))
+        qkv = self.split(linear(x, self.qkv.weight, self.qkv.bias))
+        return linear(attention(qkv).reshape(x.shape), *scaled(self.proj.weight, self.proj.bias, scale))
 
 
 TokenMixerName = Literal["pooling", "identity", "random_mixing", "sep_conv", "attention", "spatial_mlp"]

@@ -18,7 +18,19 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers.drop_path import DropPath
-from layers.fast import FEWEST_PRODUCTS, call, fast_paths, is_linear, plain_paths, scaled, set_fast_paths, takes
+from layers.fast import (
+    FEWEST_PRODUCTS,
+    MOST_TOKENS,
+    attention,
+    call,
+    fast_paths,
+    is_linear,
+    plain_attention,
+    plain_paths,
+    scaled,
+    set_fast_paths,
+    takes,
+)
 from layers.mlp import ACTIVATIONS, Mlp, StarReLU
 from layers.norm import build_norm
 from layers.scale import Scale, scaled_branch
@@ -27,7 +39,7 @@ from models.factory import create_model
 
 DIM = 64
 LARGE, SMALL, EMPTY = (8, 8, 8, DIM), (1, 4, 4, DIM), (0, 8, 8, DIM)
-ONE_NODE = {f"_{name}Backward" for name in ("Linear", "ActLinear", "StarReluConv", "MeanMinusSelf")}
+ONE_NODE = {f"_{name}Backward" for name in ("Linear", "ActLinear", "StarReluConv", "MeanMinusSelf", "Attention")}
 
 
 class Called(nn.Module):
@@ -242,6 +254,53 @@ def test_spatial_mlp(hidden: int | None) -> None:
     x = torch.randn(16, 8, 8, 128)
     assert is_fast(module(x.requires_grad_()))
     check_errors(module, x, "float32")
+
+
+def attention_results(form: Callable[[Tensor], Tensor], qkv: Tensor, upstream: Tensor) -> Results:
+    """Output, and gradients of queries, keys and values."""
+    qkv = qkv.detach().requires_grad_()
+    out = form(qkv)
+    return [out.detach(), *torch.autograd.grad(out, qkv, upstream.to(out.dtype))[0].unbind(2)]
+
+
+@pytest.mark.parametrize("tokens, heads, width", [(197, 3, 64), (196, 2, 32), (49, 4, 32), (1, 2, 8)])
+@pytest.mark.parametrize("sharpness", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
+def test_attention_is_as_exact_as_torch(
+    dtype: torch.dtype, sharpness: int, tokens: int, heads: int, width: int
+) -> None:
+    qkv = torch.randn(3, tokens, 3, heads, width)
+    qkv[:, :, :2] *= sharpness
+    qkv, upstream = qkv.to(dtype), torch.randn(3, tokens, heads, width).to(dtype)
+    exact = attention_results(plain_attention, qkv.double(), upstream)
+    found = attention_results(attention, qkv, upstream)
+    plain = attention_results(plain_attention, qkv, upstream)
+    least = 3 * torch.finfo(dtype).eps
+    for a, b, reference in zip(found, plain, exact, strict=True):
+        assert a.shape == b.shape and a.dtype == dtype
+        assert error(a, reference) <= max(1.3 * error(b, reference), least), "one token: queries and keys get zero"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_over_many_tokens_is_torchs(dtype: torch.dtype) -> None:
+    for tokens in (1, MOST_TOKENS[dtype], MOST_TOKENS[dtype] + 1):
+        qkv = torch.randn(2, tokens, 3, 2, 8, dtype=dtype, requires_grad=True)
+        assert is_fast(attention(qkv)) == (tokens <= MOST_TOKENS[dtype])
+    for shape in ((0, 5, 3, 2, 8), (2, 0, 3, 2, 8)):
+        qkv = torch.randn(shape, dtype=dtype, requires_grad=True)
+        attention(qkv).sum().backward()
+        assert qkv.grad is not None and qkv.grad.shape == shape
+    double = torch.randn(2, 5, 3, 2, 8, dtype=torch.float64)
+    assert torch.equal(attention(double), plain_attention(double))
+
+
+@needs_bfloat16
+def test_attention_computes_in_float32_under_autocast() -> None:
+    qkv, upstream = torch.randn(2, 50, 3, 2, 16).bfloat16(), torch.randn(2, 50, 2, 16)
+    expected = attention_results(attention, qkv, upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_results(attention, qkv, upstream)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_a_weight_with_a_scale_behind_it() -> None:
