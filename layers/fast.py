@@ -102,10 +102,9 @@ def call(module: nn.Module, x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As `F.linear`, (..., C) -> (..., D), with `takes(x)`."""
-    x, weight, bias = _cast(x, weight, bias)
     if not _is_large(x, weight):
-        return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+        return F.linear(*_cast(x, weight, bias))
+    return _Linear.apply(*_cast(x, weight, bias, leave=True))
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
@@ -127,7 +126,7 @@ def act_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
         bias: (D,) or `None`.
         act: A key of `ACTS`.
     """
-    return _ActLinear.apply(*_cast(x, weight, bias), act)
+    return _ActLinear.apply(*_cast(x, weight, bias, leave=True), act)
 
 
 def star_relu_conv(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
@@ -183,15 +182,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return _product(x, weight, bias)
+        return _product(x, weight.to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         if _wants_plain_gradients(grads[0]):
-            return _plain_gradients(F.linear, ctx, (x, weight, bias), grads[0])
+            plain = lambda x, weight, bias: F.linear(x, weight.to(x.dtype), bias)  # noqa: E731
+            return _plain_gradients(plain, ctx, (x, weight, bias), grads[0])
         grad = grads[0].contiguous()
-        grad_x = _product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
+        grad_x = _product(grad, weight.to(x.dtype).t(), None) if ctx.needs_input_grad[0] else None
         return grad_x, *_weight_gradients(ctx, grad, x)
 
 
@@ -200,18 +200,18 @@ class _ActLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.act = act
-        return _product(_act(x, act), weight, bias)
+        return _product(_act(x, act), weight.to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         act = ctx.act
         if _wants_plain_gradients(grads[0]):
-            plain = lambda x, weight, bias: F.linear(ACTS[act](x), weight, bias)  # noqa: E731
+            plain = lambda x, weight, bias: F.linear(ACTS[act](x), weight.to(x.dtype), bias)  # noqa: E731
             return *_plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None
         grad = grads[0].contiguous()
         of_weight = _weight_gradients(ctx, grad, _act(x, act))
-        grad_x = _act_gradient(grad, x, weight, act) if ctx.needs_input_grad[0] else None
+        grad_x = _act_gradient(grad, x, weight.to(x.dtype), act) if ctx.needs_input_grad[0] else None
         return grad_x, *of_weight, None
 
 
@@ -380,10 +380,20 @@ def _dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All in the dtype that a linear layer of x computes in."""
+def _cast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, leave: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All in the dtype that a linear layer of x computes in.
+
+    Args:
+        x: Input.
+        weight: (D, C).
+        bias: (D,) or `None`.
+        leave: Whether a weight that is kept anyway, a parameter, stays what it is: who keeps it for backward and casts
+            it twice keeps no copy.
+    """
     dtype = _dtype(x)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x.to(dtype), weight if leave and weight.is_leaf else weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _computes_in(dtype: torch.dtype) -> bool:
