@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import wait
+from layers.fast import depthwise_weight_gradient
 from stochastic_depth.blocks import find_blocks
 
 Direction = Literal["forward", "input", "weight"]
@@ -112,7 +113,8 @@ class Linear(Operation):
 class Convolution(Operation):
     """Of (channels, height, width), with a kernel (outputs, channels / groups, *kernel).
 
-    Ways: memory in channels-last order or contiguous; the gradient of a weight in bfloat16 also by way of float32.
+    Ways: memory in channels-last order or contiguous; the gradient of a weight in bfloat16 also by way of float32, and
+    that of a depthwise one as a convolution.
     """
 
     channels: int
@@ -131,6 +133,13 @@ class Convolution(Operation):
         sizes = zip((self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
         height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
         return height, width
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether the kernel has an odd side and each position of the input one of the result."""
+        return (self.stride, self.dilation) == ((1, 1), (1, 1)) and tuple(
+            2 * p + 1 for p in self.padding
+        ) == self.kernel
 
     @property
     def macs(self) -> int:
@@ -156,6 +165,9 @@ class Convolution(Operation):
                 found[f"convolution {layout} in float32"] = lambda args=run.args: aten.convolution_backward(
                     *(a.float() for a in args[:3]), *args[3:]
                 )
+            if direction == "weight" and self.keeps_size and self.groups == self.channels == self.outputs:
+                images = (g.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1))
+                found[f"images with gradients {layout}"] = partial(depthwise_weight_gradient, *images, w)
         return found
 
 

@@ -7,6 +7,8 @@ dtype and size, never by timing, so the same machine always computes the same bi
   slow on other vendors' processors.
 - `act_linear` and `star_relu_conv`: an activation and the layer behind it keep the activation's input only and compute
   the activation again in backward, so that the widest tensors of a block are kept once instead of two to four times.
+- `star_relu_conv` also takes the gradients of a large depthwise kernel by convolutions, of the images with their
+  gradients, which oneDNN computes several times as fast as what it has for that.
 - `mean_minus_self`: pooling minus its input in one tensor, keeping none.
 - `attention`: products and a softmax one after the other where there are few tokens, with scores and their gradients in
   float32. torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle.
@@ -32,6 +34,16 @@ FEWEST_PRODUCTS = 2**22
 
 MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 256}
 """Tokens of attention up to which its products are faster apart, and its weights few enough to keep for backward."""
+
+LARGE_KERNELS = range(5, 8)
+"""Sides of depthwise kernels whose gradient is taken as a convolution: oneDNN's own is good at smaller ones, and rows of
+larger ones do not stay in the registers of AVX2."""
+
+LARGE_IMAGES = 2**16
+"""Numbers in the images from which that pays."""
+
+SAMPLES_AT_A_TIME = 4
+"""Samples of one such convolution: few shapes, and little memory, whatever the batch."""
 
 _PLAIN = (Tensor, nn.Parameter)
 _enabled = True
@@ -169,6 +181,33 @@ def plain_attention(qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def depthwise_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the weight of a depthwise convolution with stride 1 that keeps the size.
+
+    That of a sample is the depthwise convolution of its images, padded, with their gradients for the kernel.
+
+    Args:
+        grad: Gradient of the result, (B, H, W, C).
+        x: Input, (B, H, W, C).
+        weight: (C, 1, K, K), K odd; read for its shape and dtype only.
+
+    Returns:
+        (C, 1, K, K), summed over the samples in float32.
+    """
+    height, width, channels = x.shape[1:]
+    found = weight.new_zeros(weight.shape, dtype=torch.float32)
+    for some, grads in zip(x.split(SAMPLES_AT_A_TIME), grad.split(SAMPLES_AT_A_TIME), strict=True):
+        if not some.numel():
+            continue
+        planes = len(some) * channels
+        image = some.permute(0, 3, 1, 2).reshape(1, planes, height, width)
+        kernel = grads.permute(0, 3, 1, 2).reshape(planes, 1, height, width)
+        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+        out = F.conv2d(image, kernel, padding=padding, groups=planes)  # (1, planes, K, K)
+        found += out.view(len(some), *weight.shape).sum(0, dtype=torch.float32)
+    return found.to(weight.dtype)
+
+
 ACTS = {
     "gelu": F.gelu,
     "relu": F.relu,
@@ -227,14 +266,10 @@ class _StarReluConv(torch.autograd.Function):
         if _wants_plain_gradients(grads[0]):
             plain = lambda x, scale, shift, weight: _depthwise(scale * F.relu(x).square() + shift, weight)  # noqa: E731
             return _plain_gradients(plain, ctx, (x, scale, shift, weight), grads[0])
-        image = _star_relu(F.relu(x), scale, shift).permute(0, 3, 1, 2)  # (B, C, H, W)
-        padding = [weight.shape[2] // 2, weight.shape[3] // 2]
-        grad, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grads[0].permute(0, 3, 1, 2), image, weight, None, [1, 1], padding, [1, 1], False, [0, 0],
-            weight.shape[0], [True, ctx.needs_input_grad[3], False],
-        )  # fmt: skip
+        image = _star_relu(F.relu(x), scale, shift)
+        grad, grad_weight = _depthwise_gradients(grads[0], image, weight, ctx.needs_input_grad[3])
         del image
-        grad, relu = grad.permute(0, 2, 3, 1).contiguous(), F.relu(x)  # (B, H, W, C)
+        grad, relu = grad.contiguous(), F.relu(x)
         grad_shift = grad.sum().reshape(1)
         grad.mul_(relu)
         grad_scale = _inner(grad, relu).reshape(1)
@@ -357,6 +392,17 @@ def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=weight.shape[0]).permute(0, 2, 3, 1)
 
 
+def _depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a depthwise convolution's input x, (B, H, W, C), and of its weight, if wanted."""
+    if of_weight and x.numel() >= LARGE_IMAGES and all(side in LARGE_KERNELS for side in weight.shape[2:]):
+        return _depthwise(grad, weight.flip(2, 3)), depthwise_weight_gradient(grad, x, weight)
+    of_x, found, _ = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [1, 1],
+        [weight.shape[2] // 2, weight.shape[3] // 2], [1, 1], False, [0, 0], weight.shape[0], [True, of_weight, False],
+    )  # fmt: skip
+    return of_x.permute(0, 2, 3, 1), found
+
+
 def _pool(x: Tensor, size: int) -> Tensor:
     y = F.avg_pool2d(x.permute(0, 3, 1, 2), size, stride=1, padding=size // 2, count_include_pad=False)
     return y.permute(0, 2, 3, 1)
@@ -393,7 +439,11 @@ def _cast(
             it twice keeps no copy.
     """
     dtype = _dtype(x)
-    return x.to(dtype), weight if leave and weight.is_leaf else weight.to(dtype), None if bias is None else bias.to(dtype)
+    return (
+        x.to(dtype),
+        weight if leave and weight.is_leaf else weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+    )
 
 
 def _computes_in(dtype: torch.dtype) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
+from layers import fast
 from layers.drop_path import DropPath
 from layers.fast import (
     FEWEST_PRODUCTS,
@@ -246,6 +247,31 @@ def test_evaluation_equals_the_plain_form(name: str, precision: str, mode: Any) 
                 plain = module(x)
     assert fast.dtype == plain.dtype
     assert error(fast, exact) <= 2 * error(plain, exact) + FLOOR[precision]
+
+
+@pytest.mark.parametrize("side, batch", [(5, 3), (7, 9), (3, 3), (9, 3)])
+@precisions
+def test_depthwise_kernels_of_any_size(precision: str, side: int, batch: int) -> None:
+    """Sides of which the gradient is a convolution, with more samples than are taken at a time, and others."""
+    conv_calls = []
+    module = randomised(SepConv(DIM, kernel_size=side))
+    x = torch.randn(batch, 11, 13, DIM)
+    with pytest.MonkeyPatch.context() as patch:
+        real = fast.depthwise_weight_gradient
+        patch.setattr(fast, "depthwise_weight_gradient", lambda *args: conv_calls.append(1) or real(*args))
+        patch.setattr(fast, "LARGE_IMAGES", 1)
+        check_errors(module, x, precision)
+    assert len(conv_calls) == (side in (5, 7))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 1, 5), (4, 16, 3), (0, 5, 5)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 7), (7, 7)])
+def test_the_gradient_of_a_depthwise_kernel(kernel: tuple[int, int], shape: tuple[int, ...]) -> None:
+    x, grad, weight = torch.randn(*shape, 6), torch.randn(*shape, 6), torch.randn(6, 1, *kernel, requires_grad=True)
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=6)
+    (expected,) = torch.autograd.grad(out, weight, grad.permute(0, 3, 1, 2))
+    torch.testing.assert_close(fast.depthwise_weight_gradient(grad, x, weight), expected)
 
 
 @pytest.mark.parametrize("hidden", [None, 128])
