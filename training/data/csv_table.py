@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import os
-import sys
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from files.errors import ConfigError, nearest
-from training.data.source import Sources, name_below
+from training.data.names import Names
+from training.data.source import Sources
 
 if TYPE_CHECKING:
     from training.config import DataSection
@@ -26,27 +31,42 @@ LABEL_COLUMNS = ("label", "class", "target", "category", "class_name", "labels")
 
 
 class Row(NamedTuple):
-    """A sample of a table, and the line it ends on."""
+    """A sample of a table.
+
+    Attributes:
+        path: As a name below the table's folder, where it lies there.
+        label: The name of its class.
+        line: The line it ends on.
+        cell: The path as it is written.
+    """
 
     path: str
     label: str
     line: int
+    cell: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """A file that was read.
+    """A file that was read. A million rows are in columns: as objects they would take more memory than all else of the data.
 
     Attributes:
         file: Its path.
         folder: What its paths are relative to.
         columns: Names of the columns of paths and of labels.
+        paths: Of each row, as `Row` has them.
+        label_names: In the order in which they come first.
+        labels: Of each row its label's place in `label_names`.
+        lines: Of each row.
     """
 
     file: Path
     folder: Path
     columns: tuple[str, str]
-    rows: list[Row]
+    paths: Names
+    label_names: list[str]
+    labels: array[int]
+    lines: array[int]
 
 
 class CsvSource:
@@ -61,14 +81,16 @@ class CsvSource:
         self.location = str(table.folder)
         self.class_names = class_names
         places = {name: place for place, name in enumerate(class_names)}
-        self.paths = [row.path for row in table.rows]
-        self.targets = [places[row.label] for row in table.rows]
+        target_of = [places[name] for name in table.label_names]
+        self.paths = table.paths
+        self.prefix = os.path.join(self.location, "")
+        self.targets = [target_of[label] for label in table.labels]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return name_below(self.paths[index], self.location)
+        return self.paths[index].removeprefix(self.prefix)
 
     def open(self, index: int) -> IO[bytes]:
         return open(os.path.join(self.location, self.paths[index]), "rb")
@@ -96,12 +118,13 @@ def sources(data: DataSection) -> Sources:
         raise ConfigError(f"data.train_file: '{train.file}' has one class, {names[0]!r}; at least two are needed")
     known = set(names)
     for key, table in tables.items():
-        for row in table.rows:
-            if row.label not in known:
-                raise ConfigError(
-                    f"data.{key}: '{table.file}', line {row.line}: label {row.label!r} is none of the training "
-                    f"table's {len(names)} classes{nearest(row.label, names)}"
-                )
+        unknown = next((label for label in table.label_names if label not in known), None)
+        if unknown is not None:
+            line = table.lines[table.labels.index(table.label_names.index(unknown))]
+            raise ConfigError(
+                f"data.{key}: '{table.file}', line {line}: label {unknown!r} is none of the training "
+                f"table's {len(names)} classes{nearest(unknown, names)}"
+            )
         if data.on_error == "stop":
             _check_files(key, table)
     logger.info("table     paths in column %r, labels in column %r of '%s'", *train.columns, train.file)
@@ -124,37 +147,82 @@ def _table(data: DataSection, key: str) -> Table:
     if not folder.is_dir():
         raise ConfigError(f"data.root: '{folder}' is no folder; the paths in '{file}' are relative to it")
     where = f"data.{key}: '{file}'"
-    lines = _lines(file, where)
-    header, _ = next(lines, ([], 0))
+    header, _ = next(_lines(file, where), ([], 0))
     if not header:
         raise ConfigError(f"{where} is empty; expected a line of column names, such as path,label")
     columns = (
         _column(header, "path_column", data.path_column, PATH_COLUMNS, where),
         _column(header, "label_column", data.label_column, LABEL_COLUMNS, where),
     )
+    rows = partial(_rows, file, os.path.abspath(folder), header, columns, where)
+    places: dict[str, int] = {}
+    labels, lines, hashes = array("i"), array("q"), array("q")
+
+    def paths() -> Iterator[str]:
+        for path, label, line, _ in rows():
+            labels.append(places.setdefault(label, len(places)))
+            lines.append(line)
+            hashes.append(hash(path))
+            yield path
+
+    try:
+        names = Names(paths())
+    except ConfigError:
+        _check_labels(rows, hashes, labels, where)  # what stands in an earlier line is said first
+        raise
+    _check_labels(rows, hashes, labels, where)
+    if not names:
+        raise ConfigError(f"{where} has no rows below its column names")
+    return Table(file, folder, columns, names, list(places), labels, lines)
+
+
+def _rows(file: Path, folder: str, header: Sequence[str], columns: tuple[str, str], where: str) -> Iterator[Row]:
+    """The rows of a table below its column names.
+
+    Raises:
+        ConfigError: Naming the line.
+    """
     path_at, label_at = (header.index(column) for column in columns)
-    labelled: dict[str, Row] = {}
-    rows, absolute = [], os.path.abspath(folder)
-    for cells, line in lines:
+    prefix = os.path.join(folder, "")
+    for cells, line in itertools.islice(_lines(file, where), 1, None):
         if len(cells) != len(header):
             raise ConfigError(
                 f"{where}, line {line}: {len(cells)} cells, but {len(header)} columns in the first line; "
                 "quote what holds a separator"
             )
-        path, label = cells[path_at], sys.intern(cells[label_at])  # a million rows share the names of a few classes
-        for column, cell in zip(columns, (path, label), strict=True):
-            if not cell:
-                raise ConfigError(f"{where}, line {line}: column {column!r} is empty")
-        row = Row(name_below(os.path.normpath(path), absolute), label, line)
+        cell, label = cells[path_at], cells[label_at]
+        if not cell or not label:
+            column = columns[1] if cell else columns[0]
+            raise ConfigError(f"{where}, line {line}: column {column!r} is empty")
+        path = os.path.normpath(cell).removeprefix(prefix).replace(os.sep, "/")
+        yield Row(path, label, line, cell)
+
+
+def _check_labels(rows: Callable[[], Iterator[Row]], hashes: Sequence[int], labels: Sequence[int], where: str) -> None:
+    """Refuses a file that is listed under two labels.
+
+    Args:
+        rows: Reads the table again, where something is suspect.
+        hashes: Of the path of each row: a dictionary of a million paths takes ten times the memory.
+        labels: Of each row, as numbers.
+        where: What messages call the table.
+    """
+    values, numbers = np.asarray(hashes, dtype=np.int64), np.asarray(labels, dtype=np.int32)
+    order = np.argsort(values, kind="stable")
+    values, numbers = values[order], numbers[order]
+    suspects = set(values[1:][(values[1:] == values[:-1]) & (numbers[1:] != numbers[:-1])].tolist())
+    if not suspects:
+        return
+    labelled: dict[str, Row] = {}
+    for row in rows():
+        if hash(row.path) not in suspects:
+            continue
         first = labelled.setdefault(row.path, row)
-        if first.label != label:
+        if first.label != row.label:
             raise ConfigError(
-                f"{where}: {path!r} has two labels, {first.label!r} in line {first.line} and {label!r} in line {line}"
+                f"{where}: {row.cell!r} has two labels, {first.label!r} in line {first.line} and {row.label!r} "
+                f"in line {row.line}"
             )
-        rows.append(row)
-    if not rows:
-        raise ConfigError(f"{where} has no rows below its column names")
-    return Table(file, folder, columns, rows)
 
 
 def _lines(file: Path, where: str) -> Iterator[tuple[list[str], int]]:
@@ -166,10 +234,11 @@ def _lines(file: Path, where: str) -> Iterator[tuple[list[str], int]]:
             text.seek(0)
             reader = csv.reader(text, delimiter=_separator(file, first), strict=True, skipinitialspace=True)
             for cells in reader:
-                if any("\0" in cell for cell in cells):
+                if "\0" in "".join(cells):
                     raise ConfigError(f"{where}, line {reader.line_num}: has a null character; is this a text file?")
-                if any(cell.strip() for cell in cells):
-                    yield [cell.strip() for cell in cells], reader.line_num
+                cells = [cell.strip() for cell in cells]
+                if any(cells):
+                    yield cells, reader.line_num
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} is not in UTF-8 (byte {error.start}); save it as CSV in UTF-8") from None
     except csv.Error as error:
@@ -210,7 +279,7 @@ def _column(header: Sequence[str], key: str, given: str | None, usual: Sequence[
 
 def _classes(table: Table) -> list[str]:
     """The labels, sorted; as numbers where all are whole numbers."""
-    labels = sorted({row.label for row in table.rows})
+    labels = sorted(table.label_names)
     try:
         numbers = {label: int(label) for label in labels}
     except ValueError:
@@ -226,16 +295,18 @@ def _classes(table: Table) -> list[str]:
 
 def _check_files(key: str, table: Table) -> None:
     """Refuses a table that lists files that are not there, naming the first."""
-    missing = [row for row in table.rows if not os.path.isfile(os.path.join(table.folder, row.path))]
+    folder = str(table.folder)
+    missing = [i for i, path in enumerate(table.paths) if not os.path.isfile(os.path.join(folder, path))]
     if not missing:
         return
-    row, place = missing[0], table.folder / missing[0].path
+    path, line = table.paths[missing[0]], table.lines[missing[0]]
+    place = table.folder / path
     what = "is a folder" if place.is_dir() else "does not exist"
     advice = "paths are relative to the table's folder, or to data.root"
-    if "\\" in row.path and os.sep == "/":
+    if "\\" in path and os.sep == "/":
         advice = "parts of a path are separated by / here, not by \\"
-    more = f" (and {len(missing) - 1:,} more of {len(table.rows):,} rows)" if len(missing) > 1 else ""
-    raise ConfigError(f"data.{key}: '{table.file}', line {row.line}: {str(place)!r} {what}{more}\n{advice}")
+    more = f" (and {len(missing) - 1:,} more of {len(table.paths):,} rows)" if len(missing) > 1 else ""
+    raise ConfigError(f"data.{key}: '{table.file}', line {line}: {str(place)!r} {what}{more}\n{advice}")
 
 
 def _warn_of_shared(parts: dict[str, CsvSource]) -> None:
@@ -244,7 +315,14 @@ def _warn_of_shared(parts: dict[str, CsvSource]) -> None:
     for key, part in parts.items():
         if part is train:
             continue
-        theirs = Counter(os.path.join(part.location, path) for path in part.paths)  # fewer than for training
-        shared = sum(theirs.pop(os.path.join(train.location, path), 0) for path in train.paths)
+        theirs = Counter(_places(part, train))  # fewer than for training
+        shared = sum(theirs.pop(path, 0) for path in _places(train, part))
         if shared:
             logger.warning("warning: data.%s: %s of its %s images are training images", key, shared, len(part))
+
+
+def _places(part: CsvSource, other: CsvSource) -> Iterable[str]:
+    """Where the images lie; the paths alone, where both parts have them relative to one folder."""
+    if part.location == other.location:
+        return part.paths
+    return (os.path.join(part.location, path) for path in part.paths)

@@ -100,7 +100,7 @@ class TrainDataset(Dataset[Sample]):
         self.source = source
         self.pipeline = pipeline
         self.from_epochs = from_epochs
-        self.targets = list(source.targets)
+        self.targets = source.targets
         self.seed = seed
         self.replace_unreadable = replace_unreadable
 
@@ -160,7 +160,7 @@ class ValDataset(Dataset[Sample]):
     def __init__(self, source: Source, pipeline: Pipeline) -> None:
         self.source = source
         self.pipeline = pipeline
-        self.targets = list(source.targets)
+        self.targets = source.targets
 
     def __len__(self) -> int:
         return len(self.targets)

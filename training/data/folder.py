@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from files.errors import ConfigError, nearest
 from training.data.images import image_extensions
-from training.data.source import Sources, name_below
+from training.data.names import Names
+from training.data.source import Sources
 from training.data.split import splits
 
 if TYPE_CHECKING:
@@ -29,24 +31,32 @@ class FolderSource:
 
     Args:
         folder: The folder.
-        classes: Paths of the images of each class.
+        classes: Of each class, the paths of its images below the class's folder.
         class_names: The classes in the order of their targets.
     """
 
     def __init__(self, folder: Path, classes: Mapping[str, Sequence[str]], class_names: list[str]) -> None:
         self.location = str(folder)
         self.class_names = class_names
-        self.paths = [path for name in class_names for path in classes[name]]
+        self.paths = [classes[name] for name in class_names]
+        self.starts = list(itertools.accumulate(map(len, self.paths), initial=0))
         self.targets = [target for target, name in enumerate(class_names) for _ in classes[name]]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.targets)
 
     def name(self, index: int) -> str:
-        return name_below(self.paths[index], self.location)
+        name, path = self._place(index)
+        return f"{name}/{path.replace(os.sep, '/')}"
 
     def open(self, index: int) -> IO[bytes]:
-        return open(self.paths[index], "rb")
+        return open(os.path.join(self.location, *self._place(index)), "rb")
+
+    def _place(self, index: int) -> tuple[str, str]:
+        """The class's name, and the path below its folder."""
+        index = range(len(self.targets))[index]  # which may count from the end
+        target = self.targets[index]
+        return self.class_names[target], self.paths[target][index - self.starts[target]]
 
 
 def class_names(data: DataSection) -> list[str]:
@@ -266,8 +276,8 @@ def _ids_above(folder: Path) -> set[FolderId]:
     return {_folder_id(parent) for parent in Path(os.path.realpath(folder)).parents}
 
 
-def scan(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
-    """Paths of each class's images, sorted, from all levels below the class folder (as torchvision's ImageFolder).
+def scan(folder: Path, left_out: LeftOut) -> dict[str, Names]:
+    """Of each class, the paths of its images below its folder, sorted, of all levels (as torchvision's ImageFolder).
 
     Links are followed, and no folder is read twice: it belongs to the class in which it really lies, and a link to a
     folder that is read already, or that lead back up, is passed over and counted.
@@ -277,7 +287,7 @@ def scan(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
     """
     readers: dict[FolderId, tuple[str, bool]] = {}  # by which class a folder is read, and whether by way of a link
     above = _ids_above(folder) | {_folder_id(folder)}
-    classes: dict[str, list[str]] = {}
+    classes: dict[str, Names] = {}
     left: dict[str, LeftOut] = {}
     for entry in _subfolders(folder, left_out):
         identity = _folder_id(entry.path)
@@ -285,7 +295,7 @@ def scan(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
             other = f"class '{readers[identity][0]}'" if identity in readers else "one above it"
             raise ConfigError(f"data.root: class folder '{entry.path}' is the same folder as {other}; remove one name")
         readers[identity] = (entry.name, False)
-        classes[entry.name] = []
+        classes[entry.name] = Names()
         left[entry.name] = LeftOut()
     if not classes:
         raise ConfigError(f"data.root: '{folder}' has no class folders; expected {folder.name}/CLASS/*.jpg")
@@ -294,18 +304,21 @@ def scan(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
 
     links: list[tuple[str, str]] = []  # class and path, followed after all folders, so that real ones come first
 
-    def read(name: str, path: str, by_link: bool) -> None:
+    def read(name: str, path: str, by_link: bool) -> list[str]:
+        images: list[str] = []
         pending = [path]
         while pending:
             for entry in _entries(pending.pop()):
                 if not _is_folder(entry):
-                    _take(entry, classes[name], left[name])
+                    _take(entry, images, left[name])
                 elif _is_junk(entry):
                     left[name].folders[entry.name] += 1
                 elif entry.is_symlink():
                     links.append((name, entry.path))
                 elif claim(name, entry.path, by_link):
                     pending.append(entry.path)
+        start = len(os.path.join(folder, name, ""))
+        return [image[start:] for image in images]
 
     def claim(name: str, path: str, by_link: bool) -> bool:
         identity = _folder_id(path)
@@ -321,10 +334,13 @@ def scan(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
         return True
 
     for name in classes:
-        read(name, os.path.join(folder, name), by_link=False)
+        classes[name] = Names(sorted(read(name, os.path.join(folder, name), by_link=False)))
+    linked: defaultdict[str, list[str]] = defaultdict(list)
     for name, path in links:  # grows while it is read
         if claim(name, path, by_link=True):
-            read(name, path, by_link=True)
+            linked[name] += read(name, path, by_link=True)
+    for name, paths in linked.items():
+        classes[name] = Names(sorted([*classes[name], *paths]))
 
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
@@ -336,7 +352,7 @@ def scan(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
         )
     for name in classes:
         left_out.add(left[name])
-    return {name: sorted(paths) for name, paths in classes.items()}
+    return classes
 
 
 def _take(file: os.DirEntry[str], paths: list[str], left_out: LeftOut) -> None:

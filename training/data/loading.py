@@ -77,7 +77,8 @@ class EpochSampler(Sampler[list[Position]]):
             self.start_batch :, self.rank
         ]
         epoch = self.epoch
-        return ([(epoch, *sample) for sample in batch.tolist()] for batch in mine)
+        batches = mine.numpy()  # iterating over a tensor would make one of each batch at once
+        return ([(epoch, *sample) for sample in batch.tolist()] for batch in batches)
 
 
 def build_train_loader(

@@ -138,6 +138,11 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a long row": ("path,label\na,b.png,cat\n", ["line 2: 3 cells, but 2 columns", "quote what holds a separator"]),
     "two labels": ("path,label\nimages/cat1.png,cat\nimages/dog1.png,dog\n./images/cat1.png,dog\n",
                    ["'./images/cat1.png' has two labels, 'cat' in line 2 and 'dog' in line 4"]),
+    "two labels above a short row": ("path,label\na,cat\na,dog\nb\n",
+                                     ["'a' has two labels, 'cat' in line 2 and 'dog' in line 3"]),
+    "two labels below a short row": ("path,label\na,cat\nb\na,dog\n", ["line 3: 1 cells, but 2 columns"]),
+    "two pairs of labels": ("path,label\na,cat\nb,cat\n./b,dog\na,dog\n",
+                            ["'./b' has two labels, 'cat' in line 3 and 'dog' in line 4"]),
     "a missing file": ("path,label\nimages/cat1.png,cat\nimages/dgo1.png,dog\nnone.png,dog\n",
                        ["line 3: ", "dgo1.png' does not exist (and 1 more of 3 rows)", "data.root"]),
     "a folder": ("path,label\nimages/cat1.png,cat\nimages,dog\n", ["line 3: ", "images' is a folder"]),
@@ -186,10 +191,23 @@ def test_rows_may_be_doubled_and_stay_on_one_side(pets: Path) -> None:
     assert len(bundle.train) + len(bundle.val) == 22 and not {*paths(bundle.train)} & {*paths(bundle.val)}
 
 
+def test_paths_of_one_hash_are_told_apart(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = table(pets).identity
+    monkeypatch.setattr("training.data.csv_table.hash", lambda path: 7, raising=False)
+    assert table(pets).identity == before
+    write(pets / "train.csv", "images/cat1.png,cat", "images/dog1.png,dog", "images/cat1.png,dog")
+    with fails("'images/cat1.png' has two labels, 'cat' in line 2 and 'dog' in line 4"):
+        table(pets)
+
+
 def test_training_images_that_are_validated_on_are_told(pets: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(pets / "val.csv", "images/cat1.png,cat", "images/dog9.png,dog")
     table(pets)
-    assert "warning: data.val_file: 1 of its 2 images are training images" in caplog.messages
+    told = "warning: data.val_file: 1 of its 2 images are training images"
+    assert caplog.messages.count(told) == 1
+    (pets / "images" / "val.csv").write_text("path,label\ncat1.png,cat\ndog9.png,dog\n")  # relative to another folder
+    table(pets, val="images/val.csv")
+    assert caplog.messages.count(told) == 2
 
 
 def test_parts_of_tables(pets: Path) -> None:

@@ -127,6 +127,18 @@ def test_links_in_a_circle_through_other_folders_end(image_root: Path, tmp_path:
     assert bundle.left_out.endswith(", 3 links to folders read already")
 
 
+def test_images_behind_a_link_stand_where_their_names_do(image_root: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "pool" / "6.png")
+    link(image_root / "train" / "aster" / "1-linked", tmp_path / "pool")
+    bundle = folder(image_root)
+    source = bundle.train.source
+    names = [source.name(i) for i in range(len(source))]
+    assert names[:4] == ["aster/0-plain.JPEG", "aster/1-linked/6.png", "aster/1-plain.JPEG", "aster/2-plain.JPEG"]
+    assert names[6] == "daisy/0-plain.JPEG" and [source.name(i - 16) for i in range(16)] == names
+    with pytest.raises(IndexError):
+        source.open(16)
+
+
 def test_links_to_files_and_whole_classes_are_followed(image_root: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         (image_root / split / "daisy").rename(tmp_path / split)
