@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Commands, add_threads, machine, seconds_of, step_time
+from benchmarks.measure import Commands, add_threads, machine, paired_ratio, seconds_of, step_time
 from stochastic_depth import set_drop_path
 
 MODELS = ["vit_tiny_patch16_224", "convnext_atto", "resnet18"]
@@ -74,8 +74,8 @@ def compare(models: dict[str, nn.Module], images: Tensor, *, training: bool, sec
         "rounds": len(times[reference]),
     }
     for name in others:
-        ratios = [a / b for a, b in zip(times[name], times[reference], strict=True)]
-        row[name] = [round(q, 4) for q in statistics.quantiles(ratios, n=4, method="inclusive")]
+        middle, (low, high) = paired_ratio(times[name], times[reference])
+        row[name] = [low, middle, high]
     return row
 
 

@@ -96,13 +96,13 @@ def take_turns(runs: Mapping[str, Callable[[], float]], rounds: int, *, warmup: 
     return times
 
 
-def paired_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, list[float]]:
+def paired_ratio(above: Sequence[float], below: Sequence[float], *, digits: int = 4) -> tuple[float, list[float]]:
     """Median and quartiles of the ratio of paired rounds: what slows the machine down for a while slows both."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     if len(ratios) == 1:
         ratios *= 2
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return round(middle, 4), [round(low, 4), round(high, 4)]
+    return round(middle, digits), [round(low, digits), round(high, digits)]
 
 
 def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Commands, add_threads
+from benchmarks.measure import Commands, add_threads, paired_ratio
 from training.config import TrainConfig, load_config
 from training.console import StopSignals
 from training.distributed import init_world
@@ -79,12 +79,11 @@ def saving_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
     rows = {}
     for side in SIDES:
-        ratios = [a / b for a, b in zip(times[side], times["none"], strict=True)]  # of one round: paired
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        over_none, quartiles = paired_ratio(times[side], times["none"])
         rows[side] = {
             "seconds_per_step": round(statistics.median(times[side]), 4),
-            "over_none": round(middle, 4),
-            "quartiles": [round(low, 4), round(high, 4)],
+            "over_none": over_none,
+            "quartiles": quartiles,
             "pause": round(statistics.median(pauses[side]), 4),
         }
         print(side, rows[side])

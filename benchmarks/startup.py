@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, Commands, machine
+from benchmarks.measure import ROOT, Commands, machine, paired_ratio
 from files.errors import Failure
 
 WANTED = 1.1
@@ -118,11 +118,6 @@ def compare(times: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     reference = next(iter(times.values()))
     rows = {}
     for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(seconds, reference, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        rows[name] = {
-            "seconds": round(statistics.median(seconds), 3),
-            "ratio": round(middle, 3),
-            "quartiles": [round(low, 3), round(high, 3)],
-        }
+        ratio, quartiles = paired_ratio(seconds, reference, digits=3)
+        rows[name] = {"seconds": round(statistics.median(seconds), 3), "ratio": ratio, "quartiles": quartiles}
     return rows

@@ -63,6 +63,7 @@ def test_turns_begin_one_further_each_round() -> None:
 def test_ratios_are_of_pairs() -> None:
     assert measure.paired_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == (2.0, [1.5, 2.5])
     assert measure.paired_ratio([3.0], [2.0]) == (1.5, [1.5, 1.5])
+    assert measure.paired_ratio([1.0], [3.0], digits=2) == (0.33, [0.33, 0.33])
 
 
 def test_peak_allocated_is_above_the_level_before() -> None:
