@@ -57,7 +57,7 @@ class Table:
         paths: Of each row, as `Row` has them.
         label_names: In the order in which they come first.
         labels: Of each row its label's place in `label_names`.
-        lines: Of each row.
+        rows: Reads it again.
     """
 
     file: Path
@@ -66,7 +66,11 @@ class Table:
     paths: Names
     label_names: list[str]
     labels: array[int]
-    lines: array[int]
+    rows: Callable[[], Iterator[Row]]
+
+    def line(self, index: int) -> int:
+        """The line that a row ends on: for messages, it is counted again."""
+        return next(itertools.islice(self.rows(), index, None)).line
 
 
 class CsvSource:
@@ -120,7 +124,7 @@ def sources(data: DataSection) -> Sources:
     for key, table in tables.items():
         unknown = next((label for label in table.label_names if label not in known), None)
         if unknown is not None:
-            line = table.lines[table.labels.index(table.label_names.index(unknown))]
+            line = table.line(table.labels.index(table.label_names.index(unknown)))
             raise ConfigError(
                 f"data.{key}: '{table.file}', line {line}: label {unknown!r} is none of the training "
                 f"table's {len(names)} classes{nearest(unknown, names)}"
@@ -156,12 +160,11 @@ def _table(data: DataSection, key: str) -> Table:
     )
     rows = partial(_rows, file, os.path.abspath(folder), header, columns, where)
     places: dict[str, int] = {}
-    labels, lines, hashes = array("i"), array("q"), array("q")
+    labels, hashes = array("i"), array("q")
 
     def paths() -> Iterator[str]:
-        for path, label, line, _ in rows():
+        for path, label, *_ in rows():
             labels.append(places.setdefault(label, len(places)))
-            lines.append(line)
             hashes.append(hash(path))
             yield path
 
@@ -173,7 +176,7 @@ def _table(data: DataSection, key: str) -> Table:
     _check_labels(rows, hashes, labels, where)
     if not names:
         raise ConfigError(f"{where} has no rows below its column names")
-    return Table(file, folder, columns, names, list(places), labels, lines)
+    return Table(file, folder, columns, names, list(places), labels, rows)
 
 
 def _rows(file: Path, folder: str, header: Sequence[str], columns: tuple[str, str], where: str) -> Iterator[Row]:
@@ -299,7 +302,7 @@ def _check_files(key: str, table: Table) -> None:
     missing = [i for i, path in enumerate(table.paths) if not os.path.isfile(os.path.join(folder, path))]
     if not missing:
         return
-    path, line = table.paths[missing[0]], table.lines[missing[0]]
+    path, line = table.paths[missing[0]], table.line(missing[0])
     place = table.folder / path
     what = "is a folder" if place.is_dir() else "does not exist"
     advice = "paths are relative to the table's folder, or to data.root"
