@@ -3,6 +3,7 @@
 import pickle
 import random
 from collections import Counter
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -49,6 +50,46 @@ def names(source: Source, indices: list[int]) -> set[str]:
 def counts(source: Source, indices: list[int]) -> list[int]:
     found = Counter(source.targets[i] for i in indices)
     return [found[c] for c in range(len(source.class_names))]
+
+
+def plain(source: Named, seed: int | None = None) -> list[tuple[int, bytes, int]]:
+    """Class, digest and index of each sample, in this order: what the parts are taken from."""
+    prefix = "" if seed is None else f"{seed} "
+    digests = [sha256((prefix + name).encode("utf-8", "surrogateescape")).digest() for name in source.names]
+    return sorted((target, digest, i) for i, (target, digest) in enumerate(zip(source.targets, digests, strict=True)))
+
+
+def several() -> Named:
+    """Classes of very different sizes and one without samples, names that come again in one class or in another."""
+    rng = random.Random(0)
+    samples = [(f"{rng.randrange(150)}\udce9.jpg", min(int(rng.expovariate(1)), 3)) for _ in range(400)]
+    return Named(samples, list("abcde"))
+
+
+def test_parts_are_those_of_a_plain_sort() -> None:
+    source = several()
+    rank: dict[tuple[int, bytes], int] = {}
+    held = {0.3: set[int](), 0.5: set[int]()}
+    ordered = plain(source)
+    sizes = Counter(target for target, _ in {(target, digest) for target, digest, _ in ordered})
+    for target, digest, i in ordered:
+        place = rank.setdefault((target, digest), sum(t == target for t, _ in rank))
+        for fraction, chosen in held.items():
+            if place < int(sizes[target] * fraction + 0.5):
+                chosen.add(i)
+    four = Named(list(zip(source.names, source.targets, strict=True)), list("abcd"))  # each class needs samples here
+    for fraction, chosen in held.items():
+        assert set(by_fraction(four, fraction)[1]) == chosen
+
+
+def test_a_sample_is_that_of_a_plain_sort() -> None:
+    source, seen, sizes = several(), Counter[int](), Counter(several().targets)
+    keys = []
+    for target, digest, i in plain(source, seed=5):
+        keys.append((seen[target] > 0, (2 * seen[target] + 1) / sizes[target], digest, i))
+        seen[target] += 1
+    for count in (4, 50, 399):
+        assert sample(source, count, seed=5) == sorted(i for *_, i in sorted(keys)[:count])
 
 
 def test_a_fraction_of_each_class_whatever_the_order() -> None:
