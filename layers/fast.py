@@ -286,11 +286,9 @@ class _MeanMinusSelf(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         size = ctx.size
         grad = grads[0].contiguous()
-        image = grad.permute(0, 3, 1, 2)  # (B, C, H, W); the input, which has the same shape, gives nothing else
-        back = torch.ops.aten.avg_pool2d_backward(
-            image, image, [size, size], [1, 1], [size // 2, size // 2], False, False, None
-        )
-        return back.permute(0, 2, 3, 1) - grad, None
+        # sums over windows again, of each gradient by its window's size; torch's own backward in bfloat16 is slow
+        share = _sums(grad.new_ones(1, *grad.shape[1:3], 1), size)
+        return _sums(grad / share, size).sub_(grad), None
 
 
 class _Attention(torch.autograd.Function):
@@ -405,6 +403,12 @@ def _depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_weight: boo
 
 def _pool(x: Tensor, size: int) -> Tensor:
     y = F.avg_pool2d(x.permute(0, 3, 1, 2), size, stride=1, padding=size // 2, count_include_pad=False)
+    return y.permute(0, 2, 3, 1)
+
+
+def _sums(x: Tensor, size: int) -> Tensor:
+    """Sums over windows with stride 1, zeros around, over size * size."""
+    y = F.avg_pool2d(x.permute(0, 3, 1, 2), size, stride=1, padding=size // 2)
     return y.permute(0, 2, 3, 1)
 
 
