@@ -40,7 +40,7 @@ def test_a_whole_study(tmp_path: Path, trained: Trained, capsys) -> None:
     assert all(trial.reason for trial in trials if trial.state == "dropped")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 11 and re.fullmatch(
-        r"trial 0  drop_path.rate 0  seed 0  val_top1 86  \d.\d s  10 runs left", lines[0]
+        r"trial 0  drop_path.rate 0  seed 0  val_top1 86  [\d.]+ s  10 runs left", lines[0]
     )
     assert lines[-1].endswith("0 runs left")
     text = finish(one)
