@@ -701,6 +701,28 @@ def test_less_is_kept_for_backward(body: str) -> None:
         assert plain >= 2 * hidden
 
 
+@needs_bfloat16
+def test_no_copy_of_a_weight_is_kept_under_autocast() -> None:
+    module, x = Mlp(256), torch.randn(1, 8, 8, 256, requires_grad=True)
+    rows, weights = 64 * (256 + 1024) * 2, 2 * 256 * 1024 * 2  # bytes in bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = kept_bytes(module, x)
+        with plain_paths():
+            plain = kept_bytes(module, x)
+    assert rows <= fast < rows + weights // 8 and plain > rows + weights
+
+
+@needs_bfloat16
+def test_attention_keeps_its_parts_and_weights() -> None:
+    qkv = torch.randn(2, 100, 3, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+
+    class Apart(nn.Module):
+        def forward(self, qkv: Tensor) -> Tensor:
+            return attention(qkv)
+
+    assert kept_bytes(Apart(), qkv) == 2 * (qkv.numel() + 2 * 2 * 100 * 100)
+
+
 # ---- whole models ---------------------------------------------------------------------------------------------------
 
 NETS: dict[str, dict[str, Any]] = {
