@@ -252,8 +252,14 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
     return list(QUICK)
 
 
-def earlier_result(path: Path, cases: Sequence[Case], batch: int) -> dict[str, Any]:
-    """What a JSON of this benchmark holds beside the cases that are measured now; nothing where it is empty.
+def earlier_result(path: Path, cases: Sequence[Case], batch: int, infer: bool) -> dict[str, Any]:
+    """What a JSON of this benchmark holds beside what is measured now; nothing where it is empty.
+
+    Args:
+        path: Of the JSON.
+        cases: That are measured now.
+        batch: Images of a step.
+        infer: Whether their inference is.
 
     Raises:
         ConfigError: It was measured at another commit, on another machine, with other versions or another batch.
@@ -271,8 +277,8 @@ def earlier_result(path: Path, cases: Sequence[Case], batch: int) -> dict[str, A
         "earlier_commands": [*old["earlier_commands"], old["command"]],
         "rows": [row for row in old["rows"] if case_of(row) not in cases],
         **{
-            key: [each for each in old[key] if (each["model"], each["precision"]) not in again]
-            for key in ("inference", "ways")
+            key: [each for each in old[key] if not measured or (each["model"], each["precision"]) not in again]
+            for key, measured in (("inference", infer), ("ways", True))
         },
     }
 
@@ -293,7 +299,7 @@ def step_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = True  # as in the trainer, and in convolutions: one precision for all sides
     result: dict[str, Any] = {"earlier_commands": [], "rows": [], "inference": [], "ways": []}
     if args.append:
-        result = earlier_result(args.output, cases, batch)
+        result = earlier_result(args.output, cases, batch, args.infer)
     print(HEADER)
     for name in names:
         pair = make_pair(name)

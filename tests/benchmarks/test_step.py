@@ -105,15 +105,16 @@ def test_rows_are_appended_where_they_are_of_the_same_machine(tmp_path: Path) ->
     path = tmp_path / "a.json"
     path.write_text("")
     cases = [Case("a", "float32", Setting(0.4))]
-    assert earlier_result(path, cases, 2)["rows"] == []
+    assert earlier_result(path, cases, 2, True)["rows"] == []
     path.write_text(json.dumps(old))
     kept = {"earlier_commands": ["first"], "rows": [other], "inference": [of[1]], "ways": [of[1]]}
-    assert earlier_result(path, cases, 2) == kept
+    assert earlier_result(path, cases, 2, True) == kept
+    assert earlier_result(path, cases, 2, False) == {**kept, "inference": list(of)}, "not measured again"
     with pytest.raises(ConfigError, match="was measured with batch 2, now it is 4"):
-        earlier_result(path, cases, 4)
+        earlier_result(path, cases, 4, False)
     path.write_text(json.dumps({**old, "commit": "other"}))
     with pytest.raises(ConfigError, match="was measured with commit 'other', now"):
-        earlier_result(path, cases, 2)
+        earlier_result(path, cases, 2, False)
 
 
 def test_lines_stand_in_their_columns() -> None:
