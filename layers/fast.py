@@ -116,7 +116,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As `F.linear`, (..., C) -> (..., D), with `takes(x)`."""
     if not _is_large(x, weight):
         return F.linear(*_cast(x, weight, bias))
-    return _Linear.apply(*_cast(x, weight, bias, leave=True))
+    return _run(_Linear, *_cast(x, weight, bias, leave=True))
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
@@ -138,7 +138,7 @@ def act_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
         bias: (D,) or `None`.
         act: A key of `ACTS`.
     """
-    return _ActLinear.apply(*_cast(x, weight, bias, leave=True), act)
+    return _run(_ActLinear, *_cast(x, weight, bias, leave=True), act)
 
 
 def star_relu_conv(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
@@ -151,12 +151,12 @@ def star_relu_conv(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> T
         weight: (C, 1, K, K), K odd.
     """
     dtype = _dtype(x)
-    return _StarReluConv.apply(x.to(dtype), scale.to(dtype), shift.to(dtype), weight.to(dtype))
+    return _run(_StarReluConv, x.to(dtype), scale.to(dtype), shift.to(dtype), weight.to(dtype))
 
 
 def mean_minus_self(x: Tensor, size: int) -> Tensor:
     """Average pooling with stride 1 minus the input, (B, H, W, C) to the same, with `takes(x)`; keeps nothing."""
-    return _MeanMinusSelf.apply(x, size)
+    return _run(_MeanMinusSelf, x, size)
 
 
 def attention(qkv: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def attention(qkv: Tensor) -> Tensor:
     if not 0 < tokens <= MOST_TOKENS.get(qkv.dtype, 0) or not batch:
         return plain_attention(qkv)
     parts = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, tokens, width)
-    return _Attention.apply(parts).view(batch, heads, tokens, width).transpose(1, 2)
+    return _run(_Attention, parts).view(batch, heads, tokens, width).transpose(1, 2)
 
 
 def plain_attention(qkv: Tensor) -> Tensor:
@@ -215,6 +215,18 @@ ACTS = {
     "squared_relu": lambda x: F.relu(x).square(),
 }
 """Activations that `act_linear` knows, by name."""
+
+
+class _NoGradients:
+    """The context of a forward pass that no backward pass follows."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keeps nothing."""
+
+
+def _run(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Without gradients past autograd, whose call of a function takes as long as a small layer."""
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(_NoGradients(), *inputs)
 
 
 class _Linear(torch.autograd.Function):
