@@ -436,7 +436,9 @@ def draw_speed(result: Mapping[str, Any]) -> Figure:
     """Time of a training step over the machine's limit by side, a panel per precision: what `step.json` holds."""
     rows: list[dict[str, Any]] = result["rows"]
     precisions = list(dict.fromkeys(row["precision"] for row in rows))
-    labels = list(dict.fromkeys((row["model"], row["rate"], row["profile"]) for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    settings = {(row["model"], row["rate"], row["profile"]) for row in rows}  # in any order: rows are appended
+    labels = sorted(settings, key=lambda label: (models.index(label[0]), label[1], label[2] == "constant"))
     places, place = {}, 0.0
     for number, label in enumerate(labels):
         place += (0.55 if number and label[0] != labels[number - 1][0] else 0.0) + 1.0
