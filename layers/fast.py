@@ -299,8 +299,8 @@ class _MeanMinusSelf(torch.autograd.Function):
         size = ctx.size
         grad = grads[0].contiguous()
         # sums over windows again, of each gradient by its window's size; torch's own backward in bfloat16 is slow
-        share = _sums(grad.new_ones(1, *grad.shape[1:3], 1), size)
-        return _sums(grad / share, size).sub_(grad), None
+        share = _pool(grad.new_ones(1, *grad.shape[1:3], 1), size, over_padding=True)
+        return _pool(grad / share, size, over_padding=True).sub_(grad), None
 
 
 class _Attention(torch.autograd.Function):
@@ -413,14 +413,10 @@ def _depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_weight: boo
     return of_x.permute(0, 2, 3, 1), found
 
 
-def _pool(x: Tensor, size: int) -> Tensor:
-    y = F.avg_pool2d(x.permute(0, 3, 1, 2), size, stride=1, padding=size // 2, count_include_pad=False)
-    return y.permute(0, 2, 3, 1)
-
-
-def _sums(x: Tensor, size: int) -> Tensor:
-    """Sums over windows with stride 1, zeros around, over size * size."""
-    y = F.avg_pool2d(x.permute(0, 3, 1, 2), size, stride=1, padding=size // 2)
+def _pool(x: Tensor, size: int, *, over_padding: bool = False) -> Tensor:
+    """Means over windows with stride 1, of the image's part of a window or, with zeros around it, of the whole."""
+    image = x.permute(0, 3, 1, 2)
+    y = F.avg_pool2d(image, size, stride=1, padding=size // 2, count_include_pad=over_padding)
     return y.permute(0, 2, 3, 1)
 
 
