@@ -12,16 +12,21 @@ from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
 
 from benchmarks.measure import Commands, add_threads, interleaved, step_time
+from benchmarks.sides import PRECISIONS, autocast
 from layers.drop_path import BREAK_EVEN, DropPath
 from layers.rates import drop_path_rates
 from models.config import MetaFormerConfig, PatchConfig
 from models.factory import create_model
+from models.fast_layers import use_fast_layers
 from models.metaformer import build_block
 from stochastic_depth.blocks import find_blocks
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import set_drop_path
 
 RATES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
+
+FOREIGN = ("timm/convnext_tiny", "timm/vit_small_patch16_224", "timm/efficientnet_b0")
+"""For the break-even rate of other libraries' branches."""
 
 
 class FlooredDropPath(DropPath):
@@ -54,6 +59,19 @@ class TimmResidual(DropPath):
         self.timm.drop_prob = self.drop_prob
         self.timm.train(self.training)
         return (x if shortcut is None else shortcut) + self.timm(branch(x))
+
+
+class UnderAutocast(nn.Module):
+    """A model whose forward pass runs in a precision."""
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's own."""
+        with autocast(x.device, self.precision):
+            return self.model(x)
 
 
 def variants(model: nn.Module, rate: float, profile: str, break_even: float | None) -> dict[str, nn.Module]:
@@ -108,12 +126,13 @@ def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
     savings.add_argument(
         "--subjects",
         nargs="+",
-        help="blocks, branches, or models of the zoo",
+        help="blocks, branches (also foreign: of other libraries' models), or models of the zoo",
         default=["blocks", "poolformer_s12", "caformer_s18", "vit_small_patch16_224"],
     )
     savings.add_argument("--variants", nargs="+", default=["mask", "skip", "timm", "floored"])
     savings.add_argument("--rates", nargs="+", type=float, default=list(RATES))
     savings.add_argument("--profiles", nargs="+", default=["linear", "constant"])
+    savings.add_argument("--precision", choices=PRECISIONS, default="float32")
     savings.add_argument("--batch", type=int, default=16, help="of whole models")
     savings.add_argument("--block-batch", type=int, default=32)
     savings.add_argument("--rounds", type=int, default=7)
@@ -139,21 +158,32 @@ def drop_path_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     if "branches" in args.subjects:
         for kind in BREAK_EVEN:
             subjects.append((f"{kind} branch", lambda kind=kind: (Branches(kind), (14, 14, 320)), args.block_batch))
+    if "foreign" in args.subjects:
+        for name in FOREIGN:
+            subjects.append((f"{name} branches", lambda name=name: (_whole(name), (3, 224, 224)), args.batch))
     for name in args.subjects:
-        if name not in ("blocks", "branches"):
+        if name not in ("blocks", "branches", "foreign"):
             subjects.append((name, lambda name=name: (_whole(name), (3, 224, 224)), args.batch))
     for title, make, batch in subjects:
         model, shape = make()
         model.to(device)
         images = torch.randn(batch, *shape, device=device)
-        break_even = 0.0 if title.endswith(" branch") else None  # of branches it is what we look for
+        break_even = 0.0 if " branch" in title else None  # of branches it is what we look for
         for profile in ["constant"] if " " in title else args.profiles:
             for rate in args.rates:
                 built = variants(model, rate, profile, break_even)
-                models = {k: v for k, v in built.items() if k in args.variants or k == "mask"}
+                chosen = [key for key in built if key in args.variants or key == "mask"]
+                models: dict[str, nn.Module] = {key: UnderAutocast(built[key], args.precision) for key in chosen}
                 result = interleaved(models, images, args.rounds)
                 dropped = dropped_compute(model, rate, profile, shape)
-                row = {"subject": title, "batch": batch, "profile": profile, "rate": rate, "compute_dropped": dropped}
+                row = {
+                    "subject": title,
+                    "precision": args.precision,
+                    "batch": batch,
+                    "profile": profile,
+                    "rate": rate,
+                    "compute_dropped": dropped,
+                }
                 if dropped and "skip" in result:  # of the time that the dropped compute took, the share that is saved
                     saved = (1.0 - 1.0 / result["skip"]["speedup_over_mask"]) / dropped
                     row["dropped_compute_saved"] = round(saved, 3)
@@ -205,4 +235,6 @@ def limits_benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _whole(name: str) -> nn.Module:
-    return create_model(name, num_classes=1000)
+    model = create_model(name, num_classes=1000)
+    use_fast_layers(model)
+    return model

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import wait
-from layers.fast import depthwise_weight_gradient
+from layers.fast_conv import depthwise_weight_gradient
 from stochastic_depth.blocks import find_blocks
 
 Direction = Literal["forward", "input", "weight"]

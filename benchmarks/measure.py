@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.drop_path import DropPath
+from stochastic_depth.graft import GraftedDropPath
 from training.run_folder import describe_processor
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -66,10 +67,12 @@ def peak_allocated(run: Callable[[], Any], device: torch.device) -> float:
     return round(max(itertools.accumulate(changes)) / 2**20, 1)
 
 
-def realised_rate(model: nn.Module, batch: int, draws: int = 400) -> float:
-    """Share of samples that the model's drop-path modules drop, read off their outputs, over blocks."""
+def realised_rate(model: nn.Module, batch: int, draws: int = 400) -> float | None:
+    """Share of samples that the model's drop-path modules drop, read off their outputs, over blocks; of our own models."""
     ones, zeros = torch.ones(batch, 1), torch.zeros(batch, 1)
-    modules = [m for m in model.modules() if isinstance(m, DropPath)]
+    modules = [m for m in model.modules() if isinstance(m, DropPath) and not isinstance(m, GraftedDropPath)]
+    if not modules:
+        return None
     with torch.no_grad():
         kept = sum(
             int(m.residual(ones, lambda x: x, zeros).count_nonzero()) for m in modules for _ in range(draws)

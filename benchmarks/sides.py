@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from files.errors import ConfigError, Failure
 from models.config import override_config
 from models.factory import create_model
+from models.fast_layers import use_fast_layers
 from models.layouts import timm_head, to_timm
 from models.metaformer import MetaFormer
 from models.registry import model_config
@@ -139,6 +140,7 @@ def check_equal(pair: Pair) -> None:
     pair = replace(pair, ours=copy.deepcopy(pair.ours))
     randomise_scales(pair.ours)
     ours, theirs = pair.ours, pair.theirs()
+    use_fast_layers(ours)
     images = torch.randn(2, *pair.size)
     with torch.no_grad():
         expected, got = theirs.eval()(images), ours.eval()(images)
@@ -191,6 +193,8 @@ def build_side(pair: Pair, side: str, setting: Setting, precision: Precision, im
     """One side, on the images' device."""
     device = images.device
     model = build_model(pair, side, setting).train()
+    if pair.foreign and side in OURS and device.type == "cpu":
+        use_fast_layers(model)
     channels_last = side == "timm channels_last" or (side in OURS and (pair.foreign or device.type == "cuda"))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)  # type: ignore[call-overload]

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from layers.samples import add_samples, put_samples, take_samples
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -27,8 +29,8 @@ class Draw:
         if self.kept is None:
             return x
         if groups == 1:
-            return x.index_select(0, self.kept)
-        taken = x.reshape(self.batch, groups, *x.shape[1:]).index_select(0, self.kept)  # (B', groups, ...)
+            return take_samples(x, self.kept)
+        taken = take_samples(x.reshape(self.batch, groups, *x.shape[1:]), self.kept)  # (B', groups, ...)
         return taken.reshape(self.kept.shape[0] * groups, *x.shape[1:])
 
     def scaled(self, out: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ class Draw:
             alpha = float(self.scale)  # one number, on the CPU: added in one pass over memory
             if self.kept is None:
                 return torch.add(shortcut, out, alpha=alpha)
-            return shortcut.index_add(0, self.kept, out, alpha=alpha)
+            return add_samples(shortcut, self.kept, out, alpha)
         if self.kept is not None:
             return shortcut.index_add(0, self.kept, self.scaled(out))
         if self.scale is not None and self.scale.ndim:
@@ -53,9 +55,10 @@ class Draw:
         """The computed samples in their places, (B' * groups, ...) -> (B * groups, ...), with zeros for the others."""
         if self.kept is None:
             return out
+        if groups == 1:
+            return put_samples(out, self.kept, self.batch)
         grouped = out.reshape(self.kept.shape[0], groups, *out.shape[1:])
-        full = out.new_zeros(self.batch, groups, *out.shape[1:]).index_add(0, self.kept, grouped)
-        return full.reshape(self.batch * groups, *out.shape[1:])
+        return put_samples(grouped, self.kept, self.batch).reshape(self.batch * groups, *out.shape[1:])
 
     def as_mask(self) -> "Draw":
         """The same draw for a branch that is computed in full."""

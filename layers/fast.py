@@ -5,10 +5,11 @@ dtype and size, never by timing, so the same machine always computes the same bi
 
 - `linear`: oneDNN's inner product forward and for the input's gradient. torch gives float32 to MKL, whose kernels are
   slow on other vendors' processors.
-- `act_linear` and `star_relu_conv`: an activation and the layer behind it keep the activation's input only and compute
-  the activation again in backward, so that the widest tensors of a block are kept once instead of two to four times.
-- `star_relu_conv` also takes the gradients of a large depthwise kernel by convolutions, of the images with their
-  gradients, which oneDNN computes several times as fast as what it has for that.
+- `act_linear`, and `fast_conv.star_relu_conv`: an activation and the layer behind it keep the activation's input only and
+  compute the activation again in backward, so that the widest tensors of a block are kept once instead of two to four
+  times.
+- `fast_conv.depthwise_conv`, and `star_relu_conv`: the gradient of a large depthwise kernel is taken by a convolution, of
+  the images with their gradients, which oneDNN computes several times as fast as what it has for that.
 - `mean_minus_self`: pooling minus its input in one tensor, keeping none.
 - `attention`: products and a softmax one after the other where there are few tokens, with scores and their gradients in
   float32. torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle.
@@ -16,7 +17,8 @@ dtype and size, never by timing, so the same machine always computes the same bi
 They run in eager code, in float32 and in bfloat16 where oneDNN computes in it. Compiled, traced, scripted and exported
 code, torch.func, forward-mode differentiation, dispatch modes (FLOP counters, fake tensors) and modules with hooks, with
 parametrisations or replaced by others (LoRA, quantisation) get the plain form, and so do weights of a tensor subclass.
-`set_fast_paths(False)`, in a training config `runtime.fast_paths: false`, turns all off.
+`set_fast_paths(False)`, in a training config `runtime.fast_paths: false`, turns all off. Models of other libraries take
+them after `models.fast_layers.use_fast_layers`.
 """
 
 from collections.abc import Iterator
@@ -34,16 +36,6 @@ FEWEST_PRODUCTS = 2**22
 
 MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 256}
 """Tokens of attention up to which its products are faster apart, and its weights few enough to keep for backward."""
-
-LARGE_KERNELS = range(5, 8)
-"""Sides of depthwise kernels whose gradient is taken as a convolution: oneDNN's own is good at smaller ones, and rows of
-larger ones do not stay in the registers of AVX2."""
-
-LARGE_IMAGES = 2**16
-"""Numbers in the images from which that pays."""
-
-SAMPLES_AT_A_TIME = 4
-"""Samples of one such convolution: few shapes, and little memory, whatever the batch."""
 
 _PLAIN = (Tensor, nn.Parameter)
 _enabled = True
@@ -79,23 +71,35 @@ def takes(x: Any, *modules: nn.Module) -> bool:
         modules: Whose weights are read; each must be what it was built as, without hooks.
     """
     return (
-        _enabled
-        and not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
-        and x.device.type == "cpu"
-        and _computes_in(_dtype(x))
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None  # type: ignore[attr-defined]
-        and forward_ad._current_level < 0
+        is_eager(x)
+        and _computes_in(dtype_of(x))
         and not torch_module._has_any_global_hook()
         and all(map(_is_bare, modules))
     )
 
 
+def is_eager(x: Any) -> bool:
+    """Whether what is computed from x, a tensor on the CPU, runs now and as written, nobody looking on."""
+    return (
+        _enabled
+        and not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and x.device.type == "cpu"
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None  # type: ignore[attr-defined]
+        and forward_ad._current_level < 0
+    )
+
+
+def are_plain(*weights: Tensor | None) -> bool:
+    """Whether weights are nothing but numbers, not tensors of another library's kind."""
+    return all(weight is None or type(weight) in _PLAIN for weight in weights)
+
+
 def is_linear(*modules: nn.Module) -> bool:
     """Whether modules are torch's linear layers themselves, not others in their place."""
-    return all(type(module) is nn.Linear for module in modules)
+    return all(type(module) in (nn.Linear, FastLinear) for module in modules)
 
 
 def scaled(weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -116,7 +120,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As `F.linear`, (..., C) -> (..., D), with `takes(x)`."""
     if not _is_large(x, weight):
         return F.linear(*_cast(x, weight, bias))
-    return _run(_Linear, *_cast(x, weight, bias, leave=True))
+    return run(_Linear, *_cast(x, weight, bias, leave=True))
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
@@ -138,25 +142,12 @@ def act_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
         bias: (D,) or `None`.
         act: A key of `ACTS`.
     """
-    return _run(_ActLinear, *_cast(x, weight, bias, leave=True), act)
-
-
-def star_relu_conv(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-    """A depthwise convolution of scale * relu(x)^2 + shift, (B, H, W, C) to the same, with `takes(x)`; keeps x only.
-
-    Args:
-        x: Output of another layer.
-        scale: (1,).
-        shift: (1,).
-        weight: (C, 1, K, K), K odd.
-    """
-    dtype = _dtype(x)
-    return _run(_StarReluConv, x.to(dtype), scale.to(dtype), shift.to(dtype), weight.to(dtype))
+    return run(_ActLinear, *_cast(x, weight, bias, leave=True), act)
 
 
 def mean_minus_self(x: Tensor, size: int) -> Tensor:
     """Average pooling with stride 1 minus the input, (B, H, W, C) to the same, with `takes(x)`; keeps nothing."""
-    return _run(_MeanMinusSelf, x, size)
+    return run(_MeanMinusSelf, x, size)
 
 
 def attention(qkv: Tensor) -> Tensor:
@@ -169,43 +160,26 @@ def attention(qkv: Tensor) -> Tensor:
         (B, N, heads, D). In bfloat16 nearer to float32's than torch's own form.
     """
     batch, tokens, _, heads, width = qkv.shape
-    if not 0 < tokens <= MOST_TOKENS.get(qkv.dtype, 0) or not batch:
+    if not batch or not has_few_tokens(tokens, qkv.dtype):
         return plain_attention(qkv)
     parts = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, tokens, width)
-    return _run(_Attention, parts).view(batch, heads, tokens, width).transpose(1, 2)
+    return run(_Attention, parts).view(batch, heads, tokens, width).transpose(1, 2)
+
+
+def attention_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `F.scaled_dot_product_attention(q, k, v)`, all (B, heads, N, D), with `takes(q)` and `has_few_tokens`."""
+    return run(_Attention, torch.stack((q, k, v)).flatten(1, 2)).view(q.shape)
+
+
+def has_few_tokens(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether attention over so many tokens is faster as products."""
+    return 0 < tokens <= MOST_TOKENS.get(dtype, 0)
 
 
 def plain_attention(qkv: Tensor) -> Tensor:
     """torch's form of `attention`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def depthwise_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the weight of a depthwise convolution with stride 1 that keeps the size.
-
-    That of a sample is the depthwise convolution of its images, padded, with their gradients for the kernel.
-
-    Args:
-        grad: Gradient of the result, (B, H, W, C).
-        x: Input, (B, H, W, C).
-        weight: (C, 1, K, K), K odd; read for its shape and dtype only.
-
-    Returns:
-        (C, 1, K, K), summed over the samples in float32.
-    """
-    height, width, channels = x.shape[1:]
-    found = weight.new_zeros(weight.shape, dtype=torch.float32)
-    for some, grads in zip(x.split(SAMPLES_AT_A_TIME), grad.split(SAMPLES_AT_A_TIME), strict=True):
-        if not some.numel():
-            continue
-        planes = len(some) * channels
-        image = some.permute(0, 3, 1, 2).reshape(1, planes, height, width)
-        kernel = grads.permute(0, 3, 1, 2).reshape(planes, 1, height, width)
-        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-        out = F.conv2d(image, kernel, padding=padding, groups=planes)  # (1, planes, K, K)
-        found += out.view(len(some), *weight.shape).sum(0, dtype=torch.float32)
-    return found.to(weight.dtype)
 
 
 ACTS = {
@@ -217,6 +191,25 @@ ACTS = {
 """Activations that `act_linear` knows, by name."""
 
 
+class FastLinear(nn.Linear):
+    """torch's linear layer, which goes the fast way where that may be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self.is_fast(x):
+            return self.forward_fast(x)
+        return F.linear(x, self.weight, self.bias)
+
+    @torch.jit.unused
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether `forward_fast` may take x, (..., C)."""
+        return takes(x) and are_plain(self.weight, self.bias)
+
+    @torch.jit.unused
+    def forward_fast(self, x: Tensor) -> Tensor:
+        """The layer on (..., C), with `is_fast(x)`."""
+        return linear(x, self.weight, self.bias)
+
+
 class _NoGradients:
     """The context of a forward pass that no backward pass follows."""
 
@@ -224,8 +217,8 @@ class _NoGradients:
         """Keeps nothing."""
 
 
-def _run(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """Without gradients past autograd, whose call of a function takes as long as a small layer."""
+def run(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """A function of autograd; without gradients past autograd, whose call of a function takes as long as a small layer."""
     return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(_NoGradients(), *inputs)
 
 
@@ -233,14 +226,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return _product(x, weight.to(x.dtype), bias)
+        return no_view(_product(x, weight.to(x.dtype), bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
-        if _wants_plain_gradients(grads[0]):
+        if wants_plain_gradients(grads[0]):
             plain = lambda x, weight, bias: F.linear(x, weight.to(x.dtype), bias)  # noqa: E731
-            return _plain_gradients(plain, ctx, (x, weight, bias), grads[0])
+            return plain_gradients(plain, ctx, (x, weight, bias), grads[0])
         grad = grads[0].contiguous()
         grad_x = _product(grad, weight.to(x.dtype).t(), None) if ctx.needs_input_grad[0] else None
         return grad_x, *_weight_gradients(ctx, grad, x)
@@ -251,48 +244,26 @@ class _ActLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.act = act
-        return _product(_act(x, act), weight.to(x.dtype), bias)
+        return no_view(_product(_act(x, act), weight.to(x.dtype), bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         act = ctx.act
-        if _wants_plain_gradients(grads[0]):
+        if wants_plain_gradients(grads[0]):
             plain = lambda x, weight, bias: F.linear(ACTS[act](x), weight.to(x.dtype), bias)  # noqa: E731
-            return *_plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None
+            return *plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None
         grad = grads[0].contiguous()
         of_weight = _weight_gradients(ctx, grad, _act(x, act))
         grad_x = _act_gradient(grad, x, weight.to(x.dtype), act) if ctx.needs_input_grad[0] else None
         return grad_x, *of_weight, None
 
 
-class _StarReluConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale, shift, weight)
-        return _depthwise(_star_relu(F.relu(x), scale, shift), weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, scale, shift, weight = ctx.saved_tensors
-        if _wants_plain_gradients(grads[0]):
-            plain = lambda x, scale, shift, weight: _depthwise(scale * F.relu(x).square() + shift, weight)  # noqa: E731
-            return _plain_gradients(plain, ctx, (x, scale, shift, weight), grads[0])
-        image = _star_relu(F.relu(x), scale, shift)
-        grad, grad_weight = _depthwise_gradients(grads[0], image, weight, ctx.needs_input_grad[3])
-        del image
-        grad, relu = grad.contiguous(), F.relu(x)
-        grad_shift = grad.sum().reshape(1)
-        grad.mul_(relu)
-        grad_scale = _inner(grad, relu).reshape(1)
-        return grad.mul_(2 * scale), grad_scale, grad_shift, grad_weight
-
-
 class _MeanMinusSelf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
         ctx.size = size
-        return _pool(x, size).sub_(x)
+        return no_view(_pool(x, size).sub_(x))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -319,9 +290,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         parts, weights = ctx.saved_tensors
-        if _wants_plain_gradients(grads[0]):
+        if wants_plain_gradients(grads[0]):
             plain = lambda parts: F.scaled_dot_product_attention(*parts.unbind(0))  # noqa: E731
-            return _plain_gradients(plain, ctx, (parts,), grads[0])[0]
+            return plain_gradients(plain, ctx, (parts,), grads[0])[0]
         with torch.autocast("cpu", enabled=False):
             q, k, v = parts.unbind(0)
             grad, found = grads[0].contiguous(), torch.empty_like(parts)
@@ -353,16 +324,19 @@ def _weight_gradients(ctx: Any, grad: Tensor, x: Tensor) -> tuple[Tensor | None,
     return of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def _wants_plain_gradients(grad: Tensor) -> bool:
+def no_view(y: Tensor) -> Tensor:
+    """What a function of autograd returns, so that who gets it may change it in place: autograd forbids that of views."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
+def wants_plain_gradients(grad: Tensor) -> bool:
     """Whether a gradient is itself differentiated, or taken for many upstream gradients at once (`is_grads_batched`)."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]
     batched = functorch.is_legacy_batchedtensor(grad) or functorch.maybe_current_level() is not None
     return torch.is_grad_enabled() or batched
 
 
-def _plain_gradients(
-    plain: Any, ctx: Any, inputs: tuple[Tensor | None, ...], grad: Tensor
-) -> tuple[Tensor | None, ...]:
+def plain_gradients(plain: Any, ctx: Any, inputs: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the plain form, which can be differentiated again."""
     wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and ctx.needs_input_grad[i]]
     again = torch.is_grad_enabled()
@@ -391,28 +365,6 @@ def _act_gradient(grad: Tensor, x: Tensor, weight: Tensor, act: str) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(inner, x, 0, grad_input=inner)
 
 
-def _star_relu(relu: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """scale * relu^2 + shift, in place of relu."""
-    return torch.addcmul(shift, relu, relu, value=scale.item(), out=relu)
-
-
-def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """(B, H, W, C) to the same."""
-    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=weight.shape[0]).permute(0, 2, 3, 1)
-
-
-def _depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a depthwise convolution's input x, (B, H, W, C), and of its weight, if wanted."""
-    if of_weight and x.numel() >= LARGE_IMAGES and all(side in LARGE_KERNELS for side in weight.shape[2:]):
-        return _depthwise(grad, weight.flip(2, 3)), depthwise_weight_gradient(grad, x, weight)
-    of_x, found, _ = torch.ops.aten.convolution_backward(
-        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [1, 1],
-        [weight.shape[2] // 2, weight.shape[3] // 2], [1, 1], False, [0, 0], weight.shape[0], [True, of_weight, False],
-    )  # fmt: skip
-    return of_x.permute(0, 2, 3, 1), found
-
-
 def _pool(x: Tensor, size: int, *, over_padding: bool = False) -> Tensor:
     """Means over windows with stride 1, of the image's part of a window or, with zeros around it, of the whole."""
     image = x.permute(0, 3, 1, 2)
@@ -420,18 +372,11 @@ def _pool(x: Tensor, size: int, *, over_padding: bool = False) -> Tensor:
     return y.permute(0, 2, 3, 1)
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of the products of two contiguous tensors."""
-    if a.dtype != torch.float32:
-        return (a * b).sum()
-    return torch.dot(a.view(-1), b.view(-1))
-
-
 def _is_large(x: Tensor, weight: Tensor) -> bool:
     return x.numel() * weight.shape[0] >= FEWEST_PRODUCTS
 
 
-def _dtype(x: Tensor) -> torch.dtype:
+def dtype_of(x: Tensor) -> torch.dtype:
     """What a linear layer of x computes in."""
     if x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu")
@@ -450,7 +395,7 @@ def _cast(
         leave: Whether a weight that is kept anyway, a parameter, stays what it is: who keeps it for backward and casts
             it twice keeps no copy.
     """
-    dtype = _dtype(x)
+    dtype = dtype_of(x)
     return (
         x.to(dtype),
         weight if leave and weight.is_leaf else weight.to(dtype),
@@ -472,7 +417,7 @@ def _is_bare(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-    ) and all(weight is None or type(weight) in _PLAIN for weight in module._parameters.values())
+    ) and are_plain(*module._parameters.values())
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

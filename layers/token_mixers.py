@@ -20,9 +20,9 @@ from layers.fast import (
     mean_minus_self,
     plain_attention,
     scaled,
-    star_relu_conv,
     takes,
 )
+from layers.fast_conv import star_relu_conv
 from layers.kernels import depthwise_conv
 from layers.mlp import Mlp, StarReLU, build_act, fast_mlp, is_fast_mlp
 from layers.patch_embed import check_grid, check_positions

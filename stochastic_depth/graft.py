@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from layers.branches import batch_norms, takes_batch_statistics, wants_known_batch
 from layers.draw import Draw
 from layers.drop_path import DropPath, Mode
+from layers.samples import replace_samples
 from stochastic_depth.law import bounded, drop_law
 from stochastic_depth.places import branch_ends, find_owners, is_identity, misplaced, unknown_modules
 
@@ -260,7 +261,7 @@ class BlockSkip:
         x = self.inputs.pop()
         if not isinstance(out, Tensor) or out.shape != (len(draw.kept), *x.shape[1:]):
             raise ValueError("a block can be skipped only where its input and output have one shape")
-        return x.to(out.dtype).index_copy(0, draw.kept, out)
+        return replace_samples(x.to(out.dtype), draw.kept, out)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "inputs": []}

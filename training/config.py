@@ -279,8 +279,8 @@ class RuntimeSection(Section):
     )
     fast_paths: bool = Field(
         default=True,
-        description="On a CPU: faster forms of linear layers, activations, pooling and scales, equal but for rounding, that "
-        "keep less for backward. false: torch's plain operators only.",
+        description="On a CPU: faster forms of linear layers, activations, depthwise convolutions, attention, pooling and "
+        "scales, equal but for rounding, that keep less for backward; of any model. false: torch's plain operators only.",
     )
     keep_memory: bool = Field(
         default=True,

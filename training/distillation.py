@@ -22,6 +22,8 @@ from files.errors import ConfigError
 from models.factory import class_difference, class_names_of, create_model
 from models.loading import trained_config, trained_foreign
 from models.weights import load_weights, weights_sha256
+from training.config import RuntimeSection
+from training.processor import speed_up
 from training.recipe import DistillSection
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -131,6 +133,7 @@ def build_distillation(
     *,
     device: torch.device,
     memory_format: torch.memory_format,
+    runtime: RuntimeSection,
     autocast: AbstractContextManager[Any],
 ) -> Distillation | NoTeacher:
     """The teacher that the config asks for, loaded and checked against the student.
@@ -152,6 +155,7 @@ def build_distillation(
     channels, own = teacher.pretrained_cfg["input_size"][0], student.pretrained_cfg["input_size"][0]
     if channels != own and own != 1:
         raise ConfigError(f"distill.teacher: {section.teacher} takes {channels} channels, this run's images have {own}")
+    speed_up(teacher, runtime, device)
     teacher.to(device, memory_format=memory_format)
     return Distillation(section, teacher, student.pretrained_cfg, autocast)
 

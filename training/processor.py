@@ -5,8 +5,10 @@ import os
 import sys
 
 import torch
+from torch import nn
 
 from layers.fast import set_fast_paths
+from models.fast_layers import use_fast_layers
 from training.config import RuntimeSection
 from training.threads import number_of_threads
 
@@ -27,6 +29,19 @@ def set_up_processor(runtime: RuntimeSection | None, *, processes: int = 1) -> N
     threads = "auto" if runtime is None else runtime.threads
     torch.set_num_threads(number_of_threads(threads, processes=processes))
     set_fast_paths(runtime is None or runtime.fast_paths)
+
+
+def speed_up(model: nn.Module, runtime: RuntimeSection | None, device: torch.device, *, compiled: bool = False) -> None:
+    """Lets the layers of another library's model take the fast paths, if the run takes them and they can pay.
+
+    Args:
+        model: Any; in place.
+        runtime: Section of the run; `None`: its defaults.
+        device: Where the model will run; fast paths are for CPUs.
+        compiled: Whether it runs as compiled code, which has none.
+    """
+    if device.type == "cpu" and not compiled and (runtime is None or runtime.fast_paths):
+        use_fast_layers(model)
 
 
 def keep_freed_memory() -> bool:

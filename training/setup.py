@@ -42,7 +42,7 @@ from training.non_finite import NonFiniteSteps
 from training.optim import build_ema, build_optimizer
 from training.precision import training_dtype
 from training.prefetch import Feed, build_feed
-from training.processor import set_up_processor
+from training.processor import set_up_processor, speed_up
 from training.sharding import shard
 from training.tracking import check_log
 
@@ -177,6 +177,7 @@ def build(
         class_names=data.class_names,
         **overrides,
     )
+    speed_up(model, config.runtime, world.device, compiled=bool(config.runtime.compile))
     check_sizes(model, config.data.image_size_schedule)
     train_loader = build_train_loader(
         data, config.data, seed=config.seed, rank=world.rank, world_size=world.size, device=world.device
@@ -232,6 +233,7 @@ def build(
             data.class_names,
             device=world.device,
             memory_format=memory_format,
+            runtime=config.runtime,
             autocast=torch.autocast(world.device.type, dtype=precision, enabled=precision != torch.float32),
         ),
         rate_origin=rate_origin,

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers import fast
+from layers import fast_conv
 from layers.drop_path import DropPath
 from layers.fast import (
     FEWEST_PRODUCTS,
@@ -232,6 +232,17 @@ def test_what_needs_no_gradient_gets_none(name: str) -> None:
     assert module(x.requires_grad_()).requires_grad
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_what_comes_out_may_be_changed_in_place(name: str) -> None:
+    module, x = randomised(MODULES[name]()), torch.randn(64, 8, 8, DIM)
+    run = lambda module, x: module(x).mul_(2.0).relu_()  # noqa: E731
+    assert is_fast(module(x.requires_grad_()))
+    with plain_paths():
+        expected = results(module, x, run=lambda module, x: F.relu(module(x) * 2.0))
+    for a, b in zip(results(module, x, run=run), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @precisions
 @pytest.mark.parametrize("name", MODULES)
@@ -257,21 +268,11 @@ def test_depthwise_kernels_of_any_size(precision: str, side: int, batch: int) ->
     module = randomised(SepConv(DIM, kernel_size=side))
     x = torch.randn(batch, 11, 13, DIM)
     with pytest.MonkeyPatch.context() as patch:
-        real = fast.depthwise_weight_gradient
-        patch.setattr(fast, "depthwise_weight_gradient", lambda *args: conv_calls.append(1) or real(*args))
-        patch.setattr(fast, "LARGE_IMAGES", 1)
+        real = fast_conv.depthwise_weight_gradient
+        patch.setattr(fast_conv, "depthwise_weight_gradient", lambda *args: conv_calls.append(1) or real(*args))
+        patch.setattr(fast_conv, "LARGE_IMAGES", 1)
         check_errors(module, x, precision)
     assert len(conv_calls) == (side in (5, 7))
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 1, 5), (4, 16, 3), (0, 5, 5)])
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 7), (7, 7)])
-def test_the_gradient_of_a_depthwise_kernel(kernel: tuple[int, int], shape: tuple[int, ...]) -> None:
-    x, grad, weight = torch.randn(*shape, 6), torch.randn(*shape, 6), torch.randn(6, 1, *kernel, requires_grad=True)
-    padding = (kernel[0] // 2, kernel[1] // 2)
-    out = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=6)
-    (expected,) = torch.autograd.grad(out, weight, grad.permute(0, 3, 1, 2))
-    torch.testing.assert_close(fast.depthwise_weight_gradient(grad, x, weight), expected)
 
 
 @pytest.mark.parametrize("hidden", [None, 128])

@@ -25,7 +25,7 @@ from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, find_subject, image_spec
 from training.evaluating.validation import Compute, Evaluated
 from training.precision import evaluation_dtype
-from training.processor import set_up_processor
+from training.processor import set_up_processor, speed_up
 
 DEFAULT_BATCH = 64
 DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
@@ -196,6 +196,7 @@ class Predictor:
         set_up_processor(runtime)
         self.precision = evaluation_dtype(request.compute.precision, runtime, self.device)
         model = subject.build()
+        speed_up(model, runtime, self.device)
         self.spec = image_spec(model)
         check_spec(self.spec)
         self.to_input = ModelInput(self.spec, self.device)

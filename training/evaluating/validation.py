@@ -31,7 +31,7 @@ from training.evaluating.subject import Choice, Subject, find_subject, image_spe
 from training.evaluation import evaluate_each
 from training.metrics import Predictions, evaluation_metrics
 from training.precision import evaluation_dtype
-from training.processor import set_up_processor
+from training.processor import set_up_processor, speed_up
 from training.setup import on_main
 
 logger = logging.getLogger(__name__)
@@ -269,6 +269,7 @@ class Bench:
         set_up_processor(runtime, processes=world.local_size)
         self.precision = evaluation_dtype(request.compute.precision, runtime, world.device)
         self.model = subject.build()
+        speed_up(self.model, runtime, world.device)
         self.parameters = sum(count_parameters(self.model))
         self.spec = image_spec(self.model)
         self.part = self.part_of(request.data)

@@ -1,0 +1,193 @@
+"""Faster gradients of depthwise convolutions on a CPU; see `layers.fast`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.fast import are_plain, dtype_of, no_view, plain_gradients, run, takes, wants_plain_gradients
+
+LARGE_KERNELS = range(5, 8)
+"""Sides of depthwise kernels whose gradient is taken as a convolution: oneDNN's own is good at smaller ones, and rows of
+larger ones do not stay in the registers of AVX2."""
+
+LARGE_IMAGES = 2**16
+"""Numbers in the images from which that pays."""
+
+SAMPLES_AT_A_TIME = 4
+"""Samples of one such convolution: few shapes, and little memory, whatever the batch."""
+
+
+def is_depthwise(conv: nn.Module) -> bool:
+    """Whether a module is torch's depthwise convolution with stride 1 that keeps the size of its images."""
+    return (
+        type(conv) in (nn.Conv2d, FastDepthwiseConv2d)
+        and conv.groups == conv.in_channels == conv.out_channels  # type: ignore[union-attr]
+        and set(conv.stride) == set(conv.dilation) == {1}  # type: ignore[union-attr]
+        and conv.padding_mode == "zeros"
+        and all(side % 2 for side in conv.kernel_size)  # type: ignore[union-attr]
+        and conv.padding in ("same", tuple(side // 2 for side in conv.kernel_size))  # type: ignore[union-attr]
+    )
+
+
+def has_fast_gradient(x: Tensor, kernel: Sequence[int]) -> bool:
+    """Whether the gradient of a depthwise kernel is faster as a convolution.
+
+    Args:
+        x: Images.
+        kernel: Its sides.
+    """
+    return x.numel() >= LARGE_IMAGES and all(side in LARGE_KERNELS for side in kernel)
+
+
+class FastDepthwiseConv2d(nn.Conv2d):
+    """torch's depthwise convolution with `is_depthwise`, whose weight gets its gradient the fast way where that may be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self.is_fast(x):
+            return self.forward_fast(x)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    @torch.jit.unused
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether `forward_fast` may take x, (B, C, H, W), and gains by it."""
+        return (
+            torch.is_grad_enabled()
+            and self.weight.requires_grad
+            and takes(x)
+            and x.ndim == 4
+            and has_fast_gradient(x, self.kernel_size)
+            and are_plain(self.weight, self.bias)
+        )
+
+    @torch.jit.unused
+    def forward_fast(self, x: Tensor) -> Tensor:
+        """The convolution of (B, C, H, W), with `is_fast(x)`."""
+        return depthwise_conv(x, self.weight, self.bias)
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A depthwise convolution with stride 1 that keeps the size, (B, C, H, W) to the same, with `takes(x)`.
+
+    Args:
+        x: Images.
+        weight: (C, 1, K, K), K odd.
+        bias: (C,) or `None`.
+    """
+    dtype = dtype_of(x)
+    return run(_DepthwiseConv, x.to(dtype), weight, None if bias is None else bias.to(dtype))
+
+
+def star_relu_conv(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    """A depthwise convolution of scale * relu(x)^2 + shift, (B, H, W, C) to the same, with `takes(x)`; keeps x only.
+
+    Args:
+        x: Output of another layer.
+        scale: (1,).
+        shift: (1,).
+        weight: (C, 1, K, K), K odd.
+    """
+    dtype = dtype_of(x)
+    return run(_StarReluConv, x.to(dtype), scale.to(dtype), shift.to(dtype), weight.to(dtype))
+
+
+def depthwise_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the weight of a depthwise convolution with stride 1 that keeps the size.
+
+    That of a sample is the depthwise convolution of its images, padded, with their gradients for the kernel.
+
+    Args:
+        grad: Gradient of the result, (B, H, W, C).
+        x: Input, (B, H, W, C).
+        weight: (C, 1, K, K), K odd; read for its shape and dtype only.
+
+    Returns:
+        (C, 1, K, K), summed over the samples in float32.
+    """
+    height, width, channels = x.shape[1:]
+    found = weight.new_zeros(weight.shape, dtype=torch.float32)
+    for some, grads in zip(x.split(SAMPLES_AT_A_TIME), grad.split(SAMPLES_AT_A_TIME), strict=True):
+        if not some.numel():
+            continue
+        planes = len(some) * channels
+        image = some.permute(0, 3, 1, 2).reshape(1, planes, height, width)
+        kernel = grads.permute(0, 3, 1, 2).reshape(planes, 1, height, width)
+        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+        out = F.conv2d(image, kernel, padding=padding, groups=planes)  # (1, planes, K, K)
+        found += out.view(len(some), *weight.shape).sum(0, dtype=torch.float32)
+    return found.to(weight.dtype)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return _conv(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        if wants_plain_gradients(grads[0]):
+            return plain_gradients(_conv, ctx, (x, weight, bias), grads[0])
+        grad, image = (each.permute(0, 2, 3, 1) for each in (grads[0], x))
+        of_x, of_weight = _depthwise_gradients(grad, image, weight.to(x.dtype), ctx.needs_input_grad[1])
+        of_bias = grads[0].sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return of_x.permute(0, 3, 1, 2), None if of_weight is None else of_weight.to(weight.dtype), of_bias
+
+
+class _StarReluConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, shift, weight)
+        return no_view(_depthwise(_star_relu(F.relu(x), scale, shift), weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, scale, shift, weight = ctx.saved_tensors
+        if wants_plain_gradients(grads[0]):
+            plain = lambda x, scale, shift, weight: _depthwise(scale * F.relu(x).square() + shift, weight)  # noqa: E731
+            return plain_gradients(plain, ctx, (x, scale, shift, weight), grads[0])
+        image = _star_relu(F.relu(x), scale, shift)
+        grad, grad_weight = _depthwise_gradients(grads[0], image, weight, ctx.needs_input_grad[3])
+        del image
+        grad, relu = grad.contiguous(), F.relu(x)
+        grad_shift = grad.sum().reshape(1)
+        grad.mul_(relu)
+        grad_scale = _inner(grad, relu).reshape(1)
+        return grad.mul_(2 * scale), grad_scale, grad_shift, grad_weight
+
+
+def _star_relu(relu: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * relu^2 + shift, in place of relu."""
+    return torch.addcmul(shift, relu, relu, value=scale.item(), out=relu)
+
+
+def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, H, W, C) to the same."""
+    return _conv(x.permute(0, 3, 1, 2), weight, None).permute(0, 2, 3, 1)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, C, H, W) to the same, in x's dtype."""
+    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+    return F.conv2d(x, weight.to(x.dtype), bias, padding=padding, groups=weight.shape[0])
+
+
+def _depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a depthwise convolution's input x, (B, H, W, C), and of its weight, if wanted."""
+    if of_weight and has_fast_gradient(x, weight.shape[2:]):
+        return _depthwise(grad, weight.flip(2, 3)), depthwise_weight_gradient(grad, x, weight)
+    of_x, found, _ = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [1, 1],
+        [weight.shape[2] // 2, weight.shape[3] // 2], [1, 1], False, [0, 0], weight.shape[0], [True, of_weight, False],
+    )  # fmt: skip
+    return of_x.permute(0, 2, 3, 1), found
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of the products of two contiguous tensors."""
+    if a.dtype != torch.float32:
+        return (a * b).sum()
+    return torch.dot(a.view(-1), b.view(-1))

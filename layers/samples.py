@@ -1,0 +1,159 @@
+"""Taking samples out of a batch and putting them back, with the gradients of both.
+
+On a CPU torch's `index_select`, and `index_add` with a factor, go from sample to sample and wake their threads for each,
+and both leave channels-last memory. There samples are copied as rows of numbers in the order of memory, all in one sweep.
+Of 24 of 32 samples of 14 x 14 x 320 (float32, 2 cores) that took 0.14 instead of 1.5 ms to take and 0.8 instead of 2.0 ms
+to add. What is computed is the same; compiled, traced and exported code, torch.func and tensors of other kinds have
+torch's own forms, as everything has with `layers.fast.set_fast_paths(False)`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layers.fast import is_eager, run, wants_plain_gradients
+
+SMALL_BATCH = 2**18
+"""Numbers of a batch up to which adding sample by sample is faster."""
+
+
+def take_samples(x: Tensor, kept: Tensor) -> Tensor:
+    """As `x.index_select(0, kept)`, (B, ...) -> (B', ...), in x's layout in memory.
+
+    Args:
+        x: The batch.
+        kept: Indices (B',), each at most once.
+    """
+    if not _in_rows(x):
+        return x.index_select(0, kept)
+    return run(_Take, x, kept)
+
+
+def put_samples(out: Tensor, kept: Tensor, batch: int, scale: float = 1.0) -> Tensor:
+    """Samples times a factor in their places, with zeros for the others, (B', ...) -> (B, ...).
+
+    Args:
+        out: The samples.
+        kept: Their indices (B',), each at most once.
+        batch: B.
+        scale: The factor.
+    """
+    if not _in_rows(out):
+        out = out if scale == 1.0 else out * scale
+        return out.new_zeros(batch, *out.shape[1:]).index_add(0, kept, out)
+    return run(_Put, out, kept, batch, scale)
+
+
+def add_samples(x: Tensor, kept: Tensor, out: Tensor, scale: float) -> Tensor:
+    """As `x.index_add(0, kept, out, alpha=scale)`, (B, ...) and (B', ...) -> (B, ...).
+
+    Args:
+        x: The batch.
+        kept: Indices (B',), each at most once.
+        out: What is added to these, in x's dtype.
+        scale: Its factor.
+    """
+    if x.numel() <= SMALL_BATCH or not (_in_rows(x) and _in_rows(out)) or x.dtype != out.dtype:
+        return x.index_add(0, kept, out, alpha=scale)
+    return run(_Add, x, kept, out, scale)
+
+
+def replace_samples(x: Tensor, kept: Tensor, out: Tensor) -> Tensor:
+    """As `x.index_copy(0, kept, out)`, (B, ...) and (B', ...) -> (B, ...), in x's layout in memory."""
+    if not _in_rows(x):
+        return x.index_copy(0, kept, out)
+    order = _order(x)
+    return x.permute(order).index_copy(0, kept, out.permute(order)).permute(_inverse(order))
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor) -> Tensor:
+        ctx.kept, ctx.batch = kept, len(x)
+        return _taken(x, kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _put(grads[0], ctx.kept, ctx.batch, 1.0), None
+
+
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, kept: Tensor, batch: int, scale: float) -> Tensor:
+        ctx.kept, ctx.scale = kept, scale
+        return _placed(out if scale == 1.0 else out * scale, kept, batch)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _gradient(grads[0], ctx.kept, ctx.scale), None, None, None
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, out: Tensor, scale: float) -> Tensor:
+        ctx.kept, ctx.scale = kept, scale
+        placed = _placed(out, kept, len(x))
+        return torch.add(x, placed, alpha=scale, out=placed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None, _gradient(grads[0], ctx.kept, ctx.scale), None
+
+
+def _gradient(grad: Tensor, kept: Tensor, scale: float) -> Tensor:
+    """Of the samples that were put: the taken gradients times the factor."""
+    if wants_plain_gradients(grad):
+        return grad.index_select(0, kept) * scale
+    taken = take_samples(grad, kept)
+    return taken if scale == 1.0 else taken.mul_(scale)
+
+
+def _put(grad: Tensor, kept: Tensor, batch: int, scale: float) -> Tensor:
+    """`put_samples` of a gradient."""
+    if wants_plain_gradients(grad):
+        return grad.new_zeros(batch, *grad.shape[1:]).index_add(0, kept, grad)
+    return put_samples(grad, kept, batch, scale)
+
+
+def _taken(x: Tensor, kept: Tensor) -> Tensor:
+    rows, taken = _rows(x), _empty(x, len(kept))
+    if len(kept):
+        torch.gather(rows, 0, kept[:, None].expand(-1, rows.shape[1]), out=_rows(taken))
+    return taken
+
+
+def _placed(out: Tensor, kept: Tensor, batch: int) -> Tensor:
+    placed = _empty(out, batch).zero_()
+    _rows(placed).index_copy_(0, kept, _rows(out))
+    return placed
+
+
+def _empty(x: Tensor, batch: int) -> Tensor:
+    """Other samples in x's layout; no view, so that what comes next may change it in place."""
+    shape = (batch, *x.shape[1:])
+    if _order(x)[-1] == x.ndim - 1:
+        return x.new_empty(shape)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Samples as rows of memory, (B, N)."""
+    return x.permute(_order(x)).view(len(x), -1)
+
+
+def _order(x: Tensor) -> tuple[int, ...]:
+    """Dimensions in the order of memory."""
+    channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return (0, 2, 3, 1) if channels_last else tuple(range(x.ndim))
+
+
+def _inverse(order: tuple[int, ...]) -> list[int]:
+    return [order.index(i) for i in range(len(order))]
+
+
+def _in_rows(x: Tensor) -> bool:
+    """Whether samples are copied as rows of memory."""
+    if not is_eager(x) or x.ndim < 2 or not x.numel():
+        return False
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))

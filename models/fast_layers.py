@@ -1,0 +1,137 @@
+"""The fast paths of `layers.fast` for models of other libraries: their layers take them, and stay what they are."""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import GELU as TimmGELU
+from timm.layers import Mlp as TimmMlp
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from layers.fast import FastLinear, attention_of, dtype_of, has_few_tokens, is_linear, takes
+from layers.fast_conv import FastDepthwiseConv2d, is_depthwise
+from layers.mlp import fast_mlp, is_fast_mlp
+
+
+def use_fast_layers(model: nn.Module) -> int:
+    """Lets the layers of a model of timm or torchvision take the fast paths in eager code on a CPU.
+
+    Changed in place are torch's linear layers, its depthwise convolutions with stride 1 that keep the size, timm's MLPs and
+    timm's modules of attention: each becomes of a class derived from its own. Parameters, buffers, state-dict keys, hooks
+    and what is computed stay as they are, but for rounding; copies and pickles keep the class. A second call changes nothing.
+
+    Args:
+        model: Any; our own have fast paths without it.
+
+    Returns:
+        The number of modules that take fast paths and did not before.
+    """
+    chosen = {module: kind for module in model.modules() if (kind := _fast_class(module)) is not type(module)}
+    for module, kind in chosen.items():
+        module.__class__ = kind
+    return len(chosen)
+
+
+class FastMlp(TimmMlp):
+    """timm's MLP, which keeps its activation's input only; with dropout or a norm inside its linear layers alone are fast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self.is_fast(x):
+            return self.forward_fast(x)
+        x = self.norm(self.drop1(self.act(self.fc1(x))))
+        return self.drop2(self.fc2(x))
+
+    @torch.jit.unused
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether `forward_fast` may take x, (..., C)."""
+        return (
+            takes(x, self.act, self.drop1, self.norm, self.drop2)
+            and type(self.norm) is nn.Identity
+            and all(type(drop) is nn.Dropout and not (drop.training and drop.p) for drop in (self.drop1, self.drop2))
+            and is_fast_mlp(x, self.fc1, _torchs(self.act), self.fc2)
+        )
+
+    @torch.jit.unused
+    def forward_fast(self, x: Tensor) -> Tensor:
+        """The MLP on (..., C), with `is_fast(x)`."""
+        return fast_mlp(x, self.fc1, _torchs(self.act), self.fc2)
+
+
+class FastAttention(nn.Module):
+    """In front of a class of attention: its scaled dot products over few tokens are computed apart."""
+
+    plain: type[nn.Module]
+    """The class behind it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not args or not takes(args[0]):
+            return super().forward(*args, **kwargs)
+        with _Apart():
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank_attention, (self.plain,), self.__dict__
+
+
+class _Apart(TorchFunctionMode):
+    """Inside it torch's scaled dot-product attention goes the fast way where that may be."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and len(args) == 3 and all(map(_is_off, kwargs.values())):
+            q, k, v = args
+            if (
+                q.ndim == 4
+                and q.numel()
+                and q.shape == k.shape == v.shape
+                and dtype_of(q) == q.dtype == k.dtype == v.dtype
+                and has_few_tokens(q.shape[2], q.dtype)
+                and takes(q)
+            ):
+                return attention_of(q, k, v)
+        return func(*args, **kwargs)
+
+
+def _fast_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module should have."""
+    kind = type(module)
+    if "forward" in module.__dict__:
+        return kind
+    if kind is nn.Linear:
+        return FastLinear
+    if is_depthwise(module):
+        return FastDepthwiseConv2d
+    if kind is TimmMlp and is_linear(module.fc1, module.fc2):  # type: ignore[arg-type]
+        return FastMlp
+    # so timm calls it where a module computes scaled dot products by torch's function
+    if getattr(module, "fused_attn", False) is True and not issubclass(kind, FastAttention):
+        return _attention_class(kind)
+    return kind
+
+
+@functools.cache
+def _attention_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """A class of attention with `FastAttention` in front, by the same name."""
+    same = {key: getattr(plain, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(plain.__name__, (FastAttention, plain), {**same, "plain": plain})
+
+
+def _blank_attention(plain: type[nn.Module]) -> nn.Module:
+    """A module without content, of the class for `plain`."""
+    kind = _attention_class(plain)
+    return kind.__new__(kind)
+
+
+def _is_off(value: Any) -> bool:
+    """Whether an argument of attention asks for nothing: no mask, no dropout, no other scale."""
+    return value is None or (isinstance(value, (bool, int, float)) and not value)
+
+
+def _torchs(act: nn.Module) -> nn.Module:
+    """torch's activation in the place of timm's own that is the same."""
+    return _GELU if type(act) is TimmGELU else act
+
+
+_GELU = nn.GELU()

@@ -1,0 +1,166 @@
+"""Depthwise convolutions with faster gradients against torch's own: values, gradients, and who gets the plain form."""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from layers import fast_conv
+from layers.fast import plain_paths, takes
+from layers.fast_conv import FastDepthwiseConv2d, depthwise_weight_gradient, has_fast_gradient, is_depthwise
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+needs_bfloat16 = pytest.mark.skipif(
+    not takes(torch.empty(1, dtype=torch.bfloat16)), reason="oneDNN has no bfloat16 on this processor"
+)
+PRECISIONS = ["float32", *(pytest.param(name, marks=needs_bfloat16) for name in ("bfloat16", "autocast"))]
+pytestmark = pytest.mark.skipif(not takes(torch.empty(1)), reason="torch without oneDNN has no fast paths")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast way for small images too."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(fast_conv, "LARGE_IMAGES", 1)
+
+
+def conv(side: int = 7, *, channels: int = 6, bias: bool = True) -> FastDepthwiseConv2d:
+    return FastDepthwiseConv2d(channels, channels, side, padding=side // 2, groups=channels, bias=bias)
+
+
+def results(module: nn.Module, x: Tensor, upstream: Tensor) -> list[Tensor]:
+    """Output, and gradients of the input and of the parameters."""
+    x = x.detach().requires_grad_()
+    y = module(x)
+    return [y, *torch.autograd.grad(y, [x, *module.parameters()], upstream.to(y.dtype))]
+
+
+def is_fast(y: Tensor) -> bool:
+    return type(y.grad_fn).__name__ == "_DepthwiseConvBackward"
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 1, 5), (4, 16, 3), (0, 5, 5)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 7), (7, 7)])
+def test_the_gradient_of_a_depthwise_kernel(kernel: tuple[int, int], shape: tuple[int, ...]) -> None:
+    x, grad, weight = torch.randn(*shape, 6), torch.randn(*shape, 6), torch.randn(6, 1, *kernel, requires_grad=True)
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=6)
+    (expected,) = torch.autograd.grad(out, weight, grad.permute(0, 3, 1, 2))
+    torch.testing.assert_close(depthwise_weight_gradient(grad, x, weight), expected)
+
+
+def test_no_images() -> None:
+    module, x = conv(), torch.randn(0, 6, 8, 8, requires_grad=True)
+    grads = torch.autograd.grad(module(x).sum(), [x, *module.parameters()])
+    assert [g.shape for g in grads] == [x.shape, *(p.shape for p in module.parameters())]
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("side, batch", [(5, 3), (7, 9)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_values_and_gradients(precision: str, layout: str, bias: bool, side: int, batch: int) -> None:
+    module, x = conv(side, bias=bias), torch.randn(batch, 6, 11, 13).contiguous(memory_format=LAYOUTS[layout])
+    upstream = torch.randn(x.shape).contiguous(memory_format=LAYOUTS[layout])
+    exact = results(copy.deepcopy(module).double(), x.double(), upstream)
+    if precision == "bfloat16":
+        module, x = module.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext():
+        found = results(module, x, upstream)
+        with plain_paths():
+            plain = results(module, x, upstream)
+    assert is_fast(found[0]) and not is_fast(plain[0]) and torch.equal(found[0], plain[0])
+    for a, b, reference in zip(found, plain, exact, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        error, allowed = ((each.double() - reference).norm() for each in (a, b))
+        assert error <= 2 * allowed + (1e-6 if precision == "float32" else 3e-3) * reference.norm()
+
+
+def test_second_derivatives() -> None:
+    module, x = conv(5, channels=2), torch.randn(2, 2, 4, 3, requires_grad=True)
+
+    def penalty() -> list[Tensor]:
+        (of_x,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(of_x.square().sum(), [x, module.weight]))
+
+    assert is_fast(module(x))
+    found = penalty()
+    with plain_paths():
+        expected = penalty()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_activations_computed_again_give_equal_gradients() -> None:
+    module, x = conv(), torch.randn(2, 6, 8, 8, requires_grad=True)
+    wanted = [x, *module.parameters()]
+    once = torch.autograd.grad(module(x).square().sum(), wanted)
+    y: Any = checkpoint(module, x, use_reentrant=False)
+    for a, b in zip(once, torch.autograd.grad(y.square().sum(), wanted), strict=True):
+        assert torch.equal(a, b)
+
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "stride": {"stride": 2},
+    "dilation": {"dilation": 2, "padding": 6},
+    "no padding": {"padding": 0},
+    "reflected": {"padding_mode": "reflect"},
+    "even": {"kernel_size": 6},
+    "grouped": {"groups": 3},
+    "wider": {"out_channels": 12},
+}
+
+
+def test_which_convolutions_are_meant() -> None:
+    same: dict[str, Any] = {"in_channels": 6, "out_channels": 6, "kernel_size": 7, "padding": 3, "groups": 6}
+    assert (
+        is_depthwise(nn.Conv2d(**same))
+        and is_depthwise(nn.Conv2d(**{**same, "padding": "same"}))
+        and is_depthwise(conv())
+    )
+    for name, other in PLAIN.items():
+        assert not is_depthwise(nn.Conv2d(**{**same, **other})), name
+    assert not is_depthwise(nn.Linear(6, 6)) and not is_depthwise(nn.Conv1d(6, 6, 7, padding=3, groups=6))
+
+
+def test_only_large_kernels_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 6, 16, 16)
+    assert has_fast_gradient(x, (7, 5)) and not has_fast_gradient(x, (3, 7)) and not has_fast_gradient(x, (9, 9))
+    monkeypatch.setattr(fast_conv, "LARGE_IMAGES", x.numel() + 1)
+    assert not has_fast_gradient(x, (7, 7)) and not is_fast(conv()(x))
+
+
+def test_what_gains_nothing_or_is_more_than_numbers_gets_the_plain_form() -> None:
+    x, module = torch.randn(2, 6, 16, 16), conv()
+    assert is_fast(module(x)) and is_fast(copy.deepcopy(module)(x))
+    assert not is_fast(module.double()(x.double()))
+    module.float()
+    assert not is_fast(module(x[0])), "an image without a batch"
+    module.weight.requires_grad_(False)
+    assert not is_fast(module(x)), "no gradient of the kernel"
+    module.weight.requires_grad_(True)
+    with torch.no_grad():
+        assert module(x).grad_fn is None
+    with pytest.raises(RuntimeError, match="expected input"):
+        module(torch.randn(2, 5, 16, 16))
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    before = module(x)
+    parametrize.register_parametrization(module, "weight", Doubled())
+    bias: Any = module.bias
+    torch.testing.assert_close(module(x), 2 * before - bias[:, None, None])
+
+
+def test_scripted() -> None:
+    module, x = conv(), torch.randn(2, 6, 8, 8)
+    torch.testing.assert_close(torch.jit.script(module)(x), module(x))
