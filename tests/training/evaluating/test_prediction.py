@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from files.errors import ConfigError
+from layers.fast import FastLinear
 from tests.training.data.parts import write_image
 from tests.training.evaluating.conftest import FLOWERS
 from tests.training.evaluating.test_validation import by_hand
@@ -85,6 +86,7 @@ def test_more_classes_than_there_are(timm_weights: Path, photos: Path) -> None:
 def test_a_model_without_names(photos: Path) -> None:
     made = predictor("timm/test_resnet", photos / "aster", topk=1, choice=Choice(image_size=32))
     assert "numbers stand for them" in made.plan.notes[0]
+    assert any(isinstance(module, FastLinear) for module in made.model.modules()), "it takes the fast paths"
     assert all(row.classes[0].isdecimal() for row in made.predictions() if isinstance(row, Prediction))
 
 
