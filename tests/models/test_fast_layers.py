@@ -116,6 +116,35 @@ def test_computes_the_same(name: str, precision: str) -> None:
         assert torch.equal(a, b), "turned off it is the plain model to the bit"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm/xcit_nano_12_p16_224",
+        "timm/eva02_tiny_patch14_224",
+        "timm/cait_xxs24_224",
+        "timm/levit_128s",
+        "timm/mvitv2_tiny",
+        "timm/hiera_tiny_224",
+        "timm/convnextv2_atto",
+        "timm/edgenext_xx_small",
+        "timm/fastvit_t8",
+        "timm/mobilenetv3_small_100",
+        "timm/repghostnet_050",
+        "torchvision/shufflenet_v2_x0_5",
+        "torchvision/swin_t",
+    ],
+)
+def test_families_of_models(name: str) -> None:
+    plain = create_model(name, num_classes=5)
+    for module in plain.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    fast, images = copy.deepcopy(plain), torch.randn(4, *plain.pretrained_cfg["input_size"])
+    assert use_fast_layers(fast) > 0
+    assert_near(step(fast, images), step(plain, images), 0.02)  # gradients through batch norms of 4 images
+
+
 @pytest.mark.parametrize("mode", ["mask", "skip"])
 @pytest.mark.parametrize("first", ["fast layers", "drop path"])
 @pytest.mark.parametrize("name", ["timm/vit", "timm/convnext of linear layers", "timm/swin"])
