@@ -1,5 +1,6 @@
 """Models of timm and torchvision in the trainer: three steps of skip, a stop, the same weights after going on, an export."""
 
+import copy
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from files.errors import ConfigError
 from models.export import export_model
 from models.factory import create_model, saved_config
+from models.fast_layers import use_fast_layers
 from models.loading import trained_foreign
 from models.weights import load_weights, weights_sha256
 from training import loop
@@ -81,7 +83,10 @@ def test_steps_stop_resume_and_export(name: str, tmp_path: Path, monkeypatch: py
     assert found is not None
     model = create_model(found[0], checkpoint=straight.best, **found[1]).eval()
     images = torch.randn(2, 1, 32, 32)
-    assert torch.equal(model(images), whole.evaluated.eval()(images))
+    fast = copy.deepcopy(model)
+    use_fast_layers(fast)  # as the run's own model has them, and whoever evaluates it
+    assert torch.equal(fast(images), whole.evaluated.eval()(images))
+    torch.testing.assert_close(fast(images), model(images))
     if name.startswith("timm/"):
         theirs = timm.create_model(f"local-dir:{straight.best}", pretrained=True).eval()
         assert torch.equal(theirs(images), model(images))
@@ -89,7 +94,7 @@ def test_steps_stop_resume_and_export(name: str, tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match="format folded is for models of the zoo"):
         export_model(model, "folded", tmp_path / "folded")
     tuned = build_run(name, f"model.checkpoint={straight.best}", "optim.lr=1e-5")
-    assert torch.equal(tuned.model.eval()(images), model(images)), "fine-tuning begins where the run ended"
+    assert torch.equal(tuned.model.eval()(images), fast(images)), "fine-tuning begins where the run ended"
 
 
 def test_a_model_without_a_residual_block_trains_at_rate_0_and_says_so(tmp_path: Path, monkeypatch) -> None:
