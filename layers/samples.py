@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layers.fast import is_eager, run, wants_plain_gradients
+from layers.fast import is_eager, run
 
 SMALL_BATCH = 2**18
 """Numbers of a batch up to which adding sample by sample is faster."""
@@ -75,7 +75,7 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _put(grads[0], ctx.kept, ctx.batch, 1.0), None
+        return put_samples(grads[0], ctx.kept, ctx.batch), None
 
 
 class _Put(torch.autograd.Function):
@@ -103,17 +103,8 @@ class _Add(torch.autograd.Function):
 
 def _gradient(grad: Tensor, kept: Tensor, scale: float) -> Tensor:
     """Of the samples that were put: the taken gradients times the factor."""
-    if wants_plain_gradients(grad):
-        return grad.index_select(0, kept) * scale
     taken = take_samples(grad, kept)
     return taken if scale == 1.0 else taken.mul_(scale)
-
-
-def _put(grad: Tensor, kept: Tensor, batch: int, scale: float) -> Tensor:
-    """`put_samples` of a gradient."""
-    if wants_plain_gradients(grad):
-        return grad.new_zeros(batch, *grad.shape[1:]).index_add(0, kept, grad)
-    return put_samples(grad, kept, batch, scale)
 
 
 def _taken(x: Tensor, kept: Tensor) -> Tensor:
@@ -156,4 +147,6 @@ def _in_rows(x: Tensor) -> bool:
     """Whether samples are copied as rows of memory."""
     if not is_eager(x) or x.ndim < 2 or not x.numel():
         return False
+    if torch._C._functorch.is_legacy_batchedtensor(x):  # type: ignore[attr-defined]
+        return False  # many gradients at once
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
