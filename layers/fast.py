@@ -13,6 +13,7 @@ dtype and size, never by timing, so the same machine always computes the same bi
 - `mean_minus_self`: pooling minus its input in one tensor, keeping none.
 - `attention`: products and a softmax one after the other where there are few tokens, with scores and their gradients in
   float32. torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle.
+- `window_attention`: the same with a bias on the scores, as in Swin.
 
 They run in eager code, in float32 and in bfloat16 where oneDNN computes in it. Compiled, traced, scripted and exported
 code, torch.func, forward-mode differentiation, dispatch modes (FLOP counters, fake tensors) and modules with hooks, with
@@ -33,6 +34,9 @@ from torch.nn.modules import module as torch_module
 
 FEWEST_PRODUCTS = 2**22
 """Multiplications of a linear layer from which oneDNN's call costs less than it saves."""
+
+MANY_ROWS = 2**12
+"""Rows of a linear layer's input, in float32, from which a convolution's gradient of the weight is the fastest."""
 
 MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 256}
 """Tokens of attention up to which its products are faster apart, and its weights few enough to keep for backward."""
@@ -159,16 +163,33 @@ def attention(qkv: Tensor) -> Tensor:
     Returns:
         (B, N, heads, D). In bfloat16 nearer to float32's than torch's own form.
     """
-    batch, tokens, _, heads, width = qkv.shape
-    if not batch or not has_few_tokens(tokens, qkv.dtype):
+    if not qkv.shape[0] or not has_few_tokens(qkv.shape[1], qkv.dtype):
         return plain_attention(qkv)
+    return _attention(qkv, None)
+
+
+def window_attention(qkv: Tensor, bias: Tensor) -> Tensor:
+    """Attention within windows, with `has_few_tokens` and `takes` of what qkv is computed from.
+
+    Args:
+        qkv: Queries, keys and values, (B, N, 3, heads, D): of the windows of one image after those of another.
+        bias: What is added to the scores, (W, heads, N, N), for each window of an image or, with W = 1, for all.
+
+    Returns:
+        (B, N, heads, D). The products that the bias is added to are in qkv's dtype.
+    """
+    return _attention(qkv, bias.flatten(0, 1).expand(len(qkv) // len(bias), -1, -1, -1))
+
+
+def _attention(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    batch, tokens, _, heads, width = qkv.shape
     parts = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, tokens, width)
-    return run(_Attention, parts).view(batch, heads, tokens, width).transpose(1, 2)
+    return run(_Attention, parts, bias).view(batch, heads, tokens, width).transpose(1, 2)
 
 
 def attention_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As `F.scaled_dot_product_attention(q, k, v)`, all (B, heads, N, D), with `takes(q)` and `has_few_tokens`."""
-    return run(_Attention, torch.stack((q, k, v)).flatten(1, 2)).view(q.shape)
+    return run(_Attention, torch.stack((q, k, v)).flatten(1, 2), None).view(q.shape)
 
 
 def has_few_tokens(tokens: int, dtype: torch.dtype) -> bool:
@@ -275,34 +296,49 @@ class _MeanMinusSelf(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """(3, B * heads, N, D) -> (B * heads, N, D)."""
+    """(3, S, N, D), and a bias (A, B, N, N) with S = A * B or `None` -> (S, N, D)."""
 
     @staticmethod
-    def forward(ctx: Any, parts: Tensor) -> Tensor:
+    def forward(ctx: Any, parts: Tensor, bias: Tensor | None) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             q, k, v = parts.unbind(0)
-            q, k = q.float(), k.float()
-            scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-            weights = scores.softmax(-1).to(parts.dtype)  # (B * heads, N, N)
-            ctx.save_for_backward(parts, weights)
+            scale = q.shape[-1] ** -0.5
+            if bias is None:
+                q, k = q.float(), k.float()
+                scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
+            else:
+                products = torch.bmm(q, k.mT).view(bias.shape)
+                scores = torch.add(bias.float(), products, alpha=scale).flatten(0, 1)
+            weights = scores.softmax(-1).to(parts.dtype)  # (S, N, N)
+            ctx.save_for_backward(parts, weights, bias)
             return torch.bmm(weights, v)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        parts, weights = ctx.saved_tensors
+        parts, weights, bias = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
-            plain = lambda parts: F.scaled_dot_product_attention(*parts.unbind(0))  # noqa: E731
-            return plain_gradients(plain, ctx, (parts,), grads[0])[0]
+            return plain_gradients(_plain_attention_of, ctx, (parts, bias), grads[0])
         with torch.autocast("cpu", enabled=False):
             q, k, v = parts.unbind(0)
             grad, found = grads[0].contiguous(), torch.empty_like(parts)
             torch.bmm(weights.mT, grad, out=found[2])
-            of_weights = torch.bmm(grad.float(), v.float().mT)
+            of_weights = torch.bmm(grad.float(), v.float().mT) if bias is None else torch.bmm(grad, v.mT).float()
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights.float(), -1, torch.float32)
-            of_scores = of_scores.mul_(q.shape[-1] ** -0.5).to(parts.dtype)
+            of_bias = None if bias is None else of_scores.view(bias.shape).to(bias.dtype)
+            of_scores = of_scores.to(parts.dtype)
             torch.bmm(of_scores, k, out=found[0])
             torch.bmm(of_scores.mT, q, out=found[1])
-            return found
+            found[:2].mul_(q.shape[-1] ** -0.5)
+            return found, of_bias
+
+
+def _plain_attention_of(parts: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's form of `_Attention`."""
+    q, k, v = parts.unbind(0)
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (part.unflatten(0, bias.shape[:2]) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)).flatten(0, 1)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -316,12 +352,24 @@ def _weight_gradients(ctx: Any, grad: Tensor, x: Tensor) -> tuple[Tensor | None,
     """Gradients of weight and bias, which are the second and third input."""
     rows = grad.reshape(-1, grad.shape[-1]) if grad.numel() else grad.new_empty(0, grad.shape[-1])  # (N, D)
     inputs = x.reshape(rows.shape[0], x.shape[-1])  # (N, C)
-    of_weight = None
-    if ctx.needs_input_grad[1]:
-        # (D, C); MKL's product is good at tall results, oneDNN's at wide ones
-        wide = x.dtype == torch.float32 and x.shape[-1] > grad.shape[-1]
-        of_weight = _product(rows.t(), inputs.t(), None) if wide else rows.t() @ inputs
+    of_weight = _weight_gradient(rows, inputs) if ctx.needs_input_grad[1] else None
     return of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """(D, C) of a layer's output's gradient (N, D) and its input (N, C)."""
+    if x.dtype == torch.float32 and len(x) >= MANY_ROWS:
+        # of a 1 x 1 convolution on an image of 1 x N; products make a transposed copy, or cut so long a sum badly
+        images = [rows.view(1, 1, *rows.shape).permute(0, 3, 1, 2) for rows in (grad, x)]
+        weight = x.new_empty(grad.shape[1], x.shape[1], 1, 1)  # its shape is looked at, not its numbers
+        only_weight = (False, True, False)
+        of_weight = torch.ops.aten.convolution_backward(
+            *images, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, only_weight
+        )[1]
+        return of_weight.flatten(1)
+    # MKL's product is good at tall results, oneDNN's at wide ones
+    wide = x.dtype == torch.float32 and x.shape[1] > grad.shape[1]
+    return _product(grad.t(), x.t(), None) if wide else grad.t() @ x
 
 
 def no_view(y: Tensor) -> Tensor:

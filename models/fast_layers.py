@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from timm.layers import GELU as TimmGELU
 from timm.layers import Mlp as TimmMlp
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from layers.fast import FastLinear, attention_of, dtype_of, has_few_tokens, is_linear, takes
+from layers.fast import FastLinear, attention_of, dtype_of, has_few_tokens, is_linear, takes, window_attention
 from layers.fast_conv import FastDepthwiseConv2d, is_depthwise
 from layers.mlp import fast_mlp, is_fast_mlp
 
@@ -19,8 +20,9 @@ def use_fast_layers(model: nn.Module) -> int:
     """Lets the layers of a model of timm or torchvision take the fast paths in eager code on a CPU.
 
     Changed in place are torch's linear layers, its depthwise convolutions with stride 1 that keep the size, timm's MLPs and
-    timm's modules of attention: each becomes of a class derived from its own. Parameters, buffers, state-dict keys, hooks
-    and what is computed stay as they are, but for rounding; copies and pickles keep the class. A second call changes nothing.
+    timm's modules of attention, those of Swin included: each becomes of a class derived from its own. Parameters, buffers,
+    state-dict keys, hooks and what is computed stay as they are, but for rounding; copies and pickles keep the class. A
+    second call changes nothing.
 
     Args:
         model: Any; our own have fast paths without it.
@@ -57,6 +59,31 @@ class FastMlp(TimmMlp):
     def forward_fast(self, x: Tensor) -> Tensor:
         """The MLP on (..., C), with `is_fast(x)`."""
         return fast_mlp(x, self.fc1, _torchs(self.act), self.fc2)
+
+
+class FastWindowAttention(WindowAttention):
+    """timm's attention within windows, of Swin."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.forward_fast(x, mask) if self.is_fast(x) else super().forward(x, mask)
+
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether `forward_fast` may take x, (windows, N, C)."""
+        return (
+            takes(x, self.softmax, self.attn_drop)
+            and type(self.attn_drop) is nn.Dropout
+            and not (self.attn_drop.training and self.attn_drop.p)
+            and x.shape[0] > 0
+            and has_few_tokens(x.shape[1], dtype_of(x))
+        )
+
+    def forward_fast(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The attention on (windows, N, C), with `is_fast(x)`; mask: added to the scores, (windows of an image, N, N)."""
+        bias = self._get_rel_pos_bias()
+        if mask is not None:
+            bias = bias + mask[:, None]
+        y = window_attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1)), bias)
+        return self.proj_drop(self.proj(y.flatten(2)))
 
 
 class FastAttention(nn.Module):
@@ -105,6 +132,8 @@ def _fast_class(module: nn.Module) -> type[nn.Module]:
         return FastDepthwiseConv2d
     if kind is TimmMlp and is_linear(module.fc1, module.fc2):  # type: ignore[arg-type]
         return FastMlp
+    if kind is WindowAttention:
+        return FastWindowAttention
     # so timm calls it where a module computes scaled dot products by torch's function
     if getattr(module, "fused_attn", False) is True and not issubclass(kind, FastAttention):
         return _attention_class(kind)

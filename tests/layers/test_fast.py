@@ -21,6 +21,7 @@ from layers import fast_conv
 from layers.drop_path import DropPath
 from layers.fast import (
     FEWEST_PRODUCTS,
+    MANY_ROWS,
     MOST_TOKENS,
     attention,
     call,
@@ -31,6 +32,7 @@ from layers.fast import (
     scaled,
     set_fast_paths,
     takes,
+    window_attention,
 )
 from layers.mlp import ACTIVATIONS, Mlp, StarReLU
 from layers.norm import build_norm
@@ -54,6 +56,29 @@ class Called(nn.Module):
         return call(self.fc, x)
 
 
+def plain_window_attention(qkv: Tensor, bias: Tensor) -> Tensor:
+    """As timm's attention within windows."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D)
+    scores = q * q.shape[-1] ** -0.5 @ k.mT
+    scores = scores.unflatten(0, (-1, len(bias))) + bias if len(q) else scores[None] + bias
+    return (scores.softmax(-1).flatten(0, 1).to(v.dtype) @ v).transpose(1, 2)
+
+
+class Windows(nn.Module):
+    """Attention within windows of 4 x 4 positions, with a bias on its scores."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.qkv, self.heads = nn.Linear(dim, 3 * dim), heads
+        self.bias = nn.Parameter(torch.randn(1, heads, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x.unfold(1, 4, 4).unfold(2, 4, 4).permute(0, 1, 2, 4, 5, 3).reshape(-1, 16, x.shape[-1]))
+        form = window_attention if len(x) and takes(x, self) else plain_window_attention
+        y = form(parts.view(-1, 16, 3, self.heads, x.shape[-1] // self.heads), self.bias)
+        return y.reshape(x.shape)
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "linear tall": lambda: Called(DIM, 256),
     "linear wide": lambda: Called(DIM, 24),
@@ -65,6 +90,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "sep_conv": lambda: SepConv(DIM),
     "attention": lambda: Attention(DIM, head_dim=16),
     "attention bias": lambda: Attention(DIM, head_dim=16, qkv_bias=True, proj_bias=True),
+    "attention in windows": lambda: Windows(DIM, 4),
     "pooling": lambda: Pooling(3),
 }
 PRECISIONS = ["float32", "bfloat16", "autocast"]
@@ -181,6 +207,22 @@ def test_weights_wider_than_tall(name: str, precision: str) -> None:
     module = Called(512, 64) if name == "linear" else Mlp(256, ratio=0.25)
     check_errors(module, torch.randn(16, 16, module.get_parameter(next(iter(dict(module.named_parameters())))).shape[1]),
                  precision)  # fmt: skip
+
+
+@pytest.mark.parametrize("strides", ["dense", "rows apart"])
+@pytest.mark.parametrize("name", ["linear tall", "linear wide", "linear no bias", "mlp gelu"])
+def test_a_weight_gradient_over_many_rows(name: str, strides: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = randomised(MODULES[name]())
+    x = torch.randn(16, 16, 17, DIM) if strides == "dense" else torch.randn(16, 16, 17, DIM + 8)[..., 4:-4]
+    assert x.numel() // DIM >= MANY_ROWS > x[0].numel() // DIM
+    check_errors(module, x, "float32")
+    with torch.profiler.profile() as profile:
+        results(module, x)
+    assert "aten::convolution_backward" in {event.key for event in profile.key_averages()}
+    monkeypatch.setattr("layers.fast.MANY_ROWS", x.numel())
+    with torch.profiler.profile() as profile:
+        results(module, x)
+    assert "aten::convolution_backward" not in {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -306,6 +348,27 @@ def test_attention_is_as_exact_as_torch(
     for a, b, reference in zip(found, plain, exact, strict=True):
         assert a.shape == b.shape and a.dtype == dtype
         assert error(a, reference) <= max(1.3 * error(b, reference), least), "one token: queries and keys get zero"
+
+
+@pytest.mark.parametrize("batch, windows, tokens, width", [(6, 3, 49, 32), (6, 6, 49, 32), (4, 1, 64, 8), (2, 2, 1, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
+def test_attention_with_a_bias(dtype: torch.dtype, batch: int, windows: int, tokens: int, width: int) -> None:
+    qkv, upstream = torch.randn(batch, tokens, 3, 2, width).to(dtype), torch.randn(batch, tokens, 2, width).to(dtype)
+    numbers = torch.randn(windows, 2, tokens, tokens)
+
+    def results(form: Callable[..., Tensor], qkv: Tensor) -> Results:
+        bias = numbers.to(torch.promote_types(qkv.dtype, torch.float32)).requires_grad_()
+        of_parts = attention_results(lambda x: form(x, bias), qkv, upstream)
+        out = form(qkv, bias)
+        of_bias = torch.autograd.grad(out, bias, upstream.to(out.dtype))[0]
+        assert of_bias.dtype == bias.dtype
+        return [*of_parts, of_bias]
+
+    plain_form = plain_window_attention
+    exact, found, plain = results(plain_form, qkv.double()), results(window_attention, qkv), results(plain_form, qkv)
+    for a, b, reference in zip(found, plain, exact, strict=True):
+        assert a.shape == reference.shape and a.dtype == b.dtype
+        assert error(a, reference) <= max(1.5 * error(b, reference), 3 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,13 +12,14 @@ import torch
 import torchvision
 from timm.layers import GlobalResponseNormMlp, Mlp
 from timm.layers.attention import Attention
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from layers import fast_conv
 from layers.fast import FastLinear, plain_paths, takes
 from layers.fast_conv import FastDepthwiseConv2d
 from models.factory import create_model
-from models.fast_layers import FastAttention, FastMlp, use_fast_layers
+from models.fast_layers import FastAttention, FastMlp, FastWindowAttention, use_fast_layers
 from stochastic_depth import set_drop_path
 from stochastic_depth.graft import grafted
 
@@ -55,7 +56,7 @@ MODELS: dict[str, tuple[Any, set[type]]] = {
             "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(2, 1, 1, 1), embed_dim=12,
             num_heads=(1, 2, 2, 4), num_classes=5,
         ),
-        {FastLinear, FastMlp},  # its attention adds a bias, without torch's function
+        {FastLinear, FastMlp, FastWindowAttention},
     ),
     "timm/efficientnet": (lambda: timm.create_model("efficientnet_lite0", num_classes=5), {FastLinear, FastDepthwiseConv2d}),
     "timm/mixer": (
@@ -82,7 +83,7 @@ def step(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def kinds(model: nn.Module) -> set[type]:
-    of = (FastLinear, FastDepthwiseConv2d, FastMlp, FastAttention)
+    of = (FastLinear, FastDepthwiseConv2d, FastMlp, FastAttention, FastWindowAttention)
     return {kind for kind in of for module in model.modules() if isinstance(module, kind)}
 
 
@@ -182,8 +183,9 @@ def test_less_is_kept_for_backward() -> None:
     assert kept(fast) < 0.85 * kept(plain)
 
 
-def test_copies_and_pickles_are_fast_too() -> None:
-    model, images = vit(), torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize("name", ["timm/vit", "timm/swin"])
+def test_copies_and_pickles_are_fast_too(name: str) -> None:
+    model, images = MODELS[name][0](), torch.randn(2, 3, 32, 32)
     use_fast_layers(model)
     expected = model.eval()(images)
     buffer = io.BytesIO()
@@ -285,6 +287,57 @@ def test_attention_in_bfloat16_over_more_tokens() -> None:
         assert "_Attention" in attend(tokens=65)[0] and "_Attention" in attend(qk_norm=True, norm_layer=nn.LayerNorm)[0]
 
 
+def windows(tokens: int = 16, **arguments: Any) -> WindowAttention:
+    side = int(tokens**0.5)
+    module = WindowAttention(32, 2, window_size=(side, side), **arguments)
+    with torch.no_grad():
+        module.relative_position_bias_table.normal_()
+    assert use_fast_layers(module) > 0 and type(module) is FastWindowAttention
+    return module
+
+
+def attend_within(module: WindowAttention, mask: Tensor | None) -> tuple[str, list[Tensor], list[Tensor]]:
+    """The graph behind attention within windows, and output and gradients with and without fast paths."""
+    x = torch.randn(6, module.window_area, 32, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(1)
+        out = module(x, mask)
+        return [out, *torch.autograd.grad(out.float().square().sum(), [x, *module.parameters()])]
+
+    found = results()
+    with plain_paths():
+        return graph(found[0]), found, results()
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
+@pytest.mark.parametrize("per_image", [None, 1, 3, 6])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_attention_within_windows(qkv_bias: bool, per_image: int | None, precision: str) -> None:
+    module = windows(qkv_bias=qkv_bias, attn_drop=0.5).eval()  # in evaluation dropout drops nothing
+    mask = None if per_image is None else torch.randint(2, (per_image, 16, 16)) * -100.0
+    with torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext():
+        names, found, plain = attend_within(module, mask)
+    assert "_Attention" in names and "Softmax" not in names
+    assert_near(found, plain, 1e-5 if precision == "float32" else 0.03)
+    assert all(float(gradient.abs().max()) > 0 for gradient in found)
+
+
+def test_attention_within_windows_that_stays_timms() -> None:
+    hooked = windows()
+    hooked.softmax.register_forward_hook(lambda *_: None)
+    for name, module in {
+        "dropout": windows(attn_drop=0.5),
+        "many tokens": windows(81),  # few in bfloat16 only
+        "a hook on a part": hooked,
+    }.items():
+        names, found, plain = attend_within(module, torch.zeros(3, *2 * [module.window_area]))
+        assert "_Attention" not in names and "_LinearBackward" in names, name
+        assert_near(found, plain, 1e-5)
+    with pytest.raises(RuntimeError):
+        windows()(torch.randn(6, 16, 32), torch.zeros(4, 16, 16))
+
+
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
 @pytest.mark.parametrize("shape", [(6, 16), (2, 3, 16)])
 def test_what_comes_out_may_be_changed_in_place(shape: tuple[int, ...], precision: str) -> None:
@@ -311,7 +364,7 @@ def test_our_own_model_stays_fast() -> None:
     assert_near(step(model, images), expected, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["timm/vit", "timm/convnext of linear layers"])
+@pytest.mark.parametrize("name", ["timm/vit", "timm/convnext of linear layers", "timm/swin"])
 def test_traced_exported_and_compiled(name: str) -> None:
     model, images = MODELS[name][0]().eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
