@@ -11,8 +11,8 @@ dtype and size, never by timing, so the same machine always computes the same bi
 - `fast_conv.depthwise_conv`, and `star_relu_conv`: the gradient of a large depthwise kernel is taken by a convolution, of
   the images with their gradients, which oneDNN computes several times as fast as what it has for that.
 - `mean_minus_self`: pooling minus its input in one tensor, keeping none.
-- `attention`: products and a softmax one after the other where there are few tokens, with scores and their gradients in
-  float32. torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle.
+- `attention`: with gradients, products and a softmax one after the other where there are few tokens, with scores and their
+  gradients in float32. torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle.
 - `window_attention`: the same with a bias on the scores, as in Swin.
 
 They run in eager code, in float32 and in bfloat16 where oneDNN computes in it. Compiled, traced, scripted and exported
@@ -39,7 +39,7 @@ MANY_ROWS = 2**12
 """Rows of a linear layer's input, in float32, from which a convolution's gradient of the weight is the fastest."""
 
 MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 256}
-"""Tokens of attention up to which its products are faster apart, and its weights few enough to keep for backward."""
+"""Tokens of attention up to which its products are faster apart, in training, and its weights few enough to keep."""
 
 _PLAIN = (Tensor, nn.Parameter)
 _enabled = True
@@ -163,7 +163,10 @@ def attention(qkv: Tensor) -> Tensor:
     Returns:
         (B, N, heads, D). In bfloat16 nearer to float32's than torch's own form.
     """
-    if not qkv.shape[0] or not has_few_tokens(qkv.shape[1], qkv.dtype):
+    few = has_few_tokens(qkv.shape[1], qkv.dtype)
+    if (
+        not few or not qkv.shape[0] or not torch.is_grad_enabled()
+    ):  # without a backward pass torch's is as fast or faster
         return plain_attention(qkv)
     return _attention(qkv, None)
 
@@ -193,7 +196,7 @@ def attention_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def has_few_tokens(tokens: int, dtype: torch.dtype) -> bool:
-    """Whether attention over so many tokens is faster as products."""
+    """Whether attention over so many tokens is faster as products, in training."""
     return 0 < tokens <= MOST_TOKENS.get(dtype, 0)
 
 

@@ -11,7 +11,15 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from layers.fast import FastLinear, attention_of, dtype_of, has_few_tokens, is_linear, takes, window_attention
+from layers.fast import (
+    FastLinear,
+    attention_of,
+    dtype_of,
+    has_few_tokens,
+    is_linear,
+    takes,
+    window_attention,
+)
 from layers.fast_conv import FastDepthwiseConv2d, is_depthwise
 from layers.mlp import fast_mlp, is_fast_mlp
 
@@ -93,7 +101,8 @@ class FastAttention(nn.Module):
     """The class behind it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not args or not takes(args[0]):
+        # without a backward pass torch's form is as fast or faster
+        if not torch.is_grad_enabled() or not args or not takes(args[0]):
             return super().forward(*args, **kwargs)
         with _Apart():
             return super().forward(*args, **kwargs)

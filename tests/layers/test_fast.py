@@ -384,6 +384,15 @@ def test_attention_over_many_tokens_is_torchs(dtype: torch.dtype) -> None:
     assert torch.equal(attention(double), plain_attention(double))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_without_gradients_is_torchs(dtype: torch.dtype) -> None:
+    qkv = torch.randn(2, 49, 3, 2, 8, dtype=dtype)
+    assert not torch.equal(attention(qkv), plain_attention(qkv)), "scores round otherwise"
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert torch.equal(attention(qkv), plain_attention(qkv))
+
+
 @needs_bfloat16
 def test_attention_computes_in_float32_under_autocast() -> None:
     qkv, upstream = torch.randn(2, 50, 3, 2, 16).bfloat16(), torch.randn(2, 50, 2, 16)
