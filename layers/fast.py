@@ -163,10 +163,8 @@ def attention(qkv: Tensor) -> Tensor:
     Returns:
         (B, N, heads, D). In bfloat16 nearer to float32's than torch's own form.
     """
-    few = has_few_tokens(qkv.shape[1], qkv.dtype)
-    if (
-        not few or not qkv.shape[0] or not torch.is_grad_enabled()
-    ):  # without a backward pass torch's is as fast or faster
+    # without a backward pass torch's form is as fast or faster
+    if not torch.is_grad_enabled() or not qkv.shape[0] or not has_few_tokens(qkv.shape[1], qkv.dtype):
         return plain_attention(qkv)
     return _attention(qkv, None)
 

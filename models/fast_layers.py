@@ -11,15 +11,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from layers.fast import (
-    FastLinear,
-    attention_of,
-    dtype_of,
-    has_few_tokens,
-    is_linear,
-    takes,
-    window_attention,
-)
+from layers.fast import FastLinear, attention_of, dtype_of, has_few_tokens, is_linear, takes, window_attention
 from layers.fast_conv import FastDepthwiseConv2d, is_depthwise
 from layers.mlp import fast_mlp, is_fast_mlp
 
@@ -59,7 +51,8 @@ class FastMlp(TimmMlp):
         return (
             takes(x, self.act, self.drop1, self.norm, self.drop2)
             and type(self.norm) is nn.Identity
-            and all(type(drop) is nn.Dropout and not (drop.training and drop.p) for drop in (self.drop1, self.drop2))
+            and _drops_nothing(self.drop1)
+            and _drops_nothing(self.drop2)
             and is_fast_mlp(x, self.fc1, _torchs(self.act), self.fc2)
         )
 
@@ -79,8 +72,7 @@ class FastWindowAttention(WindowAttention):
         """Whether `forward_fast` may take x, (windows, N, C)."""
         return (
             takes(x, self.softmax, self.attn_drop)
-            and type(self.attn_drop) is nn.Dropout
-            and not (self.attn_drop.training and self.attn_drop.p)
+            and _drops_nothing(self.attn_drop)
             and x.shape[0] > 0
             and has_few_tokens(x.shape[1], dtype_of(x))
         )
@@ -160,6 +152,11 @@ def _blank_attention(plain: type[nn.Module]) -> nn.Module:
     """A module without content, of the class for `plain`."""
     kind = _attention_class(plain)
     return kind.__new__(kind)
+
+
+def _drops_nothing(module: nn.Module) -> bool:
+    """Whether a module is torch's dropout, at rest."""
+    return type(module) is nn.Dropout and not (module.training and module.p)
 
 
 def _is_off(value: Any) -> bool:
