@@ -11,8 +11,8 @@ dtype and size, never by timing, so the same machine always computes the same bi
 - `fast_conv.depthwise_conv`, and `star_relu_conv`: the gradient of a large depthwise kernel is taken by a convolution, of
   the images with their gradients, which oneDNN computes several times as fast as what it has for that.
 - `mean_minus_self`: pooling minus its input in one tensor, keeping none.
-- `attention`: with gradients, products and a softmax one after the other where there are few tokens, with scores and their
-  gradients in float32. torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle.
+- `attention`: with gradients, products and a softmax one after the other where there are few tokens, with scores in
+  float32. torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle.
 - `window_attention`: the same with a bias on the scores, as in Swin.
 
 They run in eager code, in float32 and in bfloat16 where oneDNN computes in it. Compiled, traced, scripted and exported
@@ -161,7 +161,7 @@ def attention(qkv: Tensor) -> Tensor:
         qkv: Queries, keys and values, (B, N, 3, heads, D).
 
     Returns:
-        (B, N, heads, D). In bfloat16 nearer to float32's than torch's own form.
+        (B, N, heads, D). In bfloat16 it and the gradients are as near to float32's as those of torch's own form.
     """
     # without a backward pass torch's form is as fast or faster
     if not torch.is_grad_enabled() or not qkv.shape[0] or not has_few_tokens(qkv.shape[1], qkv.dtype):
@@ -179,7 +179,7 @@ def window_attention(qkv: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (B, N, heads, D). The products that the bias is added to are in qkv's dtype.
     """
-    return _attention(qkv, bias.flatten(0, 1).expand(len(qkv) // len(bias), -1, -1, -1))
+    return _attention(qkv, bias.flatten(0, 1))
 
 
 def _attention(qkv: Tensor, bias: Tensor | None) -> Tensor:
@@ -297,7 +297,7 @@ class _MeanMinusSelf(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """(3, S, N, D), and a bias (A, B, N, N) with S = A * B or `None` -> (S, N, D)."""
+    """(3, S, N, D), and a bias (B, N, N) with B a divisor of S or `None` -> (S, N, D)."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, bias: Tensor | None) -> Tensor:
@@ -305,10 +305,9 @@ class _Attention(torch.autograd.Function):
             q, k, v = parts.unbind(0)
             scale = q.shape[-1] ** -0.5
             if bias is None:
-                q, k = q.float(), k.float()
-                scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
+                scores = _scaled_product(q.float(), k.float().mT, scale)
             else:
-                products = torch.bmm(q, k.mT).view(bias.shape)
+                products = torch.bmm(q, k.mT).unflatten(0, (-1, len(bias)))
                 scores = torch.add(bias.float(), products, alpha=scale).flatten(0, 1)
             weights = scores.softmax(-1).to(parts.dtype)  # (S, N, N)
             ctx.save_for_backward(parts, weights, bias)
@@ -323,14 +322,18 @@ class _Attention(torch.autograd.Function):
             q, k, v = parts.unbind(0)
             grad, found = grads[0].contiguous(), torch.empty_like(parts)
             torch.bmm(weights.mT, grad, out=found[2])
-            of_weights = torch.bmm(grad.float(), v.float().mT) if bias is None else torch.bmm(grad, v.mT).float()
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights.float(), -1, torch.float32)
-            of_bias = None if bias is None else of_scores.view(bias.shape).to(bias.dtype)
-            of_scores = of_scores.to(parts.dtype)
-            torch.bmm(of_scores, k, out=found[0])
-            torch.bmm(of_scores.mT, q, out=found[1])
-            found[:2].mul_(q.shape[-1] ** -0.5)
+            of_weights = torch.bmm(grad, v.mT)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_bias = None if bias is None else of_scores.unflatten(0, (-1, len(bias))).sum(0).to(bias.dtype)
+            scale = q.shape[-1] ** -0.5
+            _scaled_product(of_scores, k, scale, out=found[0])
+            _scaled_product(of_scores.mT, q, scale, out=found[1])
             return found, of_bias
+
+
+def _scaled_product(x: Tensor, y: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale * (x @ y), (S, N, K) and (S, K, M) -> (S, N, M)."""
+    return torch.baddbmm(x.new_empty(()), x, y, beta=0, alpha=scale, out=out)
 
 
 def _plain_attention_of(parts: Tensor, bias: Tensor | None) -> Tensor:
@@ -338,7 +341,7 @@ def _plain_attention_of(parts: Tensor, bias: Tensor | None) -> Tensor:
     q, k, v = parts.unbind(0)
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v)
-    q, k, v = (part.unflatten(0, bias.shape[:2]) for part in (q, k, v))
+    q, k, v = (part.unflatten(0, (-1, len(bias))) for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)).flatten(0, 1)
 
 
