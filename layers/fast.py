@@ -371,9 +371,7 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
             *images, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, only_weight
         )[1]
         return of_weight.flatten(1)
-    # MKL's product is good at tall results, oneDNN's at wide ones
-    wide = x.dtype == torch.float32 and x.shape[1] > grad.shape[1]
-    return _product(grad.t(), x.t(), None) if wide else grad.t() @ x
+    return grad.t() @ x
 
 
 def no_view(y: Tensor) -> Tensor:
