@@ -174,7 +174,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+SLOWER = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, *SLOWER])
 def test_interrupted_and_resumed(whole: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A real signal in mid-run; SIGTERM and Ctrl-C save and exit 0, kill -9 leaves the last checkpoint."""
     settings = LONGER
@@ -251,6 +254,7 @@ def test_fine_tuning_replaces_the_head_and_says_so(finished: Path, tmp_path: Pat
     assert summary(tmp_path / "tuned")["steps"] == 2
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_resume(tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     settings = [*TINY, "data.batch_size=128", "checkpoint.every_steps=3", "checkpoint.keep=100"]
@@ -439,6 +443,7 @@ def test_an_unreadable_image_costs_three_lines(tmp_path: Path, monkeypatch, name
     assert len(read_metrics(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 def test_all_processes_stop_where_one_cannot_read(tmp_path: Path) -> None:
     write_images(tmp_path / "images", train=8)
     script = (

@@ -18,6 +18,7 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == json_schema()
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_plain_lines(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "train.py"), *TINY, "optim.epochs=2", "--output", str(tmp_path / "run")]

@@ -45,6 +45,7 @@ def trial(output: Path, *more: str) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_a_trial_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     model = "timm/test_vit"
     tasks = [Row(model, 0.4, "constant", "eager"), "pooling", Row(model, 0.0, "linear", "eager")]

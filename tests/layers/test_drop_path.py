@@ -769,6 +769,7 @@ def _ranks_do_not_wait(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_run_500_steps(tmp_path: Path) -> None:
     """At B = 2 and rate 0.5 a rank often has nothing to compute; plain DDP must not wait for it."""
     torch.multiprocessing.spawn(_ranks_do_not_wait, (str(tmp_path / "store"),), nprocs=2)

@@ -55,7 +55,12 @@ TORCHVISION_BARE = [
 ]
 
 
-@pytest.mark.parametrize("name", [*TORCHVISION, *TORCHVISION_BARE])
+LARGE = {"resnet50", "swin_t", "swin_v2_t", "vit_b_16"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in [*TORCHVISION, *TORCHVISION_BARE]]
+)
 def test_torchvision(name: str) -> None:
     model = torchvision_model(name).eval()
     images = torch.randn(4, *SIZE)

@@ -190,6 +190,7 @@ raise SystemExit(train.main())
 """
 
 
+@pytest.mark.slow
 def test_a_new_metric_is_one_entry(tmp_path: Path) -> None:
     """Its column, its words in the line of an epoch and its places in the report come with it."""
     (tmp_path / "with_metric.py").write_text(NEW_METRIC)

@@ -46,6 +46,7 @@ def faults(keep: str, **settings: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @glibc
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     pages = 4 * 2**25 // os.sysconf("SC_PAGE_SIZE")

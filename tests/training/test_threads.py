@@ -31,7 +31,9 @@ def openmp(script: str, **settings: str) -> dict[str, str]:
     return dict(said)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=[pytest.mark.slow] * (name != "train.py")) for name in SCRIPTS]
+)
 def test_waiting_threads_do_not_spin(script: str) -> None:
     assert openmp(script) == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 

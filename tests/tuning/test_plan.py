@@ -58,6 +58,7 @@ def test_what_is_proposed_again_is_measured_again(tmp_path: Path, trained: Train
     assert [trial.state for trial in one.folder.read_trials()] == ["winner"] + ["dropped"] * 4
 
 
+@pytest.mark.slow
 def test_a_failure_late_in_the_race_makes_room(tmp_path: Path, trained: Trained) -> None:
     one = opened(tmp_path)
     work(one)

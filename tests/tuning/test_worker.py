@@ -50,6 +50,7 @@ def test_a_whole_study(tmp_path: Path, trained: Trained, capsys) -> None:
     assert f"trial {best.number} wins the race" in told(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(tmp_path: Path, trained: Trained) -> None:
     work(opened(tmp_path))
     before, decided = list(trained.runs), told(tmp_path)
@@ -112,6 +113,7 @@ def test_a_run_with_a_mistake_of_ours_fails_alone(tmp_path: Path, trained: Train
     assert "Traceback" in log.read_text()
 
 
+@pytest.mark.slow
 def test_all_trials_failing_ends_the_study_which_can_be_mended(tmp_path: Path, trained: Trained) -> None:
     trained.fails = lambda config: "rare" if config.drop_path.rate == 0 else "no such file: a.png"
     one = opened(tmp_path)
@@ -131,6 +133,7 @@ def test_a_metric_that_no_run_reports(tmp_path: Path, trained: Trained) -> None:
         work(opened(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_final_is_run_on_fresh_seeds(tmp_path: Path, trained: Trained, capsys) -> None:
     one = opened(tmp_path, "verdict={seeds: 3, split: val}")
     work(one)
