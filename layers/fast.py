@@ -4,7 +4,7 @@ Each has its plain form beside it and equals that in outputs and gradients but f
 dtype and size, never by timing, so the same machine always computes the same bits:
 
 - `linear`: oneDNN's inner product forward and for the input's gradient. torch gives float32 to MKL, whose kernels are
-  slow on other vendors' processors.
+  slow on other vendors' processors; on Intel's they stay for few rows.
 - `act_linear`, and `fast_conv.star_relu_conv`: an activation and the layer behind it keep the activation's input only and
   compute the activation again in backward, so that the widest tensors of a block are kept once instead of two to four
   times.
@@ -22,6 +22,8 @@ parametrisations or replaced by others (LoRA, quantisation) get the plain form, 
 them after `models.fast_layers.use_fast_layers`.
 """
 
+import contextlib
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +38,8 @@ FEWEST_PRODUCTS = 2**22
 """Multiplications of a linear layer from which oneDNN's call costs less than it saves."""
 
 MANY_ROWS = 2**12
-"""Rows of a linear layer's input, in float32, from which a convolution's gradient of the weight is the fastest."""
+"""Rows of a linear layer's input, in float32, from which a convolution's gradient of the weight is the fastest, and
+oneDNN's product on Intel's processors too."""
 
 MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 256}
 """Tokens of attention up to which its products are faster apart, in training, and its weights few enough to keep."""
@@ -423,6 +426,8 @@ def _pool(x: Tensor, size: int, *, over_padding: bool = False) -> Tensor:
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
+    if _HAS_FAST_MKL and dtype_of(x) == torch.float32 and x.numel() < MANY_ROWS * x.shape[-1]:
+        return False
     return x.numel() * weight.shape[0] >= FEWEST_PRODUCTS
 
 
@@ -470,5 +475,15 @@ def _is_bare(module: nn.Module) -> bool:
     ) and are_plain(*module._parameters.values())
 
 
+def _has_fast_mkl() -> bool:
+    """Whether torch has MKL, and the processor is of the vendor that MKL is made for."""
+    processor = platform.processor()
+    # only Linux has this file, and only there platform does not know the vendor
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        processor = file.read(1024)
+    return torch.backends.mkl.is_available() and "GenuineIntel" in processor
+
+
+_HAS_FAST_MKL = _has_fast_mkl()
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _HAS_BFLOAT16 = _HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers import fast_conv
+from layers import fast, fast_conv
 from layers.drop_path import DropPath
 from layers.fast import (
     FEWEST_PRODUCTS,
@@ -107,8 +107,10 @@ pytestmark = pytest.mark.skipif(not takes(torch.empty(1)), reason="torch without
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, and the paths of one vendor's processors, wherever tests run."""
     torch.manual_seed(0)
+    monkeypatch.setattr(fast, "_HAS_FAST_MKL", False)
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -400,6 +402,38 @@ def test_attention_computes_in_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = attention_results(attention, qkv, upstream)
     assert all(map(torch.equal, found, expected))
+
+
+@precisions
+def test_few_rows_are_mkls_on_a_processor_that_it_is_made_for(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "_HAS_FAST_MKL", True)
+    monkeypatch.setattr(fast, "MANY_ROWS", 512)
+    assert 511 * DIM * DIM * 3 >= FEWEST_PRODUCTS
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    for rows in (511, 512):
+        for module in (Called(DIM, 3 * DIM), Mlp(DIM)):
+            x = torch.randn(rows, DIM, dtype=dtype, requires_grad=True)
+            module.to(dtype)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+                names = nodes(module(x))
+            assert ("_LinearBackward" in names) == (rows == 512 or precision != "float32")
+            check_errors(module.float(), x.detach().float(), precision)
+
+
+def test_the_vendor_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"GenuineIntel": True, "AuthenticAMD": False, "": False}
+    for vendor, wanted in known.items():
+        told = io.StringIO(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+        monkeypatch.setattr("builtins.open", lambda path, told=told: told)
+        assert fast._has_fast_mkl() == (wanted and torch.backends.mkl.is_available())
+
+    def missing(path: str) -> io.StringIO:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("builtins.open", missing)
+    for processor, wanted in (("Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", True), ("arm", False)):
+        monkeypatch.setattr("platform.processor", lambda processor=processor: processor)
+        assert fast._has_fast_mkl() == (wanted and torch.backends.mkl.is_available())
 
 
 def test_a_weight_with_a_scale_behind_it() -> None:
