@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Commands
+from benchmarks.seeds import score
 from files.durable import save_text
 from training.config import TrainConfig, load_config
 from training.evaluating.blocks import BlockStudy, Wanted, study_blocks
 from training.evaluating.mc import MonteCarlo
 from training.evaluating.part import WantedData
 from training.evaluating.validation import Compute, Evaluation, Request, validate
-from training.run import run
 
 MODEL = (
     "{name: convformer_n4, in_chans: 1, image_size: 28, depths: [3, 6], "
@@ -30,7 +30,7 @@ def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each rate")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--passes", type=int, default=10, help="of MC drop-path")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs go; whole ones are not repeated")
+    parser.add_argument("--work", type=Path, default=Path("runs/depth"), help="finished runs in it are kept")
     parser.set_defaults(run=depth_benchmark)
 
 
@@ -52,11 +52,10 @@ def config_of(rate: float, seed: int, epochs: int) -> TrainConfig:
     )
 
 
-def train(runs: Path, rate: float, seed: int, epochs: int) -> Path:
-    """The folder of a run; one that is whole is not repeated, one that was cut off goes on."""
-    folder = runs / f"depth-rate-{rate:g}-seed-{seed}"
-    if not (folder / "summary.json").exists():
-        run(config_of(rate, seed, epochs), folder, resume="auto")
+def train(work: Path, rate: float, seed: int, epochs: int) -> Path:
+    """The folder of a finished run, see `benchmarks.seeds.score`."""
+    folder = work / f"rate-{rate:g}-seed-{seed}"
+    score(config_of(rate, seed, epochs), folder, split="val")
     return folder
 
 
@@ -65,7 +64,7 @@ def depth_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for seed in range(args.seeds):
         for rate in (0.0, args.rate):
-            folder = train(args.runs, rate, seed, args.epochs)
+            folder = train(args.work, rate, seed, args.epochs)
             row = {"rate": rate, "seed": seed, **measure(folder, args.rate, args.passes)}
             print(rate, seed, row["top1"], {key: row[key] for key in ("plain", "mc")}, flush=True)
             rows.append(row)

@@ -6,9 +6,6 @@ What it depends on is measured here by leaving each block out of a model after a
 """
 
 import argparse
-import contextlib
-import json
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import Commands, machine
+from benchmarks.seeds import score
 from configs import CONFIGS
-from files.durable import save_text
-from files.errors import ConfigError, Failure
+from files.errors import ConfigError
 from layers.rates import drop_path_rates
 from stochastic_depth.blocks import find_blocks
 from stochastic_depth.setting import set_drop_path
@@ -29,8 +26,6 @@ from training.config import TrainConfig, load_config
 from training.evaluating.part import WantedData, build_part, find_data
 from training.evaluating.reading import ModelInput, build_loader
 from training.evaluating.subject import Choice, find_subject, image_spec
-from training.evaluating.validation import Request, validate
-from training.run import run
 from training.threads import number_of_threads
 from tuning.statistics import bootstrap_interval, sign_flip_p
 
@@ -58,7 +53,7 @@ def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--mean", type=float, default=0.1, help="mean rate over blocks")
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--runs", type=Path, default=Path("runs/profiles"), help="runs that are there are not repeated")
+    parser.add_argument("--work", type=Path, default=Path("runs/profiles"), help="finished runs in it are kept")
     parser.add_argument("overrides", nargs="*")
     parser.set_defaults(run=profiles_benchmark)
 
@@ -69,12 +64,12 @@ def profiles_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     for seed in range(args.seeds):  # outermost: what is there when time is up is paired
         for setting in args.settings:
             for profile in PROFILES:
-                folder = args.runs / f"{setting}-mean-{args.mean:g}" / f"{profile}-seed-{seed}"
+                folder = args.work / f"{setting}-mean-{args.mean:g}" / f"{profile}-seed-{seed}"
                 config = config_of(setting, args.overrides, seed=seed)
                 rates = rates_of(profile, config, args.mean, folder.with_name(f"probe-seed-{seed}"))
                 row = {"setting": setting, "profile": profile, "seed": seed, "rates": [round(r, 4) for r in rates]}
-                score = trained(with_rates(config, rates), folder)
-                rows.append(row | {key: score[key] for key in ("top1", "nll")})
+                found = score(with_rates(config, rates), folder, split="test")
+                rows.append(row | {"top1": round(found["top1"], 3), "nll": round(found["nll"], 4)})
                 print(rows[-1], flush=True)
     comparisons = [
         {"setting": setting, "profile": profile, "over": other, **compare(rows, setting, profile, other)}
@@ -126,7 +121,8 @@ def rates_of(profile: str, config: TrainConfig, mean: float, probe: Path) -> lis
                 "log": config.log.model_copy(update={"validate_every": PROBE_EPOCHS}),
             }
         )
-        return rates_by_sensitivity(trained(short, probe, sensitivities=True)["sensitivities"], mean)
+        score(short, probe, split="val")
+        return rates_by_sensitivity(measure_sensitivities(*trained_model(probe)), mean)
     if profile == "none":
         return drop_path_rates(0.0, depths)
     return drop_path_rates(mean, depths, profile, "mean")  # type: ignore[arg-type]
@@ -167,32 +163,6 @@ def measure_sensitivities(model: nn.Module, images: Tensor, targets: Tensor) -> 
     set_drop_path(model, 0.0)
     model.train(training)
     return rises
-
-
-def trained(config: TrainConfig, folder: Path, *, sensitivities: bool = False) -> dict[str, Any]:
-    """Accuracy (%) and loss of a run on the test part; the run is made, or gone on with, unless it was scored before.
-
-    Args:
-        config: The run.
-        folder: Of it; what it scored is kept there.
-        sensitivities: Measure those on its training images as well.
-    """
-    file = folder / "score.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        summary = run(config, folder, resume="auto")
-        if "stopped_by" in summary:
-            raise Failure(f"{summary['stopped_by']}: stopped; the same command goes on")
-        (evaluation,) = validate(Request(models=[str(folder)], data=WantedData(split="test")))
-    score: dict[str, Any] = {
-        "top1": round(evaluation.metrics["top1"], 3),
-        "nll": round(evaluation.metrics["nll"], 4),
-    }
-    if sensitivities:
-        score["sensitivities"] = measure_sensitivities(*trained_model(folder))
-    save_text(file, json.dumps(score))
-    return score
 
 
 def trained_model(folder: Path) -> tuple[nn.Module, Tensor, Tensor]:

@@ -35,7 +35,8 @@ def score(config: TrainConfig, folder: Path, *, split: Split) -> dict[str, float
         split: The part of the data to score on.
 
     Returns:
-        `top1` in percent on that part, and `cpu_seconds` that the unit took, as far as it ran without a break.
+        `top1` in percent on that part, `nll` where it is not val, and `cpu_seconds` that the unit took, as far as it ran
+        without a break.
 
     Raises:
         ConfigError: Another unit lies in the folder.
@@ -53,11 +54,11 @@ def score(config: TrainConfig, folder: Path, *, split: Split) -> dict[str, float
         summary = run(config, folder, resume="auto")
         if "stopped_by" in summary:
             raise Failure(f"stopped by {summary['stopped_by']}; the same command goes on from here")
-        top1 = summary["best_top1"]  # of the validation part
+        metrics = {"top1": summary["best_top1"]}  # of the validation part
         if split != "val":
             (evaluation,) = validate(Request([str(folder)], data=WantedData(split=split)))
-            top1 = evaluation.metrics["top1"]
-    found = {"top1": top1, "cpu_seconds": time.process_time() - start}
+            metrics = {key: evaluation.metrics[key] for key in ("top1", "nll")}
+    found = {**metrics, "cpu_seconds": time.process_time() - start}
     save_text(place, json.dumps({"asked": asked, "score": found}))
     return found
 

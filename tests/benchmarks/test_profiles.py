@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmark import main, parse_args
-from benchmarks import profiles
+from benchmarks import profiles, seeds
 from benchmarks.profiles import (
     PROFILES,
     compare,
@@ -56,11 +56,12 @@ def test_the_command() -> None:
 def test_profiles_have_the_same_mean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def probe(config, folder, *, sensitivities):
-        asked.append((config.optim.epochs, config.drop_path.rate, folder, sensitivities))
-        return {"sensitivities": [0.0, 0.5, 1.0] * 3}
+    def probe(config, folder, *, split):
+        asked.append((config.optim.epochs, config.drop_path.rate, folder, split))
 
-    monkeypatch.setattr(profiles, "trained", probe)
+    monkeypatch.setattr(profiles, "score", probe)
+    monkeypatch.setattr(profiles, "trained_model", lambda folder: (folder,))
+    monkeypatch.setattr(profiles, "measure_sensitivities", lambda folder: [0.0, 0.5, 1.0] * 3)
     config = config_of("plain", ["optim.epochs=7"], seed=3)
     rates = {name: rates_of(name, config, 0.1, tmp_path) for name in PROFILES}
     assert rates.pop("none") == [0.0] * 9
@@ -69,7 +70,7 @@ def test_profiles_have_the_same_mean(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert rates["reversed"] == pytest.approx([0.025 * i for i in range(8, -1, -1)])
     assert rates["constant"] == pytest.approx([0.1] * 9)
     assert rates["sensitivity"] == pytest.approx([0.2, 0.1, 0.0] * 3)
-    assert asked == [(profiles.PROBE_EPOCHS, 0.0, tmp_path, True)]
+    assert asked == [(profiles.PROBE_EPOCHS, 0.0, tmp_path, "val")]
     for name in rates:
         section = with_rates(config, rates[name]).drop_path
         assert section.rate is None and section.profile == rates[name]
@@ -137,7 +138,7 @@ def test_a_comparison_pairs_seeds() -> None:
 def test_profiles_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiles, "PROBE_EPOCHS", 1)
     output = tmp_path / "profiles.json"
-    command = ["profiles", "--settings", "plain", "--seeds", "2", "--runs", str(tmp_path / "runs"), "--output"]
+    command = ["profiles", "--settings", "plain", "--seeds", "2", "--work", str(tmp_path / "runs"), "--output"]
     tiny = ["optim.epochs=1", "optim.warmup_epochs=0", "model.depths=[1, 2]"]
     assert main([*command, str(output), *tiny]) == 0
     told = json.loads(output.read_text())
@@ -150,6 +151,7 @@ def test_profiles_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(profiles, "run", refuse)
+    monkeypatch.setattr(seeds, "run", refuse)
     assert main([*command, str(output), *tiny]) == 0
     assert json.loads(output.read_text()) == told
+    assert main([*command, str(output), *tiny, "optim.lr=1e-3"]) == 2, "never another setting's score"

@@ -25,7 +25,8 @@ def test_a_unit_is_trained_once_and_scored(tmp_path: Path, monkeypatch: pytest.M
     assert found["top1"] == summary["best_top1"] and found["cpu_seconds"] > 0
     (measured,) = validate(Request([str(folder)]))
     assert measured.metrics["top1"] == pytest.approx(found["top1"])
-    assert 0 < score(tiny(), tmp_path / "other", split="train")["top1"] != found["top1"]
+    other = score(tiny(), tmp_path / "other", split="train")
+    assert 0 < other["top1"] != found["top1"] and other["nll"] > 0
     assert "epoch" in (folder.parent / "unit.log").read_text(), "what the run says is kept beside it"
     monkeypatch.setattr(seeds, "run", None)
     assert score(tiny(), folder, split="val") == found
