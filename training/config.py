@@ -332,6 +332,12 @@ class TrainConfig(Section):
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
     log: LogSection = Field(default_factory=LogSection)
 
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """What the model is built with beside its name and classes: the other keys of `model`, and `data.image_size`."""
+        size = self.data.image_size
+        return {**self.model.overrides, **({} if size is None else {"image_size": size})}
+
     @model_validator(mode="after")
     def _check_one_image_size(self) -> "TrainConfig":
         size, of_model = self.data.image_size, self.model.overrides.get("image_size")

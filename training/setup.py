@@ -145,13 +145,10 @@ def build(
     check_log(config.log)
     section = config.model
     check_model_keys(section)
-    overrides = dict(section.overrides)
-    if config.data.image_size is not None:
-        overrides["image_size"] = config.data.image_size
+    overrides = config.model_arguments
     facts = model_facts(section.name, num_classes=section.num_classes, **overrides)
-    cfg = facts.pretrained_cfg
     overrides |= {key: facts.arguments[key] for key in ("image_size", "in_chans")}
-    spec = ImageSpec(cfg["input_size"], cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"])
+    spec = ImageSpec.of(facts.pretrained_cfg)
     data = build_datasets(config.data, config.augment, spec, seed=config.seed)
     if same_data is not None:
         check_same_data(same_data, data.identity, root=config.data.root)

@@ -78,9 +78,7 @@ def find_facts(config: TrainConfig, images: int | None = None) -> Facts:
     """
     section = config.model
     check_model_keys(section)
-    overrides = dict(section.overrides)
-    if config.data.image_size is not None:
-        overrides["image_size"] = config.data.image_size
+    overrides = config.model_arguments
     known = model_facts(section.name, num_classes=section.num_classes, **overrides)
     model = _built(section.name, overrides)
     names = dict.fromkeys(block_names(find_owners(model)))

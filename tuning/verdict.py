@@ -99,11 +99,8 @@ def check_split(config: TrainConfig, split: str, *, key: str = "verdict.split") 
     if split not in ("test", "val"):
         hint = nearest(split, ("test", "val"))
         raise ConfigError(f"{key}: must be 'test', or 'val' where there is none, got {split!r}{hint}")
-    overrides = dict(config.model.overrides)
-    if config.data.image_size is not None:
-        overrides["image_size"] = config.data.image_size
-    cfg = model_facts(config.model.name, num_classes=config.model.num_classes, **overrides).pretrained_cfg
-    spec = ImageSpec(cfg["input_size"], cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"])
+    facts = model_facts(config.model.name, num_classes=config.model.num_classes, **config.model_arguments)
+    spec = ImageSpec.of(facts.pretrained_cfg)
     data = build_datasets(config.data, config.augment, spec, seed=config.seed)
     part = data.test if split == "test" else data.val
     if part is None:
@@ -364,8 +361,8 @@ def _rate(section: DropPathSection, config: TrainConfig) -> str:
         return text if section.schedule.kind == "constant" else f"{text} ({_schedule(section)})"
     rate = section.rate
     if rate is None:  # the model's own, as training takes it
-        overrides = dict(config.model.overrides)
-        rate = model_facts(config.model.name, num_classes=config.model.num_classes, **overrides).drop_path_rate or 0.0
+        model = config.model
+        rate = model_facts(model.name, num_classes=model.num_classes, **config.model_arguments).drop_path_rate or 0.0
     if rate == 0:
         return "rate 0"
     words = [profile.replace("_", " "), *([_schedule(section)] if section.schedule.kind != "constant" else [])]

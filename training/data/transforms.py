@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -48,6 +48,11 @@ class ImageSpec:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+
+    @classmethod
+    def of(cls, pretrained_cfg: Mapping[str, Any]) -> Self:
+        """That of a model by its `pretrained_cfg`, timm's or ours."""
+        return cls(*(pretrained_cfg[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")))
 
 
 def check_spec(spec: ImageSpec) -> None:

@@ -115,8 +115,7 @@ class Subject:
 
 def image_spec(model: Any) -> ImageSpec:
     """What a model expects of its input."""
-    cfg = model.pretrained_cfg
-    return ImageSpec(cfg["input_size"], cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"])
+    return ImageSpec.of(model.pretrained_cfg)
 
 
 def find_subject(text: str, choice: Choice) -> Subject:

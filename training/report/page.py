@@ -5,8 +5,9 @@ rates.csv, evaluation.json), so it can be made again anywhere, and from what a k
 percentages; `seconds` counts from the run's start.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -35,21 +36,31 @@ from training.report.words import (
 )
 from training.run_folder import RunFolder
 
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
+
+def page_templates(*folders: Path, **filters: Callable[..., Any]) -> jinja2.Environment:
+    """Templates of reports: those in folders, and the page, style and figures of a run's report, which all share.
+
+    Args:
+        folders: Looked into first.
+        filters: By name, beside `count` and `duration`.
+    """
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    templates.filters |= {"count": format_count, "duration": format_duration, **filters}
+    return templates
+
+
+_TEMPLATES = page_templates(
+    rate=format_rate,
+    share=format_share,
+    percent=format_percent,
+    settings=drop_path_settings,
+    sure=lambda share: f"{100 * share:.0f}\u00a0%",
 )
-_TEMPLATES.filters |= {
-    "rate": format_rate,
-    "share": format_share,
-    "percent": format_percent,
-    "duration": format_duration,
-    "count": format_count,
-    "settings": drop_path_settings,
-    "sure": lambda share: f"{100 * share:.0f}\u00a0%",
-}
 
 
 MOST_PAIRS = 10

@@ -6,11 +6,7 @@ left behind.
 
 from pathlib import Path
 
-import jinja2
-
-import training.report.page as run_page
-from training.report.page import save_page
-from training.report.words import format_count, format_duration
+from training.report.page import page_templates, save_page
 from tuning.report.charts import error_chart, final_chart, race_chart, race_rounds
 from tuning.report.importance import importances
 from tuning.report.reading import read_study, value_in_words
@@ -32,23 +28,15 @@ from tuning.report.words import (
     verdict_sentence,
 )
 
-_TEMPLATES = jinja2.Environment(
-    # the page, its style and its figures are those of a run's report
-    loader=jinja2.FileSystemLoader([Path(__file__).parent / "templates", Path(run_page.__file__).parent / "templates"]),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
+_TEMPLATES = page_templates(
+    Path(__file__).parent / "templates",
+    number=number,
+    origin=origin,
+    axis_name=axis_name,
+    short_name=short_name,
+    value=value_in_words,
+    roles=roles,
 )
-_TEMPLATES.filters |= {
-    "count": format_count,
-    "duration": format_duration,
-    "number": number,
-    "origin": origin,
-    "axis_name": axis_name,
-    "short_name": short_name,
-    "value": value_in_words,
-    "roles": roles,
-}
 
 MOST_SHOWN = 12
 """Rows of a table that stand on the page; longer ones are folded."""
