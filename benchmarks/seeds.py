@@ -45,7 +45,7 @@ def score(config: TrainConfig, folder: Path, *, split: Split) -> dict[str, float
     asked, place = f"{split}\n{dump_config(config)}", folder / SCORE
     with contextlib.suppress(FileNotFoundError):
         known = json.loads(place.read_text(encoding="utf-8"))
-        if known["asked"] != asked:
+        if known.get("asked") != asked:  # none in what profiles wrote before it used units
             raise ConfigError(f"--work: {folder} holds a unit of other settings; name another folder, or delete it")
         return known["score"]
     start = time.process_time()

@@ -33,6 +33,9 @@ def test_a_unit_is_trained_once_and_scored(tmp_path: Path, monkeypatch: pytest.M
     for config, split in ((tiny("optim.lr=2e-3"), "val"), (tiny(), "train")):
         with pytest.raises(ConfigError, match="holds a unit of other settings"):
             score(config, folder, split=split)  # type: ignore[arg-type]
+    (folder / seeds.SCORE).write_text('{"top1": 90.0, "nll": 0.5}')
+    with pytest.raises(ConfigError, match="holds a unit of other settings"):
+        score(tiny(), folder, split="val")
 
 
 def test_a_unit_that_was_interrupted_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
