@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from layers.samples import add_samples, put_samples, take_samples
+from layers.samples import add_samples, put_samples, split_samples, take_samples
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Draw:
         taken = take_samples(x.reshape(self.batch, groups, *x.shape[1:]), self.kept)  # (B', groups, ...)
         return taken.reshape(self.kept.shape[0] * groups, *x.shape[1:])
 
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples to compute and x as its own shortcut, for `add`: as `take(x), x`, with less work in backward."""
+        return (x, x) if self.kept is None else split_samples(x, self.kept)
+
     def scaled(self, out: Tensor) -> Tensor:
         """The branch's output for the computed samples, (B', ...), each by its factor."""
         return out if self.scale is None else out * per_sample(self.scale, out)
@@ -40,8 +45,8 @@ class Draw:
     def add(self, shortcut: Tensor, out: Tensor) -> Tensor:
         """shortcut + the branch's output for the computed samples, (B, ...) + (B', ...), in the shortcut's dtype."""
         out = out.to(shortcut.dtype)
-        if self.scale is not None and self.scale.ndim == 0 and not torch.compiler.is_compiling():
-            alpha = float(self.scale)  # one number, on the CPU: added in one pass over memory
+        if self._factor is not None:
+            alpha = float(self._factor)
             if self.kept is None:
                 return torch.add(shortcut, out, alpha=alpha)
             return add_samples(shortcut, self.kept, out, alpha)
@@ -53,12 +58,26 @@ class Draw:
 
     def put(self, out: Tensor, groups: int = 1) -> Tensor:
         """The computed samples in their places, (B' * groups, ...) -> (B * groups, ...), with zeros for the others."""
+        return self._placed(out, groups, 1.0)
+
+    def put_scaled(self, out: Tensor) -> Tensor:
+        """The branch's output for the computed samples, each by its factor, in their places, (B', ...) -> (B, ...)."""
+        if self.kept is None or self._factor is None:
+            return self._placed(self.scaled(out), 1, 1.0)
+        return self._placed(out, 1, float(self._factor.to(out.dtype)))
+
+    @property
+    def _factor(self) -> Tensor | None:
+        """The one factor of all, on the CPU and known now: it goes into the pass over memory that adds or puts samples."""
+        return self.scale if self.scale is not None and self.scale.ndim == 0 and not is_compiling() else None
+
+    def _placed(self, out: Tensor, groups: int, scale: float) -> Tensor:
         if self.kept is None:
             return out
         if groups == 1:
-            return put_samples(out, self.kept, self.batch)
+            return put_samples(out, self.kept, self.batch, scale)
         grouped = out.reshape(self.kept.shape[0], groups, *out.shape[1:])
-        return put_samples(grouped, self.kept, self.batch).reshape(self.batch * groups, *out.shape[1:])
+        return put_samples(grouped, self.kept, self.batch, scale).reshape(self.batch * groups, *out.shape[1:])
 
     def as_mask(self) -> "Draw":
         """The same draw for a branch that is computed in full."""

@@ -316,6 +316,8 @@ class DropPath(nn.Module):
                 return Draw(batch, None if self.rate == 0.0 else scale)
             if computed == batch:
                 return Draw(batch, (order.argsort() < kept) * scale, idle=idle)
+            if computed == kept and order.device.type == "cpu":  # neighbours stay neighbours, for `layers.samples`
+                return Draw(batch, scale, order.narrow(0, 0, kept).sort().values, idle)
         if self.least:  # perhaps one that counts for nothing
             scale = (torch.arange(computed, device=order.device) < count) * scale
         return Draw(batch, scale, order.narrow(0, 0, computed), idle)
@@ -358,15 +360,15 @@ class DropPath(nn.Module):
         Returns:
             A tensor like the shortcut; the branch's result is cast to the shortcut's dtype.
         """
-        if shortcut is None:
-            shortcut = x
+        shortcut = x if shortcut is None else shortcut
         if not self.training:
             return shortcut + branch(x).to(shortcut.dtype)
         if isinstance(x, torch.fx.Proxy):  # a graph is being traced: it holds what the branch computes, for all samples
             return shortcut + self(branch(x)).to(shortcut.dtype)
         draw = self.draw(x, branch, shortcut.dtype)
+        taken, shortcut = draw.split(x) if shortcut is x else (draw.take(x), shortcut)
         with left_alone(draw.idle):
-            out = branch(draw.take(x))
+            out = branch(taken)
         return draw.add(shortcut, out)
 
     # ---- what runs on the kept samples ----------------------------------------------------------------------------

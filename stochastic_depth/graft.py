@@ -111,7 +111,7 @@ class GraftedDropPath(DropPath):
         draw = self.pending
         if self.role == "branch":
             self.pending = None
-            return draw.put(draw.scaled(x))
+            return draw.put_scaled(x)
         return draw.scaled(x)  # inside a block that is skipped as a whole
 
     def __getstate__(self) -> dict[str, Any]:

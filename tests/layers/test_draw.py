@@ -32,6 +32,9 @@ def test_what_is_taken_is_put_back(kept: list[int], groups: int) -> None:
     full[rows] = x[rows]
     assert torch.equal(draw.put(x[rows], groups), full)
     if groups == 1:
+        assert torch.equal(draw.put_scaled(x[rows]), 2 * full)
+        taken, shortcut = draw.split(x)
+        assert torch.equal(taken, x[rows]) and torch.equal(shortcut, x)
         mask = draw.as_mask()
         assert mask.kept is None and torch.equal(draw.add(x, x[rows]), x + 2 * full)
         assert torch.equal(mask.scaled(x), 2 * full) and torch.equal(mask.add(x, x), x + 2 * full)
@@ -43,6 +46,7 @@ def test_all_samples_are_the_input_itself(groups: int) -> None:
     x = torch.randn(4 * groups, 5)
     whole = draw(None, torch.tensor(2.0))
     assert whole.take(x, groups) is x and whole.put(x, groups) is x and whole.as_mask() is whole
+    assert all(part is x for part in whole.split(x)) and torch.equal(whole.put_scaled(x), 2 * x)
 
 
 def test_a_draw_cannot_be_changed() -> None:
@@ -69,6 +73,9 @@ def test_each_sample_has_its_factor(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(mask.add(shortcut, out), shortcut + expected)
     assert torch.equal(mask.add(shortcut, out)[0], shortcut[0]), "dropped: the shortcut, to the bit"
     few = Draw(4, scale[1:3], torch.tensor([3, 1]))
+    put = torch.zeros_like(out)
+    put[3], put[1] = 2 * out[0], 3 * out[1]
+    assert torch.equal(few.put_scaled(out[:2]), put)
     added = shortcut.clone()
     added[3] += 2 * out[0]
     added[1] += 3 * out[1]

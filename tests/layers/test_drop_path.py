@@ -295,6 +295,14 @@ def test_every_form_makes_the_same_draw(compilations: Callable[[], tuple[int, in
     assert compilations()[1] == 0
 
 
+def test_kept_samples_stay_in_the_order_of_the_batch() -> None:
+    """So that neighbours are copied together."""
+    module, branch = DropPath(0.4, mode="skip"), Recorder(1)
+    for _ in range(20):
+        module.residual(torch.arange(8.0)[:, None], branch)
+    assert all(torch.equal(x, x.sort(0).values) for x in branch.calls)
+
+
 # ---- settings and state ---------------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layers import samples
 from layers.fast import plain_paths
-from layers.samples import add_samples, put_samples, replace_samples, take_samples
+from layers.samples import add_samples, put_samples, replace_samples, split_samples, take_samples
 
 KEPT = torch.tensor([0, 2, 3, 6])
 BATCH = 7
 FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "take": (lambda x, out: take_samples(x, KEPT), lambda x, out: x.index_select(0, KEPT)),
+    "split": (
+        lambda x, out: torch.cat(split_samples(x, KEPT)),
+        lambda x, out: torch.cat([x.index_select(0, KEPT), x]),
+    ),
     "put": (
         lambda x, out: put_samples(out, KEPT, BATCH, 1.5),
         lambda x, out: torch.zeros_like(x).index_add(0, KEPT, out * 1.5),
@@ -40,10 +44,12 @@ SHAPES: dict[str, tuple[int, ...]] = {
 LAYOUTS = ["contiguous", "channels_last", "transposed", "expanded"]
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["runs", "sweeps"])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(samples, "SMALL_BATCH", 0)
+    if request.param == "runs":
+        monkeypatch.setattr(samples, "LONG_RUN", 0)
 
 
 def laid_out(batch: int, shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -87,7 +93,7 @@ def test_equals_torchs(name: str, shape: str, layout: str, dtype: torch.dtype) -
                 # in bfloat16 a sum may be rounded once or twice
                 rtol, atol = (0.02, 0.01) if dtype == torch.bfloat16 else (1e-6, 1e-6)
                 torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
-        if name in ("take", "replace", "put as it is"):
+        if name in ("take", "split", "replace", "put as it is"):
             assert torch.equal(fast(x, out), plain(x, out)), "copies, to the bit"
 
 
@@ -130,10 +136,44 @@ def test_none_one_and_all(kept: list[int], layout: str) -> None:
     assert put_samples(x[:0], index[:0], 3).shape == (3, 5, 6, 4)
 
 
+@pytest.mark.parametrize("used", ["taken", "x"])
+def test_of_a_split_either_part_may_go_unused(used: str) -> None:
+    x = laid_out(BATCH, (2, 3), "contiguous").requires_grad_()
+    taken, same = split_samples(x, KEPT)
+    assert torch.equal(same, x)
+    (found,) = torch.autograd.grad((taken if used == "taken" else same).sum(), x)
+    expected = torch.zeros_like(x).index_fill(0, KEPT, 1.0) if used == "taken" else torch.ones_like(x)
+    assert torch.equal(found, expected)
+    with torch.no_grad():
+        assert split_samples(x, KEPT)[1] is x
+
+
+@pytest.mark.parametrize("kept", [[3, 1, 6], [6, 5, 4], [0, 1, 2, 6]])
+def test_in_any_order(kept: list[int]) -> None:
+    index, x = torch.tensor(kept), laid_out(BATCH, (5, 2), "contiguous").requires_grad_()
+    taken, same = split_samples(x, index)
+    found = add_samples(same, index, taken, 2.0), put_samples(taken, index, BATCH, 2.0)
+    picked = x.index_select(0, index)
+    expected = x.index_add(0, index, picked, alpha=2.0), torch.zeros_like(x).index_add(0, index, picked * 2.0)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+        upstream = torch.randn_like(a)
+        torch.testing.assert_close(*(torch.autograd.grad(y, x, upstream, retain_graph=True) for y in (a, b)))
+
+
+def test_runs_are_taken_where_they_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "LONG_RUN", 100)
+    kept = torch.tensor([0, 2, 3, 6])
+    assert samples._runs(kept, torch.empty(7, 72)) == [(1, True), (1, False), (2, True), (2, False), (1, True)]
+    assert samples._runs(kept, torch.empty(7, 71)) is None, "five runs of less than 500 numbers"
+    assert samples._runs(torch.tensor([2, 0]), torch.empty(7, 500)) is None, "in another order"
+    assert samples._runs(torch.arange(7), torch.empty(7, 15)) == [(7, True)]
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_gradients_of_gradients(name: str) -> None:
     x, out = (laid_out(size, (2, 3), "contiguous").requires_grad_() for size in (BATCH, len(KEPT)))
-    used = [x] if name == "take" else [out] if name.startswith("put") else [x, out]
+    used = [x] if name in ("take", "split") else [out] if name.startswith("put") else [x, out]
 
     def cubed(*inputs: Tensor) -> Tensor:
         given = inputs if len(inputs) == 2 else (inputs[0], out) if used[0] is x else (x, inputs[0])
