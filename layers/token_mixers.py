@@ -12,16 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.fast import (
-    attention,
-    call,
-    is_linear,
-    linear,
-    mean_minus_self,
-    plain_attention,
-    scaled,
-    takes,
-)
+from layers.fast import call, is_linear, linear, mean_minus_self, scaled, takes
+from layers.fast_attention import attention, plain_attention
 from layers.fast_conv import star_relu_conv
 from layers.kernels import depthwise_conv
 from layers.mlp import Mlp, StarReLU, build_act, fast_mlp, is_fast_mlp

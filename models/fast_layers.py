@@ -11,7 +11,8 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from layers.fast import FastLinear, attention_of, dtype_of, has_few_tokens, is_linear, takes, window_attention
+from layers.fast import FastLinear, dtype_of, is_linear, takes
+from layers.fast_attention import attention_of, has_few_tokens, window_attention
 from layers.fast_conv import FastDepthwiseConv2d, is_depthwise
 from layers.mlp import fast_mlp, is_fast_mlp
 

@@ -1,0 +1,115 @@
+"""Attention in training on a CPU over few tokens: products and a softmax one after the other, with scores in float32.
+
+torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle. Who may take this one, and
+how it is turned off, is said in `layers.fast`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layers.fast import plain_gradients, run, wants_plain_gradients
+
+MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 256}
+"""Tokens of attention up to which its products are faster apart, in training, and its weights few enough to keep."""
+
+
+def attention(qkv: Tensor) -> Tensor:
+    """Multi-head attention with `takes` of what qkv is computed from.
+
+    Args:
+        qkv: Queries, keys and values, (B, N, 3, heads, D).
+
+    Returns:
+        (B, N, heads, D). In bfloat16 it and the gradients are as near to float32's as those of torch's own form.
+    """
+    # without a backward pass torch's form is as fast or faster
+    if not torch.is_grad_enabled() or not qkv.shape[0] or not has_few_tokens(qkv.shape[1], qkv.dtype):
+        return plain_attention(qkv)
+    return _attention(qkv, None)
+
+
+def window_attention(qkv: Tensor, bias: Tensor) -> Tensor:
+    """Attention within windows, with `has_few_tokens` and `takes` of what qkv is computed from.
+
+    Args:
+        qkv: Queries, keys and values, (B, N, 3, heads, D): of the windows of one image after those of another.
+        bias: What is added to the scores, (W, heads, N, N), for each window of an image or, with W = 1, for all.
+
+    Returns:
+        (B, N, heads, D). The products that the bias is added to are in qkv's dtype.
+    """
+    return _attention(qkv, bias.flatten(0, 1))
+
+
+def _attention(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    batch, tokens, _, heads, width = qkv.shape
+    parts = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, tokens, width)
+    return run(_Attention, parts, bias).view(batch, heads, tokens, width).transpose(1, 2)
+
+
+def attention_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `F.scaled_dot_product_attention(q, k, v)`, all (B, heads, N, D), with `takes(q)` and `has_few_tokens`."""
+    return run(_Attention, torch.stack((q, k, v)).flatten(1, 2), None).view(q.shape)
+
+
+def has_few_tokens(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether attention over so many tokens is faster as products, in training."""
+    return 0 < tokens <= MOST_TOKENS.get(dtype, 0)
+
+
+def plain_attention(qkv: Tensor) -> Tensor:
+    """torch's form of `attention`."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class _Attention(torch.autograd.Function):
+    """(3, S, N, D), and a bias (B, N, N) with B a divisor of S or `None` -> (S, N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, bias: Tensor | None) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = parts.unbind(0)
+            scale = q.shape[-1] ** -0.5
+            if bias is None:
+                scores = _scaled_product(q.float(), k.float().mT, scale)
+            else:
+                products = torch.bmm(q, k.mT).unflatten(0, (-1, len(bias)))
+                scores = torch.add(bias.float(), products, alpha=scale).flatten(0, 1)
+            weights = scores.softmax(-1).to(parts.dtype)  # (S, N, N)
+            ctx.save_for_backward(parts, weights, bias)
+            return torch.bmm(weights, v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        parts, weights, bias = ctx.saved_tensors
+        if wants_plain_gradients(grads[0]):
+            return plain_gradients(_plain_attention_of, ctx, (parts, bias), grads[0])
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = parts.unbind(0)
+            grad, found = grads[0].contiguous(), torch.empty_like(parts)
+            torch.bmm(weights.mT, grad, out=found[2])
+            of_weights = torch.bmm(grad, v.mT)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_bias = None if bias is None else of_scores.unflatten(0, (-1, len(bias))).sum(0).to(bias.dtype)
+            scale = q.shape[-1] ** -0.5
+            _scaled_product(of_scores, k, scale, out=found[0])
+            _scaled_product(of_scores.mT, q, scale, out=found[1])
+            return found, of_bias
+
+
+def _scaled_product(x: Tensor, y: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale * (x @ y), (S, N, K) and (S, K, M) -> (S, N, M)."""
+    return torch.baddbmm(x.new_empty(()), x, y, beta=0, alpha=scale, out=out)
+
+
+def _plain_attention_of(parts: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's form of `_Attention`."""
+    q, k, v = parts.unbind(0)
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (part.unflatten(0, (-1, len(bias))) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)).flatten(0, 1)
