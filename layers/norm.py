@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.fast_norm import layer_norm
+
 
 class GroupNorm1(nn.Module):
     """Group norm with one group over (B, ..., C).
@@ -50,9 +52,15 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, dim: int, eps: float = 1e-6, bias: bool = True) -> None:
         super().__init__(dim, eps=eps, bias=bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return self.norm(x, self.weight, self.bias)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    @torch.jit.unused
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The norm with another weight and bias, (B, ..., C) to the same."""
-        return F.layer_norm(x, [x.shape[-1]], weight, bias, self.eps)
+        return layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class Affine(nn.Module):

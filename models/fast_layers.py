@@ -6,24 +6,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import GELU as TimmGELU
+from timm.layers import LayerNorm as TimmLayerNorm
+from timm.layers import LayerNorm2d as TimmLayerNorm2d
 from timm.layers import Mlp as TimmMlp
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torchvision.models.convnext import LayerNorm2d
 
 from layers.fast import FastLinear, dtype_of, is_linear, takes
 from layers.fast_attention import attention_of, has_few_tokens, window_attention
 from layers.fast_conv import FastDepthwiseConv2d, is_depthwise
+from layers.fast_norm import layer_norm
 from layers.mlp import fast_mlp, is_fast_mlp
 
 
 def use_fast_layers(model: nn.Module) -> int:
     """Lets the layers of a model of timm or torchvision take the fast paths in eager code on a CPU.
 
-    Changed in place are torch's linear layers, its depthwise convolutions with stride 1 that keep the size, timm's MLPs and
-    timm's modules of attention, those of Swin included: each becomes of a class derived from its own. Parameters, buffers,
-    state-dict keys, hooks and what is computed stay as they are, but for rounding; copies and pickles keep the class. A
-    second call changes nothing.
+    Changed in place are torch's linear layers and layer norms, its depthwise convolutions with stride 1 that keep the size,
+    timm's MLPs and timm's modules of attention, those of Swin included: each becomes of a class derived from its own.
+    Parameters, buffers, state-dict keys, hooks and what is computed stay as they are, but for rounding; copies and pickles
+    keep the class. A second call changes nothing.
 
     Args:
         model: Any; our own have fast paths without it.
@@ -35,6 +39,41 @@ def use_fast_layers(model: nn.Module) -> int:
     for module, kind in chosen.items():
         module.__class__ = kind
     return len(chosen)
+
+
+class _Rows:
+    """In front of a layer norm over (..., C): exact gradients in bfloat16."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class _Images:
+    """In front of a layer norm over the channels of (B, C, H, W): exact gradients in bfloat16."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        if not torch.jit.is_scripting():
+            return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+class FastLayerNorm(_Rows, nn.LayerNorm):
+    """torch's layer norm over one dimension."""
+
+
+class FastTimmLayerNorm(_Rows, TimmLayerNorm):
+    """timm's layer norm."""
+
+
+class FastTimmLayerNorm2d(_Images, TimmLayerNorm2d):
+    """timm's layer norm of images."""
+
+
+class FastLayerNorm2d(_Images, LayerNorm2d):
+    """torchvision's layer norm of images."""
 
 
 class FastMlp(TimmMlp):
@@ -130,6 +169,8 @@ def _fast_class(module: nn.Module) -> type[nn.Module]:
         return kind
     if kind is nn.Linear:
         return FastLinear
+    if kind in _NORMS and len(module.normalized_shape) == 1 and not getattr(module, "_fast_norm", False):  # type: ignore[arg-type]
+        return _NORMS[kind]
     if is_depthwise(module):
         return FastDepthwiseConv2d
     if kind is TimmMlp and is_linear(module.fc1, module.fc2):  # type: ignore[arg-type]
@@ -171,3 +212,9 @@ def _torchs(act: nn.Module) -> nn.Module:
 
 
 _GELU = nn.GELU()
+_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: FastLayerNorm,
+    TimmLayerNorm: FastTimmLayerNorm,
+    TimmLayerNorm2d: FastTimmLayerNorm2d,
+    LayerNorm2d: FastLayerNorm2d,
+}

@@ -19,7 +19,16 @@ from layers import fast_conv
 from layers.fast import FastLinear, plain_paths, takes
 from layers.fast_conv import FastDepthwiseConv2d
 from models.factory import create_model
-from models.fast_layers import FastAttention, FastMlp, FastWindowAttention, use_fast_layers
+from models.fast_layers import (
+    FastAttention,
+    FastLayerNorm,
+    FastLayerNorm2d,
+    FastMlp,
+    FastTimmLayerNorm,
+    FastTimmLayerNorm2d,
+    FastWindowAttention,
+    use_fast_layers,
+)
 from stochastic_depth import set_drop_path
 from stochastic_depth.graft import grafted
 
@@ -43,30 +52,34 @@ def vit() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Any, set[type]]] = {
-    "timm/vit": (vit, {FastLinear, FastMlp, FastAttention}),
+    "timm/vit": (vit, {FastLinear, FastMlp, FastAttention, FastTimmLayerNorm}),
     "timm/convnext": (
         lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5),
-        {FastLinear, FastDepthwiseConv2d},  # its MLPs are 1x1 convolutions
+        {FastLinear, FastDepthwiseConv2d, FastTimmLayerNorm2d},  # its MLPs are 1x1 convolutions
     ),
     "timm/convnext of linear layers": (
         lambda: timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5),
-        {FastLinear, FastDepthwiseConv2d, FastMlp},
+        {FastLinear, FastDepthwiseConv2d, FastMlp, FastTimmLayerNorm, FastTimmLayerNorm2d},
     ),
     "timm/swin": (
         lambda: timm.create_model(
             "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(2, 1, 1, 1), embed_dim=12,
             num_heads=(1, 2, 2, 4), num_classes=5,
         ),
-        {FastLinear, FastMlp, FastWindowAttention},
+        {FastLinear, FastMlp, FastWindowAttention, FastLayerNorm},
     ),
     "timm/efficientnet": (lambda: timm.create_model("efficientnet_lite0", num_classes=5), {FastLinear, FastDepthwiseConv2d}),
     "timm/mixer": (
         lambda: timm.create_model("mixer_s32_224", img_size=64, num_classes=5),
-        {FastLinear, FastMlp},
+        {FastLinear, FastMlp, FastLayerNorm},
     ),
     "torchvision/vit": (
         lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5),
-        {FastLinear},
+        {FastLinear, FastLayerNorm},
+    ),
+    "torchvision/convnext": (
+        lambda: torchvision.models.ConvNeXt([torchvision.models.convnext.CNBlockConfig(16, None, 2)], num_classes=5),
+        {FastLinear, FastDepthwiseConv2d, FastLayerNorm, FastLayerNorm2d},
     ),
     "torchvision/resnet": (lambda: torchvision.models.resnet18(num_classes=5), {FastLinear}),
 }  # fmt: skip
@@ -84,7 +97,8 @@ def step(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def kinds(model: nn.Module) -> set[type]:
-    of = (FastLinear, FastDepthwiseConv2d, FastMlp, FastAttention, FastWindowAttention)
+    norms = (FastLayerNorm, FastLayerNorm2d, FastTimmLayerNorm, FastTimmLayerNorm2d)
+    of = (FastLinear, FastDepthwiseConv2d, FastMlp, FastAttention, FastWindowAttention, *norms)
     return {kind for kind in of for module in model.modules() if isinstance(module, kind)}
 
 

@@ -1,0 +1,140 @@
+"""Layer norm in bfloat16: its gradients against float64 and torch's own, and who gets torch's own."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layers.fast import plain_paths, takes
+from layers.fast_norm import layer_norm
+from layers.norm import LayerNorm
+from tests.layers.test_fast import error, nodes
+
+pytestmark = pytest.mark.skipif(
+    not takes(torch.empty(1, dtype=torch.bfloat16)), reason="oneDNN has no bfloat16 on this processor"
+)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def tensors(shape: tuple[int, ...], bias: bool, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+    """Input in bfloat16, and weight and bias; all want gradients."""
+    width = shape[-1]
+    x = (torch.randn(shape) * 2 + torch.randn(width)).bfloat16()
+    weight, shift = (torch.rand(width) + 0.5).to(dtype), torch.randn(width).to(dtype) if bias else None
+    return [None if each is None else each.requires_grad_() for each in (x, weight, shift)]
+
+
+def results(form: Any, inputs: list[Tensor | None], upstream: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    y = form(*inputs, 1e-6)
+    wanted = [each for each in inputs if each is not None and each.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, wanted, upstream.to(y.dtype))]
+
+
+def in_float64(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if each is None else each.detach().double().requires_grad_() for each in inputs]
+
+
+def exact(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+@pytest.mark.parametrize("shape", [(20_000, 16), (5, 30, 40, 32), (3, 7), (1, 384), (4, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_exact(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
+    inputs = tensors(shape, bias, dtype)
+    upstream = (torch.randn(shape) + 0.3).bfloat16()
+    expected = results(plain, in_float64(inputs), upstream)
+    found, torchs = results(exact, inputs, upstream), results(plain, inputs, upstream)
+    for i, (a, b, reference) in enumerate(zip(found, torchs, expected, strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        if i < 2:
+            assert torch.equal(a, b), "output and gradient of the input are torch's"
+        elif shape[-1] > 1:  # one channel is 0 whatever it was, and so is its weight's gradient
+            assert error(a, reference) <= (4e-3 if len(upstream) > 3 else 0.02)
+    if len(upstream) == 20_000:
+        assert error(torchs[2], expected[2]) > 0.05, "torch's, for which this is there"
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last"])
+def test_memory_in_another_order(layout: str) -> None:
+    x = torch.randn(3, 5, 6, 8).bfloat16()
+    x = x.transpose(0, 3) if layout == "transposed" else x.permute(0, 2, 3, 1)
+    inputs = [x.detach().requires_grad_(), *tensors((x.shape[-1],), True)[1:]]
+    upstream = torch.randn(x.shape[::-1]).bfloat16().permute(3, 2, 1, 0)
+    for a, b in zip(results(exact, inputs, upstream), results(plain, in_float64(inputs), upstream), strict=True):
+        assert error(a, b) <= 0.01
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias", "weight and bias"])
+def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
+    x, weight, bias = tensors((50, 8), True)
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    for name in frozen.split(" and "):
+        inputs[name].requires_grad_(False)  # type: ignore[union-attr]
+    y = exact(*inputs.values(), 1e-6)  # type: ignore[arg-type]
+    assert ("_LayerNormBackward" in nodes(y)) == (frozen != "weight and bias")
+    y.sum().backward()
+    for name, each in inputs.items():
+        assert each is not None and (each.grad is None) == (name in frozen)
+
+
+def test_who_gets_torchs_own() -> None:
+    x, weight, bias = tensors((6, 8), True)
+    assert x is not None and weight is not None
+
+    def is_exact(*inputs: Any) -> bool:
+        return "_LayerNormBackward" in nodes(exact(*inputs, eps=1e-6))
+
+    assert is_exact(x, weight, bias)
+    assert not is_exact(x.float(), weight, bias) and not is_exact(x.double(), weight.double(), None)
+    assert not is_exact(x, None, None) and not is_exact(x[:0], weight, bias)
+    with plain_paths():
+        assert not is_exact(x, weight, bias)
+    with torch.no_grad():
+        assert torch.equal(exact(x, weight, bias, 1e-6), plain(x, weight, bias, 1e-6))
+    compiled: Any = torch.compile(exact, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight, bias, 1e-6), plain(x, weight, bias, 1e-6))
+
+
+def test_under_autocast_and_scripted() -> None:
+    norm, x = LayerNorm(8), torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "_LayerNormBackward" in nodes(norm(x.bfloat16())) and "_LayerNormBackward" not in nodes(norm(x))
+    torch.testing.assert_close(torch.jit.script(norm)(x), norm(x))
+
+
+def test_derivatives_of_derivatives_and_many_at_once() -> None:
+    inputs = tensors((6, 8), True)
+    for upstreams in (1, 3):
+        found = []
+        for form in (exact, plain):
+            y = form(*inputs, 1e-6)  # type: ignore[arg-type]
+            torch.manual_seed(1)
+            if upstreams == 1:
+                first = torch.autograd.grad(y.float().square().sum(), inputs, create_graph=True)  # type: ignore[arg-type]
+                found.append(torch.autograd.grad(sum(g.float().square().sum() for g in first), inputs))  # type: ignore[arg-type]
+            else:
+                upstream = torch.randn(upstreams, *y.shape).bfloat16()
+                found.append(torch.autograd.grad(y, inputs, upstream, is_grads_batched=True))  # type: ignore[arg-type]
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+def test_what_comes_out_may_be_changed_in_place() -> None:
+    x, weight, bias = tensors((6, 8), True)
+    assert x is not None
+    y = exact(x, weight, bias, 1e-6).mul_(2.0)
+    y.sum().backward()
+    assert x.grad is not None
