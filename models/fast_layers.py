@@ -41,8 +41,21 @@ def use_fast_layers(model: nn.Module) -> int:
     return len(chosen)
 
 
-class _Rows:
-    """In front of a layer norm over (..., C): exact gradients in bfloat16."""
+class _InFront(nn.Module):
+    """Base of what is put in front of a class, by `_put_in_front`."""
+
+    front: type[nn.Module]
+    """What is in front, a class of this file."""
+
+    plain: type[nn.Module]
+    """The class behind it."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (self.front, self.plain), self.__dict__
+
+
+class FastLayerNorm(_InFront):
+    """In front of a class of layer norm over (..., C): exact gradients in bfloat16."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -50,30 +63,14 @@ class _Rows:
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class _Images:
-    """In front of a layer norm over the channels of (B, C, H, W): exact gradients in bfloat16."""
+class FastLayerNorm2d(_InFront):
+    """In front of a class of layer norm over the channels of (B, C, H, W): exact gradients in bfloat16."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
         if not torch.jit.is_scripting():
             return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
-
-
-class FastLayerNorm(_Rows, nn.LayerNorm):
-    """torch's layer norm over one dimension."""
-
-
-class FastTimmLayerNorm(_Rows, TimmLayerNorm):
-    """timm's layer norm."""
-
-
-class FastTimmLayerNorm2d(_Images, TimmLayerNorm2d):
-    """timm's layer norm of images."""
-
-
-class FastLayerNorm2d(_Images, LayerNorm2d):
-    """torchvision's layer norm of images."""
 
 
 class FastMlp(TimmMlp):
@@ -126,11 +123,8 @@ class FastWindowAttention(WindowAttention):
         return self.proj_drop(self.proj(y.flatten(2)))
 
 
-class FastAttention(nn.Module):
+class FastAttention(_InFront):
     """In front of a class of attention: its scaled dot products over few tokens are computed apart."""
-
-    plain: type[nn.Module]
-    """The class behind it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # without a backward pass torch's form is as fast or faster
@@ -138,9 +132,6 @@ class FastAttention(nn.Module):
             return super().forward(*args, **kwargs)
         with _Apart():
             return super().forward(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank_attention, (self.plain,), self.__dict__
 
 
 class _Apart(TorchFunctionMode):
@@ -169,8 +160,8 @@ def _fast_class(module: nn.Module) -> type[nn.Module]:
         return kind
     if kind is nn.Linear:
         return FastLinear
-    if kind in _NORMS and len(module.normalized_shape) == 1 and not getattr(module, "_fast_norm", False):  # type: ignore[arg-type]
-        return _NORMS[kind]
+    if kind.forward in _NORMS and len(module.normalized_shape) == 1 and not getattr(module, "_fast_norm", False):  # type: ignore[arg-type]
+        return _put_in_front(_NORMS[kind.forward], kind)
     if is_depthwise(module):
         return FastDepthwiseConv2d
     if kind is TimmMlp and is_linear(module.fc1, module.fc2):  # type: ignore[arg-type]
@@ -179,20 +170,20 @@ def _fast_class(module: nn.Module) -> type[nn.Module]:
         return FastWindowAttention
     # so timm calls it where a module computes scaled dot products by torch's function
     if getattr(module, "fused_attn", False) is True and not issubclass(kind, FastAttention):
-        return _attention_class(kind)
+        return _put_in_front(FastAttention, kind)
     return kind
 
 
 @functools.cache
-def _attention_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """A class of attention with `FastAttention` in front, by the same name."""
+def _put_in_front(front: type[nn.Module], plain: type[nn.Module]) -> type[nn.Module]:
+    """A class with another in front of it, by the same name."""
     same = {key: getattr(plain, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(plain.__name__, (FastAttention, plain), {**same, "plain": plain})
+    return type(plain.__name__, (front, plain), {**same, "front": front, "plain": plain})
 
 
-def _blank_attention(plain: type[nn.Module]) -> nn.Module:
-    """A module without content, of the class for `plain`."""
-    kind = _attention_class(plain)
+def _blank(front: type[nn.Module], plain: type[nn.Module]) -> nn.Module:
+    """A module without content, of the class for both."""
+    kind = _put_in_front(front, plain)
     return kind.__new__(kind)
 
 
@@ -212,9 +203,10 @@ def _torchs(act: nn.Module) -> nn.Module:
 
 
 _GELU = nn.GELU()
-_NORMS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LayerNorm: FastLayerNorm,
-    TimmLayerNorm: FastTimmLayerNorm,
-    TimmLayerNorm2d: FastTimmLayerNorm2d,
-    LayerNorm2d: FastLayerNorm2d,
+_NORMS: dict[Any, type[nn.Module]] = {
+    nn.LayerNorm.forward: FastLayerNorm,
+    TimmLayerNorm.forward: FastLayerNorm,
+    TimmLayerNorm2d.forward: FastLayerNorm2d,
+    LayerNorm2d.forward: FastLayerNorm2d,
 }
+"""What goes in front of layer norms, by their way of computing, which classes derived from them share."""

@@ -24,8 +24,6 @@ from models.fast_layers import (
     FastLayerNorm,
     FastLayerNorm2d,
     FastMlp,
-    FastTimmLayerNorm,
-    FastTimmLayerNorm2d,
     FastWindowAttention,
     use_fast_layers,
 )
@@ -52,14 +50,14 @@ def vit() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Any, set[type]]] = {
-    "timm/vit": (vit, {FastLinear, FastMlp, FastAttention, FastTimmLayerNorm}),
+    "timm/vit": (vit, {FastLinear, FastMlp, FastAttention, FastLayerNorm}),
     "timm/convnext": (
         lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5),
-        {FastLinear, FastDepthwiseConv2d, FastTimmLayerNorm2d},  # its MLPs are 1x1 convolutions
+        {FastLinear, FastDepthwiseConv2d, FastLayerNorm2d},  # its MLPs are 1x1 convolutions
     ),
     "timm/convnext of linear layers": (
         lambda: timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5),
-        {FastLinear, FastDepthwiseConv2d, FastMlp, FastTimmLayerNorm, FastTimmLayerNorm2d},
+        {FastLinear, FastDepthwiseConv2d, FastMlp, FastLayerNorm, FastLayerNorm2d},
     ),
     "timm/swin": (
         lambda: timm.create_model(
@@ -72,6 +70,13 @@ MODELS: dict[str, tuple[Any, set[type]]] = {
     "timm/mixer": (
         lambda: timm.create_model("mixer_s32_224", img_size=64, num_classes=5),
         {FastLinear, FastMlp, FastLayerNorm},
+    ),
+    "timm/convformer": (
+        lambda: timm.models.metaformer.MetaFormer(
+            depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5, token_mixers=timm.models.metaformer.SepConv,
+            norm_layers=timm.models.metaformer.LayerNorm2dNoBias,
+        ),
+        {FastLinear, FastDepthwiseConv2d, FastLayerNorm, FastLayerNorm2d},  # of classes of its own, without bias
     ),
     "torchvision/vit": (
         lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5),
@@ -97,7 +102,7 @@ def step(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def kinds(model: nn.Module) -> set[type]:
-    norms = (FastLayerNorm, FastLayerNorm2d, FastTimmLayerNorm, FastTimmLayerNorm2d)
+    norms = (FastLayerNorm, FastLayerNorm2d)
     of = (FastLinear, FastDepthwiseConv2d, FastMlp, FastAttention, FastWindowAttention, *norms)
     return {kind for kind in of for module in model.modules() if isinstance(module, kind)}
 
@@ -400,5 +405,7 @@ def test_traced_exported_and_compiled(name: str) -> None:
 
 def test_scripted() -> None:
     x, module = torch.randn(4, 16), mlp()
-    for each in (module, module.fc1):
+    norm = nn.LayerNorm(16)
+    assert use_fast_layers(norm) == 1
+    for each in (module, module.fc1, norm):
         torch.testing.assert_close(torch.jit.script(each)(x), each(x))
