@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import GELU as TimmGELU
 from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers import LayerNorm2d as TimmLayerNorm2d
+from timm.layers import LayerNormAct, LayerNormAct2d
 from timm.layers import Mlp as TimmMlp
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
@@ -71,6 +72,20 @@ class FastLayerNorm2d(_InFront):
         if not torch.jit.is_scripting():
             return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+class FastLayerNormAct(FastLayerNorm):
+    """In front of timm's layer norm with an activation behind it."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.act(self.drop(FastLayerNorm.forward(self, x)))
+
+
+class FastLayerNormAct2d(FastLayerNorm2d):
+    """In front of timm's layer norm of images with an activation behind it."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.act(self.drop(FastLayerNorm2d.forward(self, x)))
 
 
 class FastMlp(TimmMlp):
@@ -207,6 +222,8 @@ _NORMS: dict[Any, type[nn.Module]] = {
     nn.LayerNorm.forward: FastLayerNorm,
     TimmLayerNorm.forward: FastLayerNorm,
     TimmLayerNorm2d.forward: FastLayerNorm2d,
+    LayerNormAct.forward: FastLayerNormAct,
+    LayerNormAct2d.forward: FastLayerNormAct2d,
     LayerNorm2d.forward: FastLayerNorm2d,
 }
 """What goes in front of layer norms, by their way of computing, which classes derived from them share."""

@@ -387,6 +387,32 @@ def test_our_own_model_stays_fast() -> None:
     assert_near(step(model, images), expected, 1e-4)
 
 
+@needs_bfloat16
+@pytest.mark.parametrize(
+    "build, shape",
+    [
+        (nn.LayerNorm, (3000, 16)),
+        (timm.layers.LayerNorm, (3000, 16)),
+        (timm.layers.LayerNorm2d, (30, 16, 10, 10)),
+        (timm.layers.LayerNormAct, (3000, 16)),
+        (timm.layers.LayerNormAct2d, (30, 16, 10, 10)),
+        (timm.models.metaformer.LayerNorm2dNoBias, (30, 16, 10, 10)),
+        (torchvision.models.convnext.LayerNorm2d, (30, 16, 10, 10)),
+    ],
+)
+def test_layer_norms_get_exact_gradients_in_bfloat16(build: Any, shape: tuple[int, ...]) -> None:
+    plain, x = build(16), torch.randn(shape).bfloat16()
+    fast, upstream = copy.deepcopy(plain), (torch.randn(shape) + 0.3).bfloat16()
+    assert use_fast_layers(fast) == 1 and isinstance(fast, build)
+    gradients = []
+    for module in (fast, plain, copy.deepcopy(plain).double()):
+        inputs = x.to(torch.float64 if module.weight.dtype == torch.float64 else torch.bfloat16).requires_grad_()
+        module(inputs).backward(upstream.to(inputs.dtype))
+        gradients.append([p.grad.double() for p in module.parameters()])
+    for ours, torchs, exact in zip(*gradients, strict=True):
+        assert float((ours - exact).norm() / exact.norm()) < 4e-3 < float((torchs - exact).norm() / exact.norm())
+
+
 @pytest.mark.parametrize("name", ["timm/vit", "timm/convnext of linear layers", "timm/swin"])
 def test_traced_exported_and_compiled(name: str) -> None:
     model, images = MODELS[name][0]().eval(), torch.randn(2, 3, 32, 32)
