@@ -175,7 +175,8 @@ def _fast_class(module: nn.Module) -> type[nn.Module]:
         return kind
     if kind is nn.Linear:
         return FastLinear
-    if kind.forward in _NORMS and len(module.normalized_shape) == 1 and not getattr(module, "_fast_norm", False):  # type: ignore[arg-type]
+    is_norm = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
+    if is_norm and kind.forward in _NORMS and not getattr(module, "_fast_norm", False):
         return _put_in_front(_NORMS[kind.forward], kind)
     if is_depthwise(module):
         return FastDepthwiseConv2d
