@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.fast_norm import layer_norm
@@ -53,14 +52,11 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=eps, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            return self.norm(x, self.weight, self.bias)
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return self.norm(x, self.weight, self.bias)
 
-    @torch.jit.unused
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The norm with another weight and bias, (B, ..., C) to the same."""
-        return layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return layer_norm(x, self.normalized_shape, weight, bias, self.eps)  # type: ignore[arg-type]
 
 
 class Affine(nn.Module):

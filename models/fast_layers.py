@@ -59,9 +59,7 @@ class FastLayerNorm(_InFront):
     """In front of a class of layer norm over (..., C): exact gradients in bfloat16."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class FastLayerNorm2d(_InFront):
@@ -69,9 +67,7 @@ class FastLayerNorm2d(_InFront):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
-        if not torch.jit.is_scripting():
-            return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
 class FastLayerNormAct(FastLayerNorm):

@@ -42,7 +42,7 @@ def in_float64(inputs: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def exact(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return layer_norm(x, [x.shape[-1]], weight, bias, eps)
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
