@@ -193,7 +193,7 @@ def build_side(pair: Pair, side: str, setting: Setting, precision: Precision, im
     """One side, on the images' device."""
     device = images.device
     model = build_model(pair, side, setting).train()
-    if pair.foreign and side in OURS and device.type == "cpu":
+    if pair.foreign and side in OURS:
         use_fast_layers(model)
     channels_last = side == "timm channels_last" or (side in OURS and (pair.foreign or device.type == "cuda"))
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -9,6 +9,7 @@ is what timm made common. Differences from timm's `DropPath`:
 - the rate may change at any time without recompiling, and how often samples were dropped is counted.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -33,6 +34,9 @@ By `benchmark.py drop-path --subjects branches foreign` on 2 CPU cores, in float
 mixing 0.13 and 0.25, identity above 0.5 (extrapolated), the others below 0.05. Of other kinds, which always skip:
 those of timm's ConvNeXt and ViT below 0.05, of EfficientNet 0.09 (at 0.05 a step takes 4 % longer than with masks).
 """
+
+ROUNDED_UP = 64
+"""Samples of a batch from which a GPU is given the same number at every step, `DropPath.rounds_up`."""
 
 MASKED_COMPILED = 0.2
 """Break-even rate from which a branch is masked in compiled code whatever its rate: what is compiled must not depend on
@@ -80,6 +84,7 @@ class DropPath(nn.Module):
       random so that its expectation is exact at every batch size, 1 included. Each sample is kept with probability
       1 - drop_prob exactly; the samples of one batch are not independent, since their count varies less than a
       binomial's. Below `break_even` the same draw is applied as a mask, because gathering would cost more than it saves.
+      On a GPU a large batch's branches get the larger number at every step (`rounds_up`); what is kept stays the same.
     - `batch`: one draw decides for the whole batch (Huang et al. 2016).
 
     In `skip` and `batch` a branch with nothing to do runs on an empty slice, so every parameter still gets a (zero)
@@ -298,19 +303,25 @@ class DropPath(nn.Module):
         return Draw(batch, None if off else (order.argsort() < count) * scale)
 
     def _draw_to_skip(self, batch: int, count: Tensor, order: Tensor, scale: Tensor, runs: Any) -> Draw:
+        least, rounds_up = self.least_on(order.device), self.rounds_up(batch, order.device)
         if torch.compiler.is_compiling():
-            rows = count.clamp(min=self.least)
+            rows = torch.ceil(batch * (1.0 - self._rate)).long() if rounds_up else count
+            rows = rows.clamp(min=least, max=batch)
             self._count(batch, count, rows)
             computed = int(rows.item())
-            torch._check(computed >= self.least)
+            torch._check(computed >= least)
             torch._check(computed <= batch)
-            idle = ()
+            idle, places = (), order.argsort()
+            if least or rounds_up:
+                scale = (torch.arange(computed, device=order.device) < count) * scale
         else:
-            kept = int(count)
+            kept, places = int(count), None
             norms = self.norms_of(runs, kept)
             computed = samples_to_compute(kept, batch, norms)
             idle = () if computed else tuple(norms or ())
-            computed = max(computed, self.least)
+            computed = max(computed, least)
+            if rounds_up and norms == [] and not self._warned:
+                computed = max(computed, min(math.ceil(batch * (1.0 - self.rate)), batch))
             self._count(batch, count, computed)
             if kept == batch:  # nothing to leave out, nothing to gather
                 return Draw(batch, None if self.rate == 0.0 else scale)
@@ -318,9 +329,24 @@ class DropPath(nn.Module):
                 return Draw(batch, (order.argsort() < kept) * scale, idle=idle)
             if computed == kept and order.device.type == "cpu":  # neighbours stay neighbours, for `layers.samples`
                 return Draw(batch, scale, order.narrow(0, 0, kept).sort().values, idle)
-        if self.least:  # perhaps one that counts for nothing
-            scale = (torch.arange(computed, device=order.device) < count) * scale
-        return Draw(batch, scale, order.narrow(0, 0, computed), idle)
+            if order.device.type == "cuda":
+                return Draw(batch, scale, order.narrow(0, 0, computed), idle, order=order, counting=kept)
+            if computed > kept:
+                scale = (torch.arange(computed, device=order.device) < kept) * scale
+        return Draw(batch, scale, order.narrow(0, 0, computed), idle, places)
+
+    def least_on(self, device: torch.device) -> int:
+        """Samples that a branch is given when none is kept: on a GPU attention in bfloat16 fails on none (torch 2.11)."""
+        return 1 if device.type == "cuda" and self.kind == "attention" else self.least
+
+    def rounds_up(self, batch: int, device: torch.device) -> bool:
+        """Whether a branch is given its largest number of samples at every step, of which the last may count for nothing.
+
+        At one rate the kept samples are one of two numbers. To a GPU each number is a shape of its own: cuDNN prepares every
+        convolution and attention for it, some 20 ms each, and the memory of one does not fit the other. Of a large batch
+        half a sample more, on average, costs less. Batch norms would see that sample; where there are any it is left out.
+        """
+        return device.type == "cuda" and batch >= ROUNDED_UP and self._mode == "skip"
 
     def _scale(self, dtype: torch.dtype) -> Tensor:
         """Factor of the kept samples, a 0-dim CPU tensor: 1 / keep_prob, or 1 where nothing can be kept."""

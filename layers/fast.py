@@ -1,7 +1,7 @@
-"""Faster ways of the same on a CPU: what runs there instead of torch's plain operators, and when.
+"""Faster ways of the same: what runs in eager code instead of torch's plain operators, and when.
 
 Each has its plain form beside it and equals that in outputs and gradients but for rounding. They are chosen by device,
-dtype and size, never by timing, so the same machine always computes the same bits:
+dtype and size, never by timing, so the same machine always computes the same bits. On a CPU:
 
 - `linear`: oneDNN's inner product forward and for the input's gradient. torch gives float32 to MKL, whose kernels are
   slow on other vendors' processors; on Intel's they stay for few rows.
@@ -15,9 +15,12 @@ dtype and size, never by timing, so the same machine always computes the same bi
   5 to 70 % off.
 - `fast_attention`: with gradients, products and a softmax one after the other where there are few tokens.
 
-They run in eager code, in float32 and in bfloat16 where oneDNN computes in it. Compiled, traced, scripted and exported
-code, torch.func, forward-mode differentiation, dispatch modes (FLOP counters, fake tensors) and modules with hooks, with
-parametrisations or replaced by others (LoRA, quantisation) get the plain form, and so do weights of a tensor subclass.
+On a GPU, in float32 and half precision: `fast_cuda`'s kernels for taking and adding samples, norms, pooling and StarReLU,
+`fast_conv` for the gradient of a depthwise convolution's input, and, as on a CPU, scales that are put into weights.
+
+They run in eager code, on a CPU in float32 and in bfloat16 where oneDNN computes in it. Compiled, traced, scripted and
+exported code, torch.func, forward-mode differentiation, dispatch modes (FLOP counters, fake tensors) and modules with hooks,
+with parametrisations or replaced by others (LoRA, quantisation) get the plain form, and so do weights of a tensor subclass.
 `set_fast_paths(False)`, in a training config `runtime.fast_paths: false`, turns all off. Models of other libraries take
 them after `models.fast_layers.use_fast_layers`.
 """
@@ -68,27 +71,27 @@ def plain_paths() -> Iterator[None]:
 
 
 def takes(x: Any, *modules: nn.Module) -> bool:
-    """Whether fast paths may take an input past some modules without calling them.
+    """Whether fast paths may take an input, on a CPU or on a GPU, past some modules without calling them.
 
     Args:
         x: Input of the first.
         modules: Whose weights are read; each must be what it was built as, without hooks.
     """
     return (
-        is_eager(x)
-        and _computes_in(dtype_of(x))
+        (is_eager(x) or is_eager(x, "cuda"))
+        and _computes_in(dtype_of(x), x.device)
         and not torch_module._has_any_global_hook()
         and all(map(_is_bare, modules))
     )
 
 
-def is_eager(x: Any) -> bool:
-    """Whether what is computed from x, a tensor on the CPU, runs now and as written, nobody looking on."""
+def is_eager(x: Any, device: str = "cpu") -> bool:
+    """Whether what is computed from x, a tensor on devices of that type, runs now and as written, nobody looking on."""
     return (
         _enabled
         and not torch.compiler.is_compiling()
         and type(x) in _PLAIN
-        and x.device.type == "cpu"
+        and x.device.type == device
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None  # type: ignore[attr-defined]
@@ -122,6 +125,8 @@ def call(module: nn.Module, x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As `F.linear`, (..., C) -> (..., D), with `takes(x)`."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
     if not _is_large(x, weight):
         return F.linear(*_cast(x, weight, bias))
     return run(_Linear, *_cast(x, weight, bias, leave=True))
@@ -331,9 +336,14 @@ def _is_large(x: Tensor, weight: Tensor) -> bool:
 
 def dtype_of(x: Tensor) -> torch.dtype:
     """What a linear layer of x computes in."""
-    if x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu")
-    return x.dtype
+    # on a CPU one of float16 keeps it under autocast to bfloat16
+    casts = x.dtype == torch.float32 or (x.device.type != "cpu" and x.dtype.is_floating_point)
+    return (autocast_dtype(x) if casts else None) or x.dtype
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts to on x's device; `None` where it is off."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
 def _cast(
@@ -356,7 +366,9 @@ def _cast(
     )
 
 
-def _computes_in(dtype: torch.dtype) -> bool:
+def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cpu":
+        return dtype in (torch.float32, torch.bfloat16, torch.float16)
     if dtype == torch.float32:
         return _HAS_ONEDNN and torch.backends.mkldnn.enabled  # type: ignore[return-value]
     return dtype == torch.bfloat16 and _HAS_BFLOAT16 and torch.backends.mkldnn.enabled  # type: ignore[return-value]

@@ -26,7 +26,8 @@ def attention(qkv: Tensor) -> Tensor:
         (B, N, heads, D). In bfloat16 it and the gradients are as near to float32's as those of torch's own form.
     """
     # without a backward pass torch's form is as fast or faster
-    if not torch.is_grad_enabled() or not qkv.shape[0] or not has_few_tokens(qkv.shape[1], qkv.dtype):
+    apart = torch.is_grad_enabled() and qkv.device.type == "cpu" and has_few_tokens(qkv.shape[1], qkv.dtype)
+    if not apart or not qkv.shape[0]:
         return plain_attention(qkv)
     return _attention(qkv, None)
 

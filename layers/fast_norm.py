@@ -1,8 +1,8 @@
-"""Layer norm in bfloat16 on a CPU with exact gradients of its weight and bias; see `layers.fast`.
+"""Layer norm: in bfloat16 on a CPU with exact gradients of its weight and bias, on a GPU by a kernel; see `layers.fast`.
 
-torch adds these up in bfloat16, over all rows of a batch: of 43,904 rows of 96 numbers the weight's gradient comes out 15 %
-off, the bias's 32 %, and more where the rows agree, since a large sum no longer moves. Here they are summed in float32, by
-the backward pass of a batch norm, whose weight's gradient is that sum. Backward then takes 1.4 to 1.7 times as long.
+On a CPU torch adds these up in bfloat16, over all rows of a batch: of 43,904 rows of 96 numbers the weight's gradient comes
+out 15 % off, the bias's 32 %, and more where the rows agree, since a large sum no longer moves. Here they are summed in
+float32, by the backward pass of a batch norm, whose weight's gradient is that sum. Backward takes 1.4 to 1.7 times as long.
 """
 
 from typing import Any
@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers import fast_cuda
 from layers.fast import are_plain, no_view, plain_gradients, takes, wants_plain_gradients
 
 
 def layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """As `F.layer_norm` over the last dimension of (..., C), exact where torch is not and fast paths may be taken.
+    """As `F.layer_norm` over the last dimension of (..., C): exact or faster where fast paths may be taken.
 
     TorchScript compiles it, and has torch's form.
 
@@ -28,6 +29,8 @@ def layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor 
     """
     if not torch.jit.is_scripting() and wants_exact_gradients(x, weight, bias):
         return _exact_layer_norm(x, weight, bias, eps)
+    if not torch.jit.is_scripting() and has_kernel(x, weight, bias):
+        return _kernel_layer_norm(x, weight, bias, eps)
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
@@ -37,11 +40,23 @@ def _exact_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps
 
 
 @torch.jit.unused
+def _kernel_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return fast_cuda.layer_norm(x, weight, bias, eps)
+
+
+@torch.jit.unused
+def has_kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether `layers.fast_cuda` has a kernel for norms of x, (..., C), with weight and bias (C,)."""
+    return isinstance(x, Tensor) and x.device.type == "cuda" and fast_cuda.takes_norm(x, weight, bias)
+
+
+@torch.jit.unused
 def wants_exact_gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether torch would sum the gradients of weight or bias, (C,), in bfloat16, and fast paths may be taken."""
     return (
         isinstance(x, Tensor)
         and x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
         and torch.is_grad_enabled()
         and weight is not None
         and (weight.requires_grad or (bias is not None and bias.requires_grad))

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.fast import act_linear, is_linear, linear, linear_act, scaled, takes
+from layers import fast_cuda
+from layers.fast import act_linear, are_plain, is_linear, linear, linear_act, scaled, takes
 from layers.norm import LayerNorm
 
 
@@ -19,14 +20,28 @@ class StarReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale.to(x.dtype) * F.relu(x).square() + self.bias.to(x.dtype)
+        if not torch.jit.is_scripting() and self.is_fast(x):
+            return self.forward_fast(x)
+        relu = F.relu(x)
+        return self.scale.to(x.dtype) * (relu * relu) + self.bias.to(x.dtype)  # autocast makes square() float32
+
+    @torch.jit.unused
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether `forward_fast` may take x, of any shape: on a GPU."""
+        return takes(x) and x.device.type == "cuda" and are_plain(self.scale, self.bias) and fast_cuda.has_kernels(x)
+
+    @torch.jit.unused
+    def forward_fast(self, x: Tensor) -> Tensor:
+        """The activation in one pass, with `is_fast(x)`."""
+        return fast_cuda.star_relu(x, self.scale, self.bias)
 
 
 class SquaredReLU(nn.Module):
     """relu(x)^2 (Primer, arXiv 2109.08668)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
+        relu = F.relu(x)
+        return relu * relu
 
 
 ActName = Literal["gelu", "relu", "silu", "squared_relu", "star_relu"]
@@ -98,7 +113,7 @@ def is_fast_mlp(x: Tensor, fc1: nn.Module, act: nn.Module, fc2: nn.Module) -> bo
 def fast_mlp(x: Tensor, fc1: Any, act: nn.Module, fc2: Any, scale: Tensor | None = None) -> Tensor:
     """fc2(act(fc1(x))) * scale, (..., C) -> (..., D), with `is_fast_mlp`.
 
-    StarReLU's two numbers and the scale are put into the second layer's weights, which is less work.
+    The scale is put into the second layer's weights, which is less work, and on a CPU StarReLU's two numbers are too.
 
     Args:
         x: (..., C).
@@ -109,6 +124,8 @@ def fast_mlp(x: Tensor, fc1: Any, act: nn.Module, fc2: Any, scale: Tensor | None
     """
     name, weight, bias = _name_of(act), fc2.weight, fc2.bias
     assert name is not None
+    if x.device.type != "cpu":
+        return F.linear(act(F.linear(x, fc1.weight, fc1.bias)), *scaled(weight, bias, scale))
     if isinstance(act, StarReLU):
         shift = act.bias * weight.sum(1)
         weight, bias = weight * act.scale, shift if bias is None else bias + shift

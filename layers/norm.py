@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from layers.fast_norm import layer_norm
+from layers import fast_cuda
+from layers.fast_norm import has_kernel, layer_norm
 
 
 class GroupNorm1(nn.Module):
@@ -34,6 +35,8 @@ class GroupNorm1(nn.Module):
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The norm with another weight and bias, (B, ..., C) to the same."""
+        if not torch.jit.is_scripting() and has_kernel(x, weight, bias):
+            return _kernel_group_norm(x, weight, bias, self.eps)
         # A view in (B, C, ...), which on a CPU runs and stays in channels-last memory. Not a layer norm over x.shape[1:]:
         # that one is slower there, and torch's older ONNX exporter wants to know its shape (and no dimension -1).
         bias = None if bias is None else bias.to(x.dtype)
@@ -43,6 +46,20 @@ class GroupNorm1(nn.Module):
     def extra_repr(self) -> str:
         """As torch's norms print."""
         return f"{self.weight.numel()}, eps={self.eps}, bias={self.bias is not None}"
+
+
+@torch.jit.unused
+def _kernel_group_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return fast_cuda.group_norm(x, weight, bias, eps)
+
+
+@torch.jit.unused
+def norm_in(norm: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A norm of (B, ..., C) whose result is wanted in a dtype, with `layers.fast.takes(x, norm)`."""
+    if type(norm) in (GroupNorm1, LayerNorm) and has_kernel(x, norm.weight, norm.bias):  # type: ignore[arg-type]
+        form = fast_cuda.group_norm if type(norm) is GroupNorm1 else fast_cuda.layer_norm
+        return form(x, norm.weight, norm.bias, norm.eps, dtype)  # type: ignore[arg-type]
+    return norm(x)
 
 
 class LayerNorm(nn.LayerNorm):

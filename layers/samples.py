@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from layers.fast import is_eager, run
@@ -81,11 +82,33 @@ def add_samples(x: Tensor, kept: Tensor, out: Tensor, scale: float) -> Tensor:
     return run(_Add, x, kept, out, scale)
 
 
+def take_compiled(x: Tensor, kept: Tensor, places: Tensor) -> Tensor:
+    """`take_samples` for compiled code: its gradient is read from the samples' places, not added to zeros one by one.
+
+    Args:
+        x: The batch, (B, ...).
+        kept: Indices (B',).
+        places: Where each sample of the batch stands in `kept`, (B,); B' or more where it does not.
+    """
+    return _TakeCompiled.apply(x, kept, places)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def put_compiled(out: Tensor, kept: Tensor, places: Tensor) -> Tensor:
+    """`put_samples` for compiled code, which fuses it with what comes next: every sample is written once.
+
+    Args:
+        out: The samples, (B', ...).
+        kept: Their indices (B',).
+        places: Where each sample of the batch stands in `kept`, (B,); B' or more where it does not.
+    """
+    return _PutCompiled.apply(out, kept, places)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def replace_samples(x: Tensor, kept: Tensor, out: Tensor) -> Tensor:
     """As `x.index_copy(0, kept, out)`, (B, ...) and (B', ...) -> (B, ...), in x's layout in memory."""
     if not _in_rows(x):
         return x.index_copy(0, kept, out)
-    order = _order(x)
+    order = memory_order(x)
     return x.permute(order).index_copy(0, kept, out.permute(order)).permute(_inverse(order))
 
 
@@ -139,10 +162,37 @@ class _Add(torch.autograd.Function):
         return grads[0], None, _gradient(grads[0], ctx.kept, ctx.scale), None
 
 
+class _TakeCompiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(kept, places)
+        return x.index_select(0, kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _in_places(grads[0], ctx.saved_tensors[1]), None, None
+
+
+class _PutCompiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, kept: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(kept, places)
+        return _in_places(out, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def _in_places(out: Tensor, places: Tensor) -> Tensor:
+    """Samples (B', ...) in their places (B,), and zeros."""
+    return F.pad(out, (0, 0) * (out.ndim - 1) + (0, 1)).index_select(0, places.clamp(max=out.shape[0]))
+
+
 def _gradient(grad: Tensor, kept: Tensor, scale: float) -> Tensor:
     """Of the samples that were put: the taken gradients times the factor."""
     if scale != 1.0 and not torch.is_grad_enabled() and _in_rows(grad) and (runs := _runs(kept, grad)):
-        taken = _empty(grad, len(kept))
+        taken = empty_like_samples(grad, len(kept))
         for rows, part in _side_by_side(runs, grad, taken):
             if part is not None:
                 torch.mul(rows, scale, out=part)
@@ -152,14 +202,14 @@ def _gradient(grad: Tensor, kept: Tensor, scale: float) -> Tensor:
 
 
 def _taken(x: Tensor, kept: Tensor) -> Tensor:
-    rows, taken = _rows(x), _empty(x, len(kept))
+    rows, taken = _rows(x), empty_like_samples(x, len(kept))
     if len(kept):
         torch.gather(rows, 0, kept[:, None].expand(-1, rows.shape[1]), out=_rows(taken))
     return taken
 
 
 def _placed(out: Tensor, kept: Tensor, batch: int, scale: float) -> Tensor:
-    placed = _empty(out, batch)
+    placed = empty_like_samples(out, batch)
     if runs := _runs(kept, placed):
         for rows, part in _side_by_side(runs, placed, out):
             if part is None:
@@ -174,11 +224,11 @@ def _placed(out: Tensor, kept: Tensor, batch: int, scale: float) -> Tensor:
 
 
 def _added(x: Tensor, kept: Tensor, out: Tensor, scale: float) -> Tensor:
-    runs = _runs(kept, x) if _order(x) == _order(out) else None
+    runs = _runs(kept, x) if memory_order(x) == memory_order(out) else None
     if not runs:
         placed = _placed(out, kept, len(x), 1.0)
         return torch.add(x, placed, alpha=scale, out=placed)
-    added = _empty(x, len(x))
+    added = empty_like_samples(x, len(x))
     sums = _rows(added).split([length for length, _ in runs])
     for into, (rows, part) in zip(sums, _side_by_side(runs, x, out), strict=True):
         if part is None:
@@ -213,21 +263,26 @@ def _side_by_side(runs: list[tuple[int, bool]], x: Tensor, taken: Tensor) -> Ite
         yield rows, next(parts) if is_kept else None
 
 
-def _empty(x: Tensor, batch: int) -> Tensor:
-    """Other samples in x's layout; no view, so that what comes next may change it in place."""
-    shape = (batch, *x.shape[1:])
-    if _order(x)[-1] == x.ndim - 1:
-        return x.new_empty(shape)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def empty_like_samples(x: Tensor, batch: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Other samples in x's layout in memory; no view, so that what comes next may change it in place.
+
+    Args:
+        x: Samples, (B, ...).
+        batch: How many there shall be.
+        dtype: Theirs; default x's.
+    """
+    in_order = memory_order(x)[-1] == x.ndim - 1
+    layout = torch.contiguous_format if in_order else torch.channels_last
+    return torch.empty((batch, *x.shape[1:]), dtype=dtype or x.dtype, device=x.device, memory_format=layout)
 
 
 def _rows(x: Tensor) -> Tensor:
     """Samples as rows of memory, (B, N)."""
-    return x.permute(_order(x)).view(len(x), -1)
+    return x.permute(memory_order(x)).view(len(x), -1)
 
 
-def _order(x: Tensor) -> tuple[int, ...]:
-    """Dimensions in the order of memory."""
+def memory_order(x: Tensor) -> tuple[int, ...]:
+    """Dimensions in the order of memory, where x has no gaps."""
     channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return (0, 2, 3, 1) if channels_last else tuple(range(x.ndim))
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from layers.fast import takes
+from layers.fast import dtype_of, takes
 from layers.mlp import Mlp
-from layers.norm import Affine, GroupNorm1, LayerNorm
+from layers.norm import Affine, GroupNorm1, LayerNorm, norm_in
 from layers.token_mixers import Attention, SepConv, TokenMixer
 
 
@@ -41,9 +41,11 @@ def scaled_branch(norm: nn.Module, body: nn.Module, scale: nn.Module, x: Tensor)
         scale: A `Scale` or the identity.
         x: (B, ..., C).
     """
+    if type(scale) is nn.Identity and takes(x, norm, body) and x.device.type != "cpu":
+        return body(norm_in(norm, x, dtype_of(x)))
     if type(scale) is Scale and takes(x, norm, body, scale):
         if type(body) in (Mlp, SepConv, Attention):
-            y = norm(x)
+            y = norm_in(norm, x, dtype_of(x))
             last = body.get_submodule(body.last)  # type: ignore[arg-type]
             # weights are scaled at less cost than activations where there are more of these
             if body.is_fast(y) and y.numel() // y.shape[-1] >= last.in_features:  # type: ignore[operator]

@@ -9,17 +9,19 @@ holds every mixer by its name in a model's config: a new one is a class and a ro
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers import fast_cuda
 from layers.fast import call, is_linear, linear, mean_minus_self, scaled, takes
 from layers.fast_attention import attention, plain_attention
 from layers.fast_conv import star_relu_conv
+from layers.fast_cuda import average_pool
 from layers.kernels import depthwise_conv
 from layers.mlp import Mlp, StarReLU, build_act, fast_mlp, is_fast_mlp
 from layers.patch_embed import check_grid, check_positions
 
 # What looks at sizes stays one call in a graph of torch.fx.
+torch.fx.wrap("average_pool")
 torch.fx.wrap("check_grid")
 torch.fx.wrap("check_positions")
 
@@ -82,18 +84,19 @@ class Pooling(TokenMixer):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting() and self.is_fast(x):
             return self.forward_fast(x)
-        y = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels_last in memory
-        y = F.avg_pool2d(y, self.pool_size, stride=1, padding=self.pool_size // 2, count_include_pad=False)
+        y = average_pool(x.permute(0, 3, 1, 2), self.pool_size)  # (B, C, H, W), channels_last in memory
         return y.permute(0, 2, 3, 1) - x  # (B, H, W, C)
 
     @torch.jit.unused
     def is_fast(self, x: Tensor) -> bool:
         """Whether `forward_fast` may take x, (B, H, W, C)."""
-        return takes(x)
+        return takes(x) and (x.device.type == "cpu" or fast_cuda.has_kernels(x))
 
     @torch.jit.unused
     def forward_fast(self, x: Tensor) -> Tensor:
         """The same, keeping nothing for backward, with `is_fast(x)`."""
+        if x.device.type == "cuda":
+            return fast_cuda.mean_minus_self(x, self.pool_size)
         return mean_minus_self(x, self.pool_size)
 
     def extra_repr(self) -> str:

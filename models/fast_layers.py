@@ -23,7 +23,7 @@ from layers.mlp import fast_mlp, is_fast_mlp
 
 
 def use_fast_layers(model: nn.Module) -> int:
-    """Lets the layers of a model of timm or torchvision take the fast paths in eager code on a CPU.
+    """Lets the layers of a model of timm or torchvision take the fast paths in eager code.
 
     Changed in place are torch's linear layers and layer norms, its depthwise convolutions with stride 1 that keep the size,
     timm's MLPs and timm's modules of attention, those of Swin included: each becomes of a class derived from its own.
@@ -119,7 +119,8 @@ class FastWindowAttention(WindowAttention):
     def is_fast(self, x: Tensor) -> bool:
         """Whether `forward_fast` may take x, (windows, N, C)."""
         return (
-            takes(x, self.softmax, self.attn_drop)
+            x.device.type == "cpu"
+            and takes(x, self.softmax, self.attn_drop)
             and _drops_nothing(self.attn_drop)
             and x.shape[0] > 0
             and has_few_tokens(x.shape[1], dtype_of(x))
@@ -139,7 +140,7 @@ class FastAttention(_InFront):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # without a backward pass torch's form is as fast or faster
-        if not torch.is_grad_enabled() or not args or not takes(args[0]):
+        if not torch.is_grad_enabled() or not args or not takes(args[0]) or args[0].device.type != "cpu":
             return super().forward(*args, **kwargs)
         with _Apart():
             return super().forward(*args, **kwargs)

@@ -62,6 +62,10 @@ class GraftedDropPath(DropPath):
         """Samples that a branch is given when none is kept."""
         return 0 if self.takes_nothing else 1
 
+    def least_on(self, device: torch.device) -> int:
+        """`least`; one on a GPU, where not all that takes no sample on a CPU does so too."""
+        return 1 if device.type == "cuda" else self.least
+
     def select(self, x: Tensor, parts: "Parts", groups: int = 1) -> Tensor:
         """Draws, remembers the draw for the branch's end, and returns the samples to compute.
 

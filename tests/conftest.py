@@ -10,6 +10,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 wait_passively()
 
 import errno
+import importlib
+import importlib.util
 import io
 import logging
 import subprocess
@@ -19,6 +21,13 @@ from pathlib import Path
 
 import pytest
 import torch
+
+with pytest.MonkeyPatch.context() as patched:
+    # Without a GPU its kernels are tested in Triton's interpreter. Triton decides that when it reads a function, its own
+    # library's included, and timm loads that: so here, before timm.
+    if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+        patched.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.language")
 
 from layers.fast import set_fast_paths
 from tests.browser import NAMES, Browser, find_chromium

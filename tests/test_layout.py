@@ -23,6 +23,7 @@ _ARRAYS = {"torch", "numpy", "timm", "torchvision"}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "files": ({"files"}, {"yaml", "pydantic"}),
     "layers": ({"layers"}, {"torch"}),
+    "layers/gpu_kernels.py": (set(), {"triton"}),  # comes with torch for CUDA; loaded where a GPU is used
     "stochastic_depth": ({"stochastic_depth", "layers"}, {"torch"}),
     "configs": (set(), set()),
     "models": (_MODELS, {"torch", "timm", "torchvision", "safetensors", "huggingface_hub", "pydantic"}),

@@ -279,8 +279,9 @@ class RuntimeSection(Section):
     )
     fast_paths: bool = Field(
         default=True,
-        description="On a CPU: faster forms of linear layers, activations, depthwise convolutions, attention, pooling and "
-        "scales, equal but for rounding, that keep less for backward; of any model. false: torch's plain operators only.",
+        description="In eager code, of any model: faster forms that are equal but for rounding and keep less for backward. "
+        "On a CPU of linear layers, activations, norms, depthwise convolutions, attention, pooling and scales; on a GPU of "
+        "norms, pooling, StarReLU, depthwise convolutions and of taking and adding samples. false: torch's plain operators.",
     )
     keep_memory: bool = Field(
         default=True,

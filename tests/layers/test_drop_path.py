@@ -593,6 +593,62 @@ def test_skipping_compiles_to_few_graphs_equal_to_eager(compilations: Callable[[
     assert graphs <= 4 and breaks == 0
 
 
+@pytest.mark.parametrize("form", ["eager", "compiled"])
+def test_a_gpu_is_given_the_same_number_at_every_step(
+    form: str, monkeypatch: pytest.MonkeyPatch, compilations: Callable[[], tuple[int, int]]
+) -> None:
+    """As on a GPU: the last sample may count for nothing, and results are those of the mask."""
+    assert [DropPath(mode=mode).rounds_up(64, torch.device("cuda")) for mode in ("mask", "skip", "batch")] == [
+        False,
+        True,
+        False,
+    ]
+    assert not DropPath(mode="skip").rounds_up(63, torch.device("cuda"))
+    assert not DropPath(mode="skip").rounds_up(64, torch.device("cpu"))
+    monkeypatch.setattr(DropPath, "rounds_up", lambda self, batch, device: True)
+    torch.manual_seed(0)
+    module, fc = DropPath(0.4, mode="skip"), nn.Linear(3, 3)
+
+    def skipped(x: Tensor) -> Tensor:
+        return module.residual(x, fc)
+
+    form_of = torch.compile(skipped, backend="eager") if form == "compiled" else skipped
+    computed, dropped = set(), 0
+    for step in range(20):
+        x, results = torch.randn(8, 3), []
+        for run, masks in ((form_of, False), (skipped, True)):
+            module.masks_all = masks
+            fc.zero_grad()
+            module.reset_counts()
+            torch.manual_seed(step)
+            out = run(x)
+            out.square().sum().backward()
+            assert fc.weight.grad is not None
+            results.append((out.detach(), fc.weight.grad.clone()))
+            if not masks:
+                computed.add(module.samples_computed)
+                dropped += module.samples_dropped
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+    assert computed == {5} and 60 <= dropped <= 68, "4.8 of 8 are kept on average"
+    if form == "compiled":
+        assert compilations() == (1, 0)
+
+
+def test_batch_norms_do_not_see_what_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DropPath, "rounds_up", lambda self, batch, device: True)
+    module, norm = DropPath(0.4, mode="skip"), nn.BatchNorm1d(3)
+    computed = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(20):
+            module.reset_counts()
+            module.residual(torch.randn(8, 3), norm)
+            assert module.samples_computed == 8 - module.samples_dropped
+            computed.add(module.samples_computed)
+    assert computed == {4, 5}
+
+
 @pytest.mark.parametrize("name", ["poolformer_n4", "caformer_n4"])
 def test_rates_that_cross_the_break_even_recompile_nothing(
     compilations: Callable[[], tuple[int, int]], name: str

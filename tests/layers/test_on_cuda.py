@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from layers import fast_cuda
 from layers.drop_path import DropPath
+from layers.fast import plain_paths
 from models.config import MetaFormerConfig, PatchConfig
 from models.factory import create_model
+from models.fast_layers import use_fast_layers
 from models.metaformer import build_block
-from stochastic_depth.proof import verify_skip
+from stochastic_depth.proof import randomise_scales, verify_skip
 from stochastic_depth.setting import set_drop_path
 from tests.training.parts import CUDA
 
@@ -97,9 +100,41 @@ def test_branches_that_keep_no_sample(device: str, mixer: str, dtype: torch.dtyp
     for module in drop_paths(model):
         module.drop_prob = 1.0
     out, gradients = step(model, x, dtype)
-    assert torch.equal(out, x) and [module.samples_computed for module in drop_paths(model)] == [0] * 4
+    least = 1 if (device, mixer) == ("cuda", "attention") else 0
+    assert torch.equal(out, x) and [module.samples_computed for module in drop_paths(model)] == [least, 0] * 2
     assert all(int(gradient.count_nonzero()) == 0 for name, gradient in gradients.items() if name != "x")
     torch.testing.assert_close(gradients["x"], 2 * x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["caformer_n4", "poolformer_n4", "vit_tiny_patch16_224", "timm/convnext_atto", "timm/vit_tiny_patch16_224"]
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_fast_paths_compute_what_plain_ones_do(
+    device: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Next to plain float32, whose samples and rates are the same; kernels are tried on small tensors too."""
+    monkeypatch.setattr(fast_cuda.has_kernels, "__kwdefaults__", {"fewest": 1})
+    torch.manual_seed(0)
+    size = 64
+    model = create_model(name, num_classes=5, image_size=size).train()
+    randomise_scales(model)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, size, size))
+    for module in drop_paths(model):
+        module.break_even = 0.0
+    use_fast_layers(model)
+    x = torch.randn(6, *model.pretrained_cfg["input_size"], device=device)  # type: ignore[index]
+    found, gradients = step(model, x, dtype)
+    with plain_paths():
+        expected, plain = step(model, x, torch.float32)
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05
+    close(found.float(), expected, tolerance)
+    norms = {key: float(gradient.float().norm()) for key, gradient in plain.items()}
+    for key, gradient in gradients.items():
+        if norms[key] > 1e-3 * max(norms.values()):  # others are rounding alone, such as that of a key's bias
+            close(gradient, plain[key], 3 * tolerance)
 
 
 @pytest.mark.parametrize("name", ["caformer_n4", "poolformer_n4"])
@@ -119,6 +154,21 @@ def test_rates_change_without_compiling_anew(
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
         assert {module.samples_seen for module in drop_paths(model)} == {8}
     assert compilations() == (1, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gpu_is_given_the_larger_number_at_every_step(device: str) -> None:
+    """Of a large batch; 38.4 samples of it are kept on average."""
+    model, computed, kept = blocks("pooling", device), set(), set()
+    for module in drop_paths(model):
+        module.drop_prob = 0.4
+    for _ in range(20):
+        for module in drop_paths(model):
+            module.reset_counts()
+        model(torch.randn(64, 8, 8, 64, device=device))
+        computed |= {module.samples_computed for module in drop_paths(model)}
+        kept |= {module.samples_seen - module.samples_dropped for module in drop_paths(model)}
+    assert kept == {38, 39} and computed == ({39} if device == "cuda" else kept)
 
 
 @pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "timm/convnext_atto"])

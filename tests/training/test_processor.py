@@ -93,7 +93,7 @@ def test_layers_are_fast_where_that_can_pay() -> None:
 
     assert sped_up(None, "cpu") and sped_up(RuntimeSection(), "cpu")
     assert not sped_up(RuntimeSection(fast_paths=False), "cpu")
-    assert not sped_up(None, "cuda") and not sped_up(None, "cpu", compiled=True)
+    assert sped_up(None, "cuda") and not sped_up(None, "mps") and not sped_up(None, "cpu", compiled=True)
 
 
 @pytest.mark.parametrize("compiled", [True, False])

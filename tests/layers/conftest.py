@@ -1,0 +1,33 @@
+"""Kernels for GPUs where there is no GPU: Triton's interpreter computes them on the CPU (see the conftest above)."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import layers
+from layers import fast_cuda
+from tests.layers.parts import DEVICE
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels, to be called on small tensors, which are many tiles, programs and parts here."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    if DEVICE == "cuda":
+        yield
+        return
+    for name, value in {"TILE": 64, "PROGRAMS": 3, "PARTS": 4}.items():
+        monkeypatch.setattr(fast_cuda, name, value)
+    before = sys.modules.pop("layers.gpu_kernels", None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    importlib.import_module("layers.gpu_kernels")
+    yield
+    del sys.modules["layers.gpu_kernels"]
+    if before is None:
+        del layers.gpu_kernels  # type: ignore[attr-defined]
+    else:
+        sys.modules["layers.gpu_kernels"] = layers.gpu_kernels = before  # type: ignore[attr-defined]
