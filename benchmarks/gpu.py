@@ -8,6 +8,9 @@ turns, each round beginning with another, and every ratio is of pairs of one rou
 - `masked`, `skipping`: ours in these modes. `timm/NAME` is timm's model with our stochastic depth;
 - `timm compiled`: by torch.compile, the whole model; `skipping compiled`: ours, as `--compile` says.
 
+Before the rows each kernel of ours is timed beside torch's form.
+A side's first steps are not measured, in which cuDNN gets to know its shapes and what is compiled is.
+
 cuDNN chooses algorithms by its rules, not by trials, on all sides, as it does in the trainer.
 
 The JSON is written anew after every row, so a run that is killed keeps what is done; the run ends by itself within
@@ -26,6 +29,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from types import FrameType
 from typing import Any, Literal, NamedTuple, TypeAlias
+from unittest.mock import patch
 
 import timm
 import torch
@@ -34,12 +38,14 @@ from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
 
 from benchmarks.drop_path import Branches
+from benchmarks.gpu_kernels import measure_kernels
 from benchmarks.measure import Commands, add_threads, paired_ratio, seconds_of, take_turns, wait
 from benchmarks.roofline import Peak, count_work, peaks
 from benchmarks.sides import Side, autocast, check_rates, our_rates, their_rates
 from files.errors import ConfigError
 from layers.drop_path import BREAK_EVEN, DropPath
 from models.factory import create_model
+from models.fast_layers import use_fast_layers
 from models.layouts import timm_head
 from models.registry import model_config
 from stochastic_depth.places import find_owners
@@ -93,6 +99,9 @@ def add_parsers(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--forms", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--branches", nargs="*", default=list(BREAK_EVEN), help="kinds to find the break-even rate of")
+    parser.add_argument(
+        "--kernels", action=argparse.BooleanOptionalAction, default=True, help="time our kernels beside torch's forms"
+    )
     parser.add_argument("--compile", choices=["whole", "blocks"], default="blocks", help="how ours is compiled")
     parser.add_argument("--batch", type=int, default=256, help="halved for a row that does not fit into memory")
     parser.add_argument("--image-size", type=int, default=224)
@@ -147,6 +156,13 @@ def gpu_benchmark(args: argparse.Namespace) -> dict[str, Any]:
             peak, result["peak"] = peaks(device)
             print(f"peak: {result['peak']}", flush=True)
             save()
+            if args.kernels:
+                result["kernels"] = measure_kernels(device, args.batch, args.rounds)
+                for kernel in result["kernels"]:
+                    print(
+                        "{what}, {dtype}, {shape}: {plain_over_kernels} x torch's form".format_map(kernel), flush=True
+                    )
+                save()
             for task in list(left):
                 kind = "branch" if isinstance(task, str) else task.form
                 begun = time.monotonic()
@@ -315,6 +331,8 @@ def build(row: Row, side: str, image_size: int) -> nn.Module:
     model = create_model(row.model, num_classes=CLASSES, **more)
     mode = "mask" if side == "masked" else "skip"
     set_drop_path(model, row.rate, profile=row.profile, mode=mode, input_size=(3, image_size, image_size))
+    if "compiled" not in side:
+        use_fast_layers(model)  # as the trainer does
     return model
 
 
@@ -328,6 +346,10 @@ def warm_up(name: str, side: Side, how: str) -> dict[str, Any]:
     """
     device = side.images.device
     found: dict[str, Any] = {}
+    if name.startswith("skipping"):
+        for rounded_up in (False, True):
+            with kept_samples(rounded_up):
+                side.step()
     if "compiled" in name:
         graphs, breaks, start = graphs_so_far(), breaks_so_far(), time.perf_counter()
         compile_in_place(side.model, "blocks" if how == "blocks" and name.startswith("skipping") else True)
@@ -346,6 +368,21 @@ def warm_up(name: str, side: Side, how: str) -> dict[str, Any]:
         side.step()
         found["peak_mb"] = round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
     return found
+
+
+@contextmanager
+def kept_samples(rounded_up: bool) -> Iterator[None]:
+    """Inside it every module keeps as many samples as the rounding says, not as chance does.
+
+    Each of the two batch sizes that a module hands on at one rate is new to cuDNN once, and then costs it some 20 ms for
+    each convolution: in the first steps of a run, which are not what is measured.
+    """
+
+    def count(module: DropPath, batch: int) -> Tensor:
+        return torch.tensor(min(batch, int(batch * (1.0 - module.rate)) + rounded_up))
+
+    with patch.object(DropPath, "_draw_count", count):
+        yield
 
 
 def graphs_so_far() -> int:

@@ -32,6 +32,7 @@ from stochastic_depth.setting import set_drop_path
 from tests.training.parts import CUDA
 
 TRIAL = ["--device", "cpu", "--batch", "2", "--image-size", "32", "--rounds", "2", "--steps", "1", "--threads", "1"]
+TRIAL += ["--no-kernels"]
 PEAK = Peak(1.0, 0.1, "measured")
 
 
@@ -56,7 +57,8 @@ def test_a_trial_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     def told_so_far() -> list[Any]:
         return json.loads((tmp_path / "new.json").read_text())["rows"]
 
-    told = trial(tmp_path / "new.json")
+    told = trial(tmp_path / "new.json", "--kernels")
+    assert {row["plain_over_kernels"] > 0 for row in told["kernels"]} == {True}
     assert set(told["empty_batches"].values()) == {"ok"} and told["peak"]["used"] == "measured"
     assert written == [0, 1, 1], "the file holds what is done before the next begins"
     for row in told["rows"]:
