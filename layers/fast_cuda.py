@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.fast import autocast_dtype, plain_gradients, run, takes, wants_plain_gradients
+from layers.fast import are_plain, autocast_dtype, plain_gradients, run, takes, wants_plain_gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -135,6 +135,7 @@ def takes_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether `layer_norm` and `group_norm` take an input, (..., C), and a weight and bias (C,)."""
     return (
         takes(x)
+        and are_plain(weight, bias)
         and x.shape[-1] <= MOST_CHANNELS
         and (autocast_dtype(x) is not None or all(t is None or t.dtype == x.dtype for t in (weight, bias)))
         and has_kernels(x, weight, bias)

@@ -37,7 +37,9 @@ def split_samples(x: Tensor, order: Tensor, count: int) -> tuple[Tensor, Tensor]
     Returns:
         The samples (B', ...) in x's layout in memory, and x, not to be changed in place.
     """
-    return run(_Split, x, order, count)
+    if not torch.is_grad_enabled():
+        return take_samples(x, order, count), x
+    return _Split.apply(x, order, count)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def take_samples(x: Tensor, order: Tensor, count: int) -> Tensor:

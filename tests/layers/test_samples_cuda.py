@@ -68,6 +68,18 @@ def test_a_draw_equals_its_mask(layout: str, computed: int, counting: int) -> No
     assert torch.equal(draw.as_mask().scaled(torch.ones_like(x)), mask.expand_as(x))
 
 
+def test_without_gradients() -> None:
+    """As in a Monte-Carlo evaluation, where dropped samples are dropped too."""
+    torch.manual_seed(0)
+    x, order = batch(5, 4), torch.randperm(5, device=DEVICE)
+    draw = Draw(5, torch.tensor(1.25), order[:3], order=order, counting=2)
+    mask = torch.zeros(5, 1, device=DEVICE).index_fill(0, order[:2], 1.25)
+    with torch.no_grad():
+        taken, shortcut = draw.split(x)
+        torch.testing.assert_close(draw.add(shortcut, torch.sin(taken)), x + torch.sin(x) * mask)
+        torch.testing.assert_close(draw.put_scaled(torch.sin(draw.take(x))), torch.sin(x) * mask)
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_what_is_put_lies_where_it_was_taken(groups: int) -> None:
     torch.manual_seed(0)
