@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import layers
 from layers import fast_cuda
@@ -25,9 +26,22 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = sys.modules.pop("layers.gpu_kernels", None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     importlib.import_module("layers.gpu_kernels")
-    yield
-    del sys.modules["layers.gpu_kernels"]
-    if before is None:
-        del layers.gpu_kernels  # type: ignore[attr-defined]
-    else:
-        sys.modules["layers.gpu_kernels"] = layers.gpu_kernels = before  # type: ignore[attr-defined]
+    try:
+        _try_a_loop()
+        yield
+    finally:
+        del sys.modules["layers.gpu_kernels"]
+        if before is None:
+            del layers.gpu_kernels  # type: ignore[attr-defined]
+        else:
+            sys.modules["layers.gpu_kernels"] = layers.gpu_kernels = before  # type: ignore[attr-defined]
+
+
+def _try_a_loop() -> None:
+    """Skips the test where an older Triton's interpreter meets a newer NumPy, as 3.6 does 2.4."""
+    try:
+        fast_cuda.group_norm_moments(torch.zeros(1, 1))
+    except Exception as error:
+        if "only 0-dimensional arrays" not in str(error):
+            raise
+        pytest.skip("this Triton's interpreter does not know loops with this NumPy")
