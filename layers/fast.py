@@ -287,9 +287,13 @@ def no_view(y: Tensor) -> Tensor:
 
 def wants_plain_gradients(grad: Tensor) -> bool:
     """Whether a gradient is itself differentiated, or taken for many upstream gradients at once (`is_grads_batched`)."""
+    return torch.is_grad_enabled() or is_batched(grad)
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for many tensors at once, of `is_grads_batched` or torch.func."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]
-    batched = functorch.is_legacy_batchedtensor(grad) or functorch.maybe_current_level() is not None
-    return torch.is_grad_enabled() or batched
+    return functorch.is_legacy_batchedtensor(x) or functorch.maybe_current_level() is not None
 
 
 def plain_gradients(plain: Any, ctx: Any, inputs: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:

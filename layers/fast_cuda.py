@@ -41,18 +41,17 @@ PARTS = 16
 """Parts that a sample's statistics are taken of."""
 
 
-def has_kernels(*tensors: Tensor | None, fewest: int = FEWEST) -> bool:
+def has_kernels(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors: large enough, without gaps, on a GPU where they work.
 
     Args:
-        tensors: The first says how large; `None` is passed over.
-        fewest: Numbers in the first at least.
+        tensors: The first, of `FEWEST` numbers at least, says how large; `None` is passed over.
     """
     x = tensors[0]
     return (
         x is not None
         and x.device.type == "cuda"
-        and x.numel() >= fewest
+        and x.numel() >= FEWEST
         and all(t is None or (t.dtype in DTYPES and t.is_contiguous() and t.device == x.device) for t in tensors)
         and _work(x.device)
     )
@@ -183,7 +182,7 @@ class _LayerNorm(torch.autograd.Function):
             plain = lambda x, *affine: _plain_layer_norm(x, *affine, eps=eps, dtype=dtype)  # noqa: E731
             return *plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None, None
         of_x, of_weight, of_bias = layer_norm_gradients(grads[0].contiguous(), x, weight, eps)
-        return of_x, *_as(of_weight, weight), *_as(of_bias, bias), None, None
+        return of_x, _as(of_weight, weight), _as(of_bias, bias), None, None
 
 
 def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
@@ -256,7 +255,7 @@ class _GroupNorm(torch.autograd.Function):
             plain = lambda x, *affine: _plain_group_norm(x, *affine, eps=eps, dtype=dtype)  # noqa: E731
             return *plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None, None
         of_x, of_weight, of_bias = group_norm_gradients(grads[0].contiguous(), x, sums, weight, eps)
-        return of_x, *_as(of_weight, weight), *_as(of_bias, bias), None, None
+        return of_x, _as(of_weight, weight), _as(of_bias, bias), None, None
 
 
 def group_norm_moments(x: Tensor) -> Tensor:
@@ -338,8 +337,8 @@ def group_norm_gradients(
     return of_x, of_weight, of_bias
 
 
-def _as(gradient: Tensor, of: Tensor | None) -> tuple[Tensor | None]:
-    return (None if of is None else gradient.to(of.dtype),)
+def _as(gradient: Tensor, of: Tensor | None) -> Tensor | None:
+    return None if of is None else gradient.to(of.dtype)
 
 
 def _plain_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.fast import is_eager, run
+from layers.fast import is_batched, is_eager, run
 
 SMALL_BATCH = 2**18
 """Numbers of a batch up to which adding sample by sample is faster."""
@@ -295,6 +295,6 @@ def _in_rows(x: Tensor) -> bool:
     """Whether samples are copied as rows of memory."""
     if not is_eager(x) or x.ndim < 2 or not x.numel():
         return False
-    if torch._C._functorch.is_legacy_batchedtensor(x):  # type: ignore[attr-defined]
-        return False  # many gradients at once
+    if is_batched(x):
+        return False
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layers import samples
-from layers.fast import is_eager, run
+from layers.fast import is_batched, is_eager, run, wants_plain_gradients
 from layers.fast_cuda import MOST_SAMPLES, has_kernels, put_rows, take_rows
 from layers.samples import empty_like_samples, memory_order
 
@@ -21,7 +21,7 @@ def takes_samples(x: Tensor) -> bool:
         is_eager(x, "cuda")
         and x.ndim >= 2
         and len(x) <= MOST_SAMPLES
-        and not _is_batched(x)
+        and not is_batched(x)
         and has_kernels(_ordered(x))
     )
 
@@ -57,7 +57,7 @@ def put_samples(out: Tensor, order: Tensor, scale: float, counting: int | None) 
         counting: How many of them are put, the first; `None`: all.
     """
     counting = len(out) if counting is None else counting
-    if _is_batched(out):
+    if is_batched(out):
         return samples.put_samples(out[:counting], order[:counting], len(order), scale)
     return run(_Put, out, order, scale, counting)
 
@@ -73,7 +73,7 @@ def add_samples(x: Tensor, order: Tensor, out: Tensor, scale: float, counting: i
         counting: How many of out are added, the first; `None`: all.
     """
     counting = len(out) if counting is None else counting
-    if _is_batched(x) or _is_batched(out):
+    if is_batched(x) or is_batched(out):
         return samples.add_samples(x, order[:counting], out[:counting].to(x.dtype), scale)
     return run(_Add, x, order, out, scale, counting)
 
@@ -131,7 +131,7 @@ class _Add(torch.autograd.Function):
 
 def _gradient(ctx: Any, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """Of the samples that were put, from that of the batch."""
-    if torch.is_grad_enabled() or _is_batched(grad):  # it is differentiated again, or many are taken at once
+    if wants_plain_gradients(grad):  # it is differentiated again, or many are taken at once
         counts = torch.arange(ctx.computed, device=grad.device) < ctx.counting
         taken = samples.take_samples(grad, ctx.order[: ctx.computed]) * ctx.scale
         return (taken * counts.view(-1, *(1,) * (grad.ndim - 1))).to(dtype)
@@ -155,10 +155,6 @@ def _placed(out: Tensor, order: Tensor, base: Tensor | None, scale: float, count
     rows = out.permute(by).contiguous()
     put_rows(rows[:counting], order, None if base is None else like.permute(by), result.permute(by), scale)
     return result
-
-
-def _is_batched(x: Tensor) -> bool:
-    return torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
 
 
 def _ordered(x: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def test_fast_paths_compute_what_plain_ones_do(
     device: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Next to plain float32, whose samples and rates are the same; kernels are tried on small tensors too."""
-    monkeypatch.setattr(fast_cuda.has_kernels, "__kwdefaults__", {"fewest": 1})
+    monkeypatch.setattr(fast_cuda, "FEWEST", 1)
     torch.manual_seed(0)
     size = 64
     model = create_model(name, num_classes=5, image_size=size).train()
