@@ -152,16 +152,16 @@ def gpu_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     try:
         with time_limit(args.budget):
             result["empty_batches"] = empty_batches(device)
-            print(f"empty batches: {result['empty_batches']}", flush=True)
             peak, result["peak"] = peaks(device)
-            print(f"peak: {result['peak']}", flush=True)
+            print(f"empty batches: {result['empty_batches']}\npeak: {result['peak']}", flush=True)
             save()
             if args.kernels:
-                result["kernels"] = measure_kernels(device, args.batch, args.rounds)
-                for kernel in result["kernels"]:
-                    print(
-                        "{what}, {dtype}, {shape}: {plain_over_kernels} x torch's form".format_map(kernel), flush=True
-                    )
+                try:
+                    result["kernels"] = measure_kernels(device, args.batch, args.rounds)
+                except Exception as error:
+                    result["errors"] = [_failed("kernels", error, args.budget - (time.monotonic() - started))]
+                for kernel in result.get("kernels") or result["errors"]:
+                    print(", ".join(f"{key} {value}" for key, value in kernel.items()), flush=True)
                 save()
             for task in list(left):
                 kind = "branch" if isinstance(task, str) else task.form
@@ -174,10 +174,7 @@ def gpu_benchmark(args: argparse.Namespace) -> dict[str, Any]:
                     else:
                         done, into = measure_row(task, args, device, peak), "rows"
                 except Exception as error:  # nobody is there to start it again: the other rows are worth having
-                    if time.monotonic() - started >= args.budget:
-                        raise BudgetOver from error
-                    text = f"{type(error).__name__}: {error}".strip()[:600]
-                    done, into = {"what": str(task), "error": text}, "errors"
+                    done, into = _failed(str(task), error, args.budget - (time.monotonic() - started)), "errors"
                 left.remove(task)
                 result.setdefault(into, []).append(done)
                 longest[kind] = max(longest[kind], time.monotonic() - begun)
@@ -195,6 +192,17 @@ def gpu_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     if left:
         print(f"not measured: {', '.join(result['left'])}")
     return result
+
+
+def _failed(what: str, error: Exception, seconds: float) -> dict[str, str]:
+    """What is told of something that could not be measured.
+
+    Raises:
+        BudgetOver: No seconds are left, which may be why.
+    """
+    if seconds <= 0:
+        raise BudgetOver from error
+    return {"what": what, "error": f"{type(error).__name__}: {error}".strip()[:600]}
 
 
 @contextmanager

@@ -5,15 +5,15 @@ dtype and size, never by timing, so the same machine always computes the same bi
 
 - `linear`: oneDNN's inner product forward and for the input's gradient. torch gives float32 to MKL, whose kernels are
   slow on other vendors' processors; on Intel's they stay for few rows.
-- `act_linear`, and `fast_conv.star_relu_conv`: an activation and the layer behind it keep the activation's input only and
+- `fast_mlp`, and `fast_conv.star_relu_conv`: an activation and the layer behind it keep the activation's input only and
   compute the activation again in backward, so that the widest tensors of a block are kept once instead of two to four
   times.
 - `fast_conv.depthwise_conv`, and `star_relu_conv`: the gradient of a large depthwise kernel is taken by a convolution, of
   the images with their gradients, which oneDNN computes several times as fast as what it has for that.
 - `mean_minus_self`: pooling minus its input in one tensor, keeping none.
-- `fast_norm`: in bfloat16, the gradients of a layer norm's weight and bias summed in float32. It takes longer; torch's are
-  5 to 70 % off.
+- `fast_norm`: in bfloat16, the gradients of a layer norm's weight and bias summed in float32; torch's are 5 to 70 % off.
 - `fast_attention`: with gradients, products and a softmax one after the other where there are few tokens.
+- `fast_cpu`: in training, what stands between the products in one pass over memory, by kernels compiled on the spot.
 
 On a GPU, in float32 and half precision: `fast_cuda`'s kernels for taking and adding samples, norms, pooling and StarReLU,
 `fast_conv` for the gradient of a depthwise convolution's input, and, as on a CPU, scales that are put into weights.
@@ -36,6 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+
+from layers import fast_cpu
 
 FEWEST_PRODUCTS = 2**22
 """Multiplications of a linear layer from which oneDNN's call costs less than it saves."""
@@ -127,45 +129,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As `F.linear`, (..., C) -> (..., D), with `takes(x)`."""
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    if not _is_large(x, weight):
-        return F.linear(*_cast(x, weight, bias))
-    return run(_Linear, *_cast(x, weight, bias, leave=True))
-
-
-def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
-    """As `act(F.linear(...))` without gradients, (..., C) -> (..., D), with `takes(x)`; act: a key of `ACTS`."""
-    x, weight, bias = _cast(x, weight, bias)
-    fused = {"squared_relu": "relu"}.get(act, act)
-    if fused not in ("gelu", "relu") or not _is_large(x, weight):
-        return ACTS[act](F.linear(x, weight, bias))
-    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, fused, [], "none")
-    return y.square_() if act == "squared_relu" else y
-
-
-def act_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
-    """As `F.linear(act(x), weight, bias)`, (..., C) -> (..., D), with `takes(x)`; keeps x, not act(x).
-
-    Args:
-        x: Output of another layer.
-        weight: (D, C).
-        bias: (D,) or `None`.
-        act: A key of `ACTS`.
-    """
-    return run(_ActLinear, *_cast(x, weight, bias, leave=True), act)
+    if not is_large(x, weight):
+        return F.linear(*cast(x, weight, bias))
+    return run(_Linear, *cast(x, weight, bias, leave=True))
 
 
 def mean_minus_self(x: Tensor, size: int) -> Tensor:
     """Average pooling with stride 1 minus the input, (B, H, W, C) to the same, with `takes(x)`; keeps nothing."""
     return run(_MeanMinusSelf, x, size)
-
-
-ACTS = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "squared_relu": lambda x: F.relu(x).square(),
-}
-"""Activations that `act_linear` knows, by name."""
 
 
 class FastLinear(nn.Linear):
@@ -203,7 +174,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return no_view(_product(x, weight.to(x.dtype), bias))
+        return no_view(product(x, weight.to(x.dtype), bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -212,62 +183,40 @@ class _Linear(torch.autograd.Function):
             plain = lambda x, weight, bias: F.linear(x, weight.to(x.dtype), bias)  # noqa: E731
             return plain_gradients(plain, ctx, (x, weight, bias), grads[0])
         grad = grads[0].contiguous()
-        grad_x = _product(grad, weight.to(x.dtype).t(), None) if ctx.needs_input_grad[0] else None
-        return grad_x, *_weight_gradients(ctx, grad, x)
-
-
-class _ActLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.act = act
-        return no_view(_product(_act(x, act), weight.to(x.dtype), bias))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, bias = ctx.saved_tensors
-        act = ctx.act
-        if wants_plain_gradients(grads[0]):
-            plain = lambda x, weight, bias: F.linear(ACTS[act](x), weight.to(x.dtype), bias)  # noqa: E731
-            return *plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None
-        grad = grads[0].contiguous()
-        of_weight = _weight_gradients(ctx, grad, _act(x, act))
-        grad_x = _act_gradient(grad, x, weight.to(x.dtype), act) if ctx.needs_input_grad[0] else None
-        return grad_x, *of_weight, None
+        return (
+            product(grad, weight.to(x.dtype).t(), None) if ctx.needs_input_grad[0] else None,
+            weight_gradient(grad, x) if ctx.needs_input_grad[1] else None,
+            bias_gradient(grad) if ctx.needs_input_grad[2] else None,
+        )
 
 
 class _MeanMinusSelf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
-        ctx.size = size
-        return no_view(_pool(x, size).sub_(x))
+        ctx.size, x = size, x.contiguous()
+        return no_view(fast_cpu.mean_minus_self(x, size) if _pools(x) else _pool(x, size).sub_(x))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         size = ctx.size
         grad = grads[0].contiguous()
+        if _pools(grad) and not wants_plain_gradients(grads[0]):
+            return fast_cpu.mean_minus_self(grad, size, backward=True), None
         # sums over windows again, of each gradient by its window's size; torch's own backward in bfloat16 is slow
         share = _pool(grad.new_ones(1, *grad.shape[1:3], 1), size, over_padding=True)
         return _pool(grad / share, size, over_padding=True).sub_(grad), None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias by oneDNN, or the plain way where there is little of it."""
-    if not _is_large(x, weight):
+    if not is_large(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _weight_gradients(ctx: Any, grad: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight and bias, which are the second and third input."""
-    rows = grad.reshape(-1, grad.shape[-1]) if grad.numel() else grad.new_empty(0, grad.shape[-1])  # (N, D)
-    inputs = x.reshape(rows.shape[0], x.shape[-1])  # (N, C)
-    of_weight = _weight_gradient(rows, inputs) if ctx.needs_input_grad[1] else None
-    return of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
-
-
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """(D, C) of a layer's output's gradient (N, D) and its input (N, C)."""
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """(D, C) of a linear layer's output's gradient (..., D) and its input (..., C), both without gaps."""
+    grad, x = _rows_of(grad), _rows_of(x)
     if x.dtype == torch.float32 and len(x) >= MANY_ROWS:
         # of a 1 x 1 convolution on an image of 1 x N; products make a transposed copy, or cut so long a sum badly
         images = [rows.view(1, 1, *rows.shape).permute(0, 3, 1, 2) for rows in (grad, x)]
@@ -278,6 +227,18 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
         )[1]
         return of_weight.flatten(1)
     return grad.t() @ x
+
+
+def bias_gradient(grad: Tensor) -> Tensor:
+    """(D,) of a linear layer's output's gradient (..., D), without gaps."""
+    if fast_cpu.has_kernels(grad):
+        return fast_cpu.column_sums(grad).to(grad.dtype)
+    return _rows_of(grad).sum(0)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """(..., C) as (N, C)."""
+    return x.reshape(x.numel() // x.shape[-1], x.shape[-1])
 
 
 def no_view(y: Tensor) -> Tensor:
@@ -309,20 +270,9 @@ def plain_gradients(plain: Any, ctx: Any, inputs: tuple[Tensor | None, ...], gra
     return tuple(of.get(i) for i in range(len(inputs)))
 
 
-def _act(x: Tensor, act: str) -> Tensor:
-    return F.relu(x).square_() if act == "squared_relu" else ACTS[act](x)
-
-
-def _act_gradient(grad: Tensor, x: Tensor, weight: Tensor, act: str) -> Tensor:
-    """Gradient of act's input x, from that of the linear layer behind it, grad."""
-    if act == "squared_relu":
-        return _product(grad, (2 * weight).t(), None).mul_(F.relu(x))
-    inner = _product(grad, weight.t(), None)
-    if act == "gelu":
-        return torch.ops.aten.gelu_backward.grad_input(inner, x, grad_input=inner)
-    if act == "silu":
-        return torch.ops.aten.silu_backward.grad_input(inner, x, grad_input=inner)
-    return torch.ops.aten.threshold_backward.grad_input(inner, x, 0, grad_input=inner)
+def _pools(x: Tensor) -> bool:
+    """Whether there is a kernel for pooling x, (B, H, W, C)."""
+    return fast_cpu.has_kernels(x) and x.shape[2] * x.shape[3] <= fast_cpu.MOST_LINE
 
 
 def _pool(x: Tensor, size: int, *, over_padding: bool = False) -> Tensor:
@@ -332,7 +282,7 @@ def _pool(x: Tensor, size: int, *, over_padding: bool = False) -> Tensor:
     return y.permute(0, 2, 3, 1)
 
 
-def _is_large(x: Tensor, weight: Tensor) -> bool:
+def is_large(x: Tensor, weight: Tensor) -> bool:
     if _HAS_FAST_MKL and dtype_of(x) == torch.float32 and x.numel() < MANY_ROWS * x.shape[-1]:
         return False
     return x.numel() * weight.shape[0] >= FEWEST_PRODUCTS
@@ -350,7 +300,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
-def _cast(
+def cast(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, leave: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """All in the dtype that a linear layer of x computes in.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers import fast_cpu
 from layers.fast import plain_gradients, run, wants_plain_gradients
 
 MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 256}
@@ -75,12 +76,8 @@ class _Attention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             q, k, v = parts.unbind(0)
             scale = q.shape[-1] ** -0.5
-            if bias is None:
-                scores = _scaled_product(q.float(), k.float().mT, scale)
-            else:
-                products = torch.bmm(q, k.mT).unflatten(0, (-1, len(bias)))
-                scores = torch.add(bias.float(), products, alpha=scale).flatten(0, 1)
-            weights = scores.softmax(-1).to(parts.dtype)  # (S, N, N)
+            products = torch.bmm(q.float(), k.float().mT) if bias is None else torch.bmm(q, k.mT)
+            weights = _softmax(products, bias, scale, parts.dtype)  # (S, N, N)
             ctx.save_for_backward(parts, weights, bias)
             return torch.bmm(weights, v)
 
@@ -100,6 +97,16 @@ class _Attention(torch.autograd.Function):
             _scaled_product(of_scores, k, scale, out=found[0])
             _scaled_product(of_scores.mT, q, scale, out=found[1])
             return found, of_bias
+
+
+def _softmax(products: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    """softmax(scale * products + bias), (S, N, N), in float32, then in a dtype; bias: (B, N, N), B a divisor of S."""
+    if fast_cpu.has_softmax(products):
+        return fast_cpu.softmax(products, None if bias is None else bias.float().contiguous(), scale, dtype)
+    if bias is None:
+        return products.mul_(scale).softmax(-1).to(dtype)
+    scores = torch.add(bias.float(), products.unflatten(0, (-1, len(bias))), alpha=scale)
+    return scores.softmax(-1).to(dtype).flatten(0, 1)
 
 
 def _scaled_product(x: Tensor, y: Tensor, scale: float, out: Tensor | None = None) -> Tensor:

@@ -45,13 +45,14 @@ def has_kernels(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors: large enough, without gaps, on a GPU where they work.
 
     Args:
-        tensors: The first, of `FEWEST` numbers at least, says how large; `None` is passed over.
+        tensors: The first, of `FEWEST` numbers at least and `MOST_SAMPLES` at most, says how large; `None` is passed over.
     """
     x = tensors[0]
     return (
         x is not None
         and x.device.type == "cuda"
         and x.numel() >= FEWEST
+        and len(x) <= MOST_SAMPLES
         and all(t is None or (t.dtype in DTYPES and t.is_contiguous() and t.device == x.device) for t in tensors)
         and _work(x.device)
     )

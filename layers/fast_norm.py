@@ -1,17 +1,19 @@
-"""Layer norm: in bfloat16 on a CPU with exact gradients of its weight and bias, on a GPU by a kernel; see `layers.fast`.
+"""Layer norm: in training on a CPU and on a GPU by kernels, and in bfloat16 with exact gradients; see `layers.fast`.
 
-On a CPU torch adds these up in bfloat16, over all rows of a batch: of 43,904 rows of 96 numbers the weight's gradient comes
-out 15 % off, the bias's 32 %, and more where the rows agree, since a large sum no longer moves. Here they are summed in
-float32, by the backward pass of a batch norm, whose weight's gradient is that sum. Backward takes 1.4 to 1.7 times as long.
+On a CPU torch adds up the gradients of weight and bias in bfloat16, over all rows of a batch: of 43,904 rows of 96 numbers
+the weight's comes out 15 % off, the bias's 32 %, and more where the rows agree, since a large sum no longer moves. Here they
+are summed in float32: by the kernels of `layers.fast_cpu`, or without them by the backward pass of a batch norm, whose
+weight's gradient is that sum (backward then takes 1.4 to 1.7 times as long as torch's).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers import fast_cuda
+from layers import fast_cpu, fast_cuda
 from layers.fast import are_plain, no_view, plain_gradients, takes, wants_plain_gradients
 
 
@@ -27,15 +29,15 @@ def layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor 
         bias: (C,) or `None`.
         eps: Added to the variance.
     """
-    if not torch.jit.is_scripting() and wants_exact_gradients(x, weight, bias):
-        return _exact_layer_norm(x, weight, bias, eps)
+    if not torch.jit.is_scripting() and is_trained_on_cpu(x, weight, bias):
+        return _layer_norm_on_cpu(x, weight, bias, eps)
     if not torch.jit.is_scripting() and has_kernel(x, weight, bias):
         return _kernel_layer_norm(x, weight, bias, eps)
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
 @torch.jit.unused
-def _exact_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _layer_norm_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -51,53 +53,74 @@ def has_kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
 
 
 @torch.jit.unused
-def wants_exact_gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether torch would sum the gradients of weight or bias, (C,), in bfloat16, and fast paths may be taken."""
+def is_trained_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a norm of x, (..., C), with weight and bias (C,) has gradients, and `_LayerNorm` is faster or more exact."""
     return (
         isinstance(x, Tensor)
-        and x.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and torch.is_grad_enabled()
-        and weight is not None
-        and (weight.requires_grad or (bias is not None and bias.requires_grad))
-        and x.numel() > 0
-        and takes(x)
+        and takes(x)  # before sizes are looked at, which compiled code would remember
         and are_plain(weight, bias)
+        and x.numel() > 0
+        and (x.requires_grad or _is_trained(weight, bias))
+        and (fast_cpu.has_kernels(x) or (x.dtype == torch.bfloat16 and _is_trained(weight, bias)))
+        and (x.dtype == torch.bfloat16 or all(t is None or t.dtype == x.dtype for t in (weight, bias)))
     )
+
+
+def _is_trained(*weights: Tensor | None) -> bool:
+    return any(weight is not None and weight.requires_grad for weight in weights)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         x, ctx.eps = x.contiguous(), eps
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        if fast_cpu.has_kernels(x):
+            y, mean, rstd = fast_cpu.layer_norm(x, _in_float32(weight), _in_float32(bias), eps, x.dtype)
+        else:
+            y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return no_view(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        shape, eps = x.shape[-1:], ctx.eps
+        shape, eps, wanted = x.shape[-1:], ctx.eps, ctx.needs_input_grad
         if wants_plain_gradients(grads[0]):
             plain = lambda x, weight, bias: F.layer_norm(x, shape, weight, bias, eps)  # noqa: E731
             return *plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None
-        grad, of_x = grads[0].contiguous(), None
-        if ctx.needs_input_grad[0]:
+        grad = grads[0].contiguous()
+        if fast_cpu.has_kernels(x, grad):
+            of_x, *sums = fast_cpu.layer_norm_backward(grad, x, _in_float32(weight), mean, rstd)
+            return of_x, *_given(sums, (weight, bias), wanted[1:3]), None
+        of_x = None
+        if wanted[0]:
             only_x = [True, False, False]
             of_x = torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, rstd, weight, bias, only_x)[0]
-        if not any(ctx.needs_input_grad[1:3]):
+        if not any(wanted[1:3]):
             return of_x, None, None, None
         standard = torch.native_layer_norm(x, shape, None, None, eps)[0]
-        return of_x, *_column_sums(grad, standard, weight, ctx.needs_input_grad[1:3]), None
+        return of_x, *_given(_column_sums(grad, standard), (weight, bias), wanted[1:3]), None
 
 
-def _column_sums(grad: Tensor, x: Tensor, weight: Tensor, wanted: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Sums over rows of grad * x and of grad, both (..., C) -> (C,), in float32, then in the weight's dtype."""
+def _given(sums: Sequence[Tensor], weights: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of weights, as far as wanted, in their dtypes."""
+    return [
+        sum.to(weight.dtype) if want and weight is not None else None
+        for sum, weight, want in zip(sums, weights, wanted, strict=True)
+    ]
+
+
+def _in_float32(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.float().contiguous()
+
+
+def _column_sums(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over rows of grad * x and of grad, both (..., C) -> (C,), in float32."""
     channels = x.shape[-1]
     images = [rows.view(1, 1, -1, channels).permute(0, 3, 1, 2) for rows in (grad, x)]
     ones, zeros = (fill(channels, dtype=torch.float32) for fill in (torch.ones, torch.zeros))
     # of a batch norm with mean 0 and variance 1
-    sums = torch.ops.aten.native_batch_norm_backward(
-        *images, ones, None, None, zeros, ones, True, 0.0, [False, *wanted]
-    )[1:]
-    return tuple(each.to(weight.dtype) if want else None for each, want in zip(sums, wanted, strict=True))  # type: ignore[return-value]
+    mask = [False, True, True]
+    return torch.ops.aten.native_batch_norm_backward(*images, ones, None, None, zeros, ones, True, 0.0, mask)[1:]

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers import fast_cuda
-from layers.fast import act_linear, are_plain, is_linear, linear, linear_act, scaled, takes
+from layers.fast import are_plain, is_linear, scaled, takes
+from layers.fast_mlp import mlp
 from layers.norm import LayerNorm
 
 
@@ -130,9 +131,7 @@ def fast_mlp(x: Tensor, fc1: Any, act: nn.Module, fc2: Any, scale: Tensor | None
         shift = act.bias * weight.sum(1)
         weight, bias = weight * act.scale, shift if bias is None else bias + shift
     weight, bias = scaled(weight, bias, scale)
-    if not torch.is_grad_enabled():
-        return linear(linear_act(x, fc1.weight, fc1.bias, name), weight, bias)
-    return act_linear(linear(x, fc1.weight, fc1.bias), weight, bias, name)
+    return mlp(x, fc1.weight, fc1.bias, weight, bias, name)
 
 
 def _name_of(act: nn.Module) -> str | None:

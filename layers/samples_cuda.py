@@ -11,19 +11,13 @@ from torch import Tensor
 
 from layers import samples
 from layers.fast import is_batched, is_eager, run, wants_plain_gradients
-from layers.fast_cuda import MOST_SAMPLES, has_kernels, put_rows, take_rows
+from layers.fast_cuda import has_kernels, put_rows, take_rows
 from layers.samples import empty_like_samples, memory_order
 
 
 def takes_samples(x: Tensor) -> bool:
     """Whether the functions of this file take a batch, (B, ...)."""
-    return (
-        is_eager(x, "cuda")
-        and x.ndim >= 2
-        and len(x) <= MOST_SAMPLES
-        and not is_batched(x)
-        and has_kernels(_ordered(x))
-    )
+    return is_eager(x, "cuda") and x.ndim >= 2 and not is_batched(x) and has_kernels(_ordered(x))
 
 
 def split_samples(x: Tensor, order: Tensor, count: int) -> tuple[Tensor, Tensor]:

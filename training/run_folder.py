@@ -20,6 +20,7 @@ import torch
 from files.durable import save_text
 from files.errors import ConfigError, nearest
 from files.lock import LOCK
+from layers.fast_cpu import describe_compiler
 from training.distributed import World
 from training.metrics import METRICS
 from training.rates import RATE_COLUMNS
@@ -213,6 +214,7 @@ def describe_environment(world: World, *, decoder: str | None = None) -> dict[st
         "commit": _commit(),
         "device": torch.cuda.get_device_name(world.device) if on_cuda else str(world.device),
         "processor": describe_processor(),
+        "compiler": None if on_cuda else describe_compiler(),
         "processes": world.size,
         "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
@@ -245,7 +247,7 @@ def changed_environment(folder: RunFolder, world: World, *, decoder: str | None 
     if not isinstance(before, dict):
         return []
     now = describe_environment(world, decoder=decoder)
-    keys = ("device", "processor", "threads", "torch", "torchvision", "timm", "numpy", "decoder", "cuda")
+    keys = ("device", "processor", "compiler", "threads", "torch", "torchvision", "timm", "numpy", "decoder", "cuda")
     return [f"{key} was {before[key]}, is now {now[key]}" for key in keys if key in before and before[key] != now[key]]
 
 

@@ -46,6 +46,21 @@ def trial(output: Path, *more: str) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
+def test_kernels_that_fail_do_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no kernel today")
+
+    monkeypatch.setattr(gpu, "measure_kernels", fail)
+    monkeypatch.setattr(gpu, "peaks", lambda _: (Peak(1.0, 1.0, "data sheet"), {}))
+    monkeypatch.setattr(gpu, "plan", lambda *_: ["pooling"])
+    monkeypatch.setattr(gpu, "measure_branch", lambda *_: {"kind": "pooling"})
+    monkeypatch.setattr(gpu, "in_words", lambda *_: "pooling")
+    told = trial(tmp_path / "new.json", "--kernels")
+    assert told["errors"] == [{"what": "kernels", "error": "RuntimeError: no kernel today"}]
+    assert told["break_even"] == [{"kind": "pooling"}] and "kernels" not in told
+    assert "no kernel today" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_trial_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     model = "timm/test_vit"

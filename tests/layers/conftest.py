@@ -1,4 +1,4 @@
-"""Kernels for GPUs where there is no GPU: Triton's interpreter computes them on the CPU (see the conftest above)."""
+"""Kernels: those for CPUs on small tensors too, or not at all, and those for GPUs where there is no GPU."""
 
 import importlib
 import importlib.util
@@ -9,13 +9,28 @@ import pytest
 import torch
 
 import layers
-from layers import fast_cuda
+from layers import fast_cpu, fast_cuda
 from tests.layers.parts import DEVICE
+
+
+@pytest.fixture(params=["kernels", "torch's forms"])
+def cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether there are kernels for this CPU, which then take small tensors too: once so, and once not."""
+    if request.param == "kernels":
+        if fast_cpu.library() is None:
+            pytest.skip("no kernels for this CPU, or no C compiler")
+        monkeypatch.setattr(fast_cpu, "FEWEST", 1)
+        return True
+    monkeypatch.setattr(fast_cpu, "library", lambda: None)
+    return False
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels, to be called on small tensors, which are many tiles, programs and parts here."""
+    """Those for GPUs, to be called on small tensors, which are many tiles, programs and parts here.
+
+    Without a GPU Triton's interpreter computes them on the CPU (see the conftest above).
+    """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
     if DEVICE == "cuda":

@@ -25,6 +25,7 @@ def attention_results(form: Callable[[Tensor], Tensor], qkv: Tensor, upstream: T
     return [out.detach(), *torch.autograd.grad(out, qkv, upstream.to(out.dtype))[0].unbind(2)]
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("tokens, heads, width", [(197, 3, 64), (196, 2, 32), (49, 4, 32), (1, 2, 8)])
 @pytest.mark.parametrize("sharpness", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
@@ -43,6 +44,7 @@ def test_attention_is_as_exact_as_torch(
         assert error(a, reference) <= max(1.3 * error(b, reference), least), "one token: queries and keys get zero"
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("batch, windows, tokens, width", [(6, 3, 49, 32), (6, 6, 49, 32), (4, 1, 64, 8), (2, 2, 1, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
 def test_attention_with_a_bias(dtype: torch.dtype, batch: int, windows: int, tokens: int, width: int) -> None:

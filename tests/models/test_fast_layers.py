@@ -248,16 +248,16 @@ def mlp(**arguments: Any) -> Mlp:
 
 def test_an_mlp() -> None:
     x = torch.randn(4, 9, 16)
-    assert "_ActLinear" in graph(mlp()(x)) and "Gelu" not in graph(mlp()(x))
+    assert "_MlpBackward" in graph(mlp()(x)) and "Gelu" not in graph(mlp()(x))
     # in evaluation dropout drops nothing
-    assert "_ActLinear" in graph(mlp(drop=0.5).eval()(x)) and "_ActLinear" in graph(mlp(act_layer=nn.SiLU)(x))
+    assert "_MlpBackward" in graph(mlp(drop=0.5).eval()(x)) and "_MlpBackward" in graph(mlp(act_layer=nn.SiLU)(x))
     for name, module in {
         "dropout": mlp(drop=0.5),
         "norm": mlp(norm_layer=nn.LayerNorm),
         "another activation": mlp(act_layer=nn.Tanh),
     }.items():
         found = graph(module(x))
-        assert "_ActLinear" not in found and "_LinearBackward" in found, name
+        assert "_MlpBackward" not in found and "_LinearBackward" in found, name
     assert type(mlp(use_conv=True).fc1) is nn.Conv2d and use_fast_layers(GlobalResponseNormMlp(16, 32)) == 2
     torch.testing.assert_close(mlp(use_conv=True)(torch.randn(2, 16, 3, 3)).shape, torch.Size([2, 16, 3, 3]))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from files.errors import ConfigError
+from layers.fast_cpu import describe_compiler
 from training import run_folder
 from training.distributed import World
 from training.run_folder import COLUMNS, RunFolder, changed_environment, describe_environment, latest_run, new_run_path
@@ -275,6 +276,7 @@ def test_the_environment_says_what_ran_where() -> None:
     told = json.loads(json.dumps(describe_environment(WORLD)))
     assert told["torch"] == torch.__version__ and told["threads"] == torch.get_num_threads()
     assert told["processor"].endswith(torch.backends.cpu.get_cpu_capability()) and len(told["processor"]) > 12
+    assert told["compiler"] == describe_compiler()
     assert told["device"] == "cpu" and told["processes"] == 1 and told["cuda"] is None
     assert told["command"] and told["started"].endswith("+00:00")
     assert told["commit"] is None or len(told["commit"].rstrip("+")) == 40
@@ -294,9 +296,12 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     now = describe_environment(WORLD)
     folder.write_json(folder.environment, now | {"command": "another", "started": "earlier", "commit": "f00"})
     assert changed_environment(folder, WORLD) == [], "these do not change rounding"
-    folder.write_json(folder.environment, now | {"threads": 64, "torch": "1.0", "processor": "Z80"})
+    folder.write_json(
+        folder.environment, now | {"threads": 64, "torch": "1.0", "processor": "Z80", "compiler": "cc 1.0"}
+    )
     assert changed_environment(folder, WORLD) == [
         f"processor was Z80, is now {now['processor']}",
+        f"compiler was cc 1.0, is now {now['compiler']}",
         f"threads was 64, is now {torch.get_num_threads()}",
         f"torch was 1.0, is now {torch.__version__}",
     ]

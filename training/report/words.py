@@ -131,7 +131,7 @@ def time_verdict(parts: Sequence[TimePart]) -> str:
 
 _ORIGIN = {
     "Machine": ("device", "processor", "processes", "threads", "cpu_count", "platform"),
-    "Versions": ("python", "torch", "torchvision", "timm", "numpy", "cuda"),
+    "Versions": ("python", "torch", "torchvision", "timm", "numpy", "cuda", "compiler"),
 }
 
 

@@ -1,0 +1,308 @@
+/* Passes over memory that torch has no single operator for, for `layers.fast_cpu`, which says what each computes.
+
+   Rows (n, d) are contiguous, d is a multiple of 16. A type is float or bfloat16; whatever it is, arithmetic is in float.
+   Sums over rows are taken of BLOCK rows at a time, so that they do not depend on the number of threads.
+   Vectors are those of GCC and Clang, one register long; the compiler knows the processor. */
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define BLOCK 64
+#define INLINE static inline __attribute__((always_inline))
+#define PARALLEL _Pragma("omp parallel for num_threads(threads) schedule(static)")
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t bfloat16;
+
+INLINE vec load_float(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store_float(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+INLINE vec load_bfloat16(const bfloat16 *p) {
+#ifdef __AVX512F__
+    uvec u = (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+#else
+    uvec u = (uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
+#endif
+    return (vec)(u << 16);
+}
+
+INLINE vec choose(ivec where, vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)(((ivec)a & where) | ((ivec)b & ~where));
+#else
+    return (vec)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)where);
+#endif
+}
+
+INLINE void store_bfloat16(bfloat16 *p, vec v) { /* to the nearest, to even */
+#ifdef __AVX512BF16__
+    __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &h, sizeof h);
+#else
+    uvec u = (uvec)v, r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    r = (uvec)choose(v != v, (vec)((uvec){0} + 0x7fc0), (vec)r);
+#ifdef __AVX512F__
+    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16((__m512i)r));
+#else
+    __m128i low = _mm256_castsi256_si128((__m256i)r), high = _mm256_extracti128_si256((__m256i)r, 1);
+    _mm_storeu_si128((void *)p, _mm_packus_epi32(low, high));
+#endif
+#endif
+}
+
+INLINE vec all(float x) { return (vec){0} + x; }
+
+#ifdef __AVX512F__
+INLINE float total(vec v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE float highest(vec v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+INLINE float total(vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+INLINE float highest(vec v) {
+    float top = v[0];
+    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+    return top;
+}
+#endif
+
+INLINE vec exp2_of(vec x) { /* for x <= 0, to 1e-7; below 2^-126 it is 0 */
+    const vec magic = all(12582912.0f); /* 1.5 * 2^23, which rounds what is added to it */
+    ivec gone = x < -126.0f;
+    x = choose(gone, all(-126.0f), x);
+    vec n = x + magic, f = x - (n - magic), p = all(0.00132764888f);
+    p = p * f + 0.00967555188f;
+    p = p * f + 0.05550713317f;
+    p = p * f + 0.24022119533f;
+    p = p * f + 0.69314696698f;
+    p = p * f + 1.00000007169f;
+    p *= (vec)(((ivec)n - 0x4b400000 + 127) << 23);
+    return choose(gone, all(0), p);
+}
+
+/* ---- activations: value and derivative ------------------------------------------------------------------------------ */
+
+/* erf(x / sqrt(2)) / x for |x| < 5.25, of z = 2 (x / 5.25)^2 - 1: a fit with errors of erf below 3e-7 */
+static const float ERF[] = {0.26931872964f,  -0.13425330818f, 0.09928779304f,  -0.07953726500f, 0.06412852556f,
+                            -0.04998986423f, 0.03665199503f,  -0.02590876818f, 0.01814075373f,  -0.01023997273f,
+                            0.00373888528f,  -0.00265268818f, 0.00291322637f,  -0.00112191087f};
+
+INLINE void gelu(vec x, vec *y, vec *dy) {
+    vec square = x * x, z = square * (2.0f / (5.25f * 5.25f)) - 1.0f, p = all(ERF[13]);
+    for (int i = 12; i >= 0; i--) p = p * z + ERF[i];
+    vec sign = (vec)(((ivec)x & INT32_MIN) | 0x3f800000);
+    vec below = 0.5f * choose(z > 1.0f, sign, p * x) + 0.5f; /* share of a normal distribution below x */
+    *y = x * below;
+    *dy = below + x * (0.3989422804f * exp2_of(-0.7213475204f * square));
+}
+
+INLINE void relu(vec x, vec *y, vec *dy) {
+    *y = choose(x <= 0.0f, all(0), x);
+    *dy = choose(x <= 0.0f, all(0), all(1));
+}
+
+INLINE void squared_relu(vec x, vec *y, vec *dy) {
+    vec part = choose(x <= 0.0f, all(0), x);
+    *y = part * part;
+    *dy = part + part;
+}
+
+INLINE void silu(vec x, vec *y, vec *dy) {
+    vec less = exp2_of(-1.4426950409f * (vec)((ivec)x & INT32_MAX)); /* e^-|x| */
+    vec share = choose(x < 0.0f, less, all(1)) / (1.0f + less);
+    *y = x * share;
+    *dy = share * (1.0f + x * (1.0f - share));
+}
+
+#define ACTIVATION(ACT, T)                                                                                             \
+    void ACT##_##T(const T *x, T *y, int64_t n, int threads) {                                                         \
+        PARALLEL for (int64_t i = 0; i < n / LANES; i++) {                                                             \
+            vec value, unused;                                                                                         \
+            ACT(load_##T(x + i * LANES), &value, &unused);                                                             \
+            store_##T(y + i * LANES, value);                                                                           \
+        }                                                                                                              \
+    }                                                                                                                  \
+    /* y = act(x); grad *= act'(x); sums (blocks, d) of grad */                                                        \
+    void ACT##_backward_##T(const T *x, T *grad, T *y, float *sums, int64_t n, int64_t d, int threads) {               \
+        PARALLEL for (int64_t block = 0; block < (n + BLOCK - 1) / BLOCK; block++) {                                   \
+            float *sum = sums + block * d;                                                                             \
+            memset(sum, 0, d * sizeof(float));                                                                         \
+            for (int64_t row = block * BLOCK; row < n && row < (block + 1) * BLOCK; row++)                             \
+                for (int64_t i = 0; i < d; i += LANES) {                                                               \
+                    vec value, slope;                                                                                  \
+                    ACT(load_##T(x + row * d + i), &value, &slope);                                                    \
+                    slope *= load_##T(grad + row * d + i);                                                             \
+                    store_##T(y + row * d + i, value);                                                                 \
+                    store_##T(grad + row * d + i, slope);                                                              \
+                    store_float(sum + i, load_float(sum + i) + slope);                                                 \
+                }                                                                                                      \
+        }                                                                                                              \
+    }
+
+#define ACTIVATIONS(T) ACTIVATION(gelu, T) ACTIVATION(relu, T) ACTIVATION(squared_relu, T) ACTIVATION(silu, T)
+ACTIVATIONS(float)
+ACTIVATIONS(bfloat16)
+
+/* ---- sums over rows ------------------------------------------------------------------------------------------------- */
+
+#define COLUMN_SUMS(T)                                                                                                 \
+    void column_sums_##T(const T *x, float *sums, int64_t n, int64_t d, int threads) {                                 \
+        PARALLEL for (int64_t block = 0; block < (n + BLOCK - 1) / BLOCK; block++) {                                   \
+            float *sum = sums + block * d;                                                                             \
+            memset(sum, 0, d * sizeof(float));                                                                         \
+            for (int64_t row = block * BLOCK; row < n && row < (block + 1) * BLOCK; row++)                             \
+                for (int64_t i = 0; i < d; i += LANES)                                                                 \
+                    store_float(sum + i, load_float(sum + i) + load_##T(x + row * d + i));                             \
+        }                                                                                                              \
+    }
+COLUMN_SUMS(float)
+COLUMN_SUMS(bfloat16)
+
+/* ---- layer norm ----------------------------------------------------------------------------------------------------- */
+
+#define LAYER_NORM(T, OUT)                                                                                             \
+    void layer_norm_##T##_##OUT(const T *x, const float *weight, const float *bias, OUT *y, float *mean, float *rstd,  \
+                                int64_t n, int64_t d, float eps, int threads) {                                        \
+        PARALLEL for (int64_t row = 0; row < n; row++) {                                                               \
+            const T *in = x + row * d;                                                                                 \
+            vec sum = all(0), squares = all(0);                                                                        \
+            for (int64_t i = 0; i < d; i += LANES) sum += load_##T(in + i);                                            \
+            float centre = total(sum) / d;                                                                             \
+            for (int64_t i = 0; i < d; i += LANES) {                                                                   \
+                vec off = load_##T(in + i) - centre;                                                                   \
+                squares += off * off;                                                                                  \
+            }                                                                                                          \
+            float scale = 1.0f / sqrtf(total(squares) / d + eps);                                                      \
+            mean[row] = centre;                                                                                        \
+            rstd[row] = scale;                                                                                         \
+            for (int64_t i = 0; i < d; i += LANES) {                                                                   \
+                vec v = (load_##T(in + i) - centre) * scale;                                                           \
+                if (weight) v *= load_float(weight + i);                                                               \
+                if (bias) v += load_float(bias + i);                                                                   \
+                store_##OUT(y + row * d + i, v);                                                                       \
+            }                                                                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+    /* sums (2, blocks, d): of grad * x^, and of grad */                                                               \
+    void layer_norm_backward_##T##_##OUT(const OUT *grad, const T *x, const float *weight, const float *mean,          \
+                                         const float *rstd, T *of_x, float *sums, int64_t n, int64_t d, int threads) { \
+        int64_t blocks = (n + BLOCK - 1) / BLOCK;                                                                      \
+        PARALLEL for (int64_t block = 0; block < blocks; block++) {                                                    \
+            float *of_weight = sums + block * d, *of_bias = sums + (blocks + block) * d;                               \
+            memset(of_weight, 0, d * sizeof(float));                                                                   \
+            memset(of_bias, 0, d * sizeof(float));                                                                     \
+            for (int64_t row = block * BLOCK; row < n && row < (block + 1) * BLOCK; row++) {                           \
+                const T *in = x + row * d;                                                                             \
+                const OUT *g = grad + row * d;                                                                         \
+                float centre = mean[row], scale = rstd[row];                                                           \
+                vec sum = all(0), inner = all(0);                                                                      \
+                for (int64_t i = 0; i < d; i += LANES) {                                                               \
+                    vec v = (load_##T(in + i) - centre) * scale, each = load_##OUT(g + i);                             \
+                    store_float(of_weight + i, load_float(of_weight + i) + each * v);                                  \
+                    store_float(of_bias + i, load_float(of_bias + i) + each);                                          \
+                    if (weight) each *= load_float(weight + i);                                                        \
+                    sum += each;                                                                                       \
+                    inner += each * v;                                                                                 \
+                }                                                                                                      \
+                float shift = total(sum) / d, slope = total(inner) / d;                                                \
+                for (int64_t i = 0; i < d; i += LANES) {                                                               \
+                    vec v = (load_##T(in + i) - centre) * scale, each = load_##OUT(g + i);                             \
+                    if (weight) each *= load_float(weight + i);                                                        \
+                    store_##T(of_x + row * d + i, (each - shift - v * slope) * scale);                                 \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+LAYER_NORM(float, float)
+LAYER_NORM(float, bfloat16)
+LAYER_NORM(bfloat16, bfloat16)
+LAYER_NORM(bfloat16, float)
+
+/* ---- softmax over rows of m numbers, any m from LANES on ------------------------------------------------------------ */
+
+/* y = softmax(scale * x + bias); bias (period, m), of rows in turn, or none. The last vector of a row overlaps the one before it. */
+#define SOFTMAX(T, OUT)                                                                                                \
+    void softmax_##T##_##OUT(const T *x, const float *bias, OUT *y, int64_t n, int64_t m, int64_t period, float scale, \
+                             int threads) {                                                                            \
+        const float log2_e = 1.4426950409f;                                                                            \
+        const int64_t last = m - LANES, full = (m - 1) / LANES * LANES;                                                \
+        ivec rest; /* lanes of the last vector that no other has */                                                    \
+        for (int k = 0; k < LANES; k++) rest[k] = last + k >= full ? -1 : 0;                                           \
+        PARALLEL for (int64_t row = 0; row < n; row++) {                                                               \
+            const T *in = x + row * m;                                                                                 \
+            const float *add = bias ? bias + row % period * m : 0;                                                     \
+            float buffer[full + LANES];                                                                                \
+            vec top = all(-INFINITY), sum = all(0), v;                                                                 \
+            for (int64_t i = 0; i <= full; i += LANES) {                                                               \
+                int64_t at = i < full ? i : last;                                                                      \
+                v = load_##T(in + at) * scale;                                                                         \
+                if (add) v += load_float(add + at);                                                                    \
+                store_float(buffer + i, v);                                                                            \
+                top = choose(v > top, v, top); /* a NaN is found by the sum */                                         \
+            }                                                                                                          \
+            float peak = highest(top);                                                                                 \
+            for (int64_t i = 0; i <= full; i += LANES) {                                                               \
+                v = exp2_of((load_float(buffer + i) - peak) * log2_e);                                                 \
+                store_float(buffer + i, v);                                                                            \
+                sum += i < full ? v : choose(rest, v, all(0));                                                         \
+            }                                                                                                          \
+            float factor = 1.0f / total(sum);                                                                          \
+            for (int64_t i = 0; i <= full; i += LANES)                                                                 \
+                store_##OUT(y + row * m + (i < full ? i : last), load_float(buffer + i) * factor);                     \
+        }                                                                                                              \
+    }
+SOFTMAX(float, float)
+SOFTMAX(float, bfloat16)
+SOFTMAX(bfloat16, bfloat16)
+
+/* ---- average pooling minus the input -------------------------------------------------------------------------------- */
+
+/* Images (b, h, w, c), windows of 2 * reach + 1 whose part inside of the image counts. Backward: y = sums over windows of x / count, - x. */
+INLINE float share_of(int64_t at, int64_t size, int64_t reach) { /* 1 / positions of the window around one */
+    int64_t first = at > reach ? at - reach : 0, end = at + reach + 1 < size ? at + reach + 1 : size;
+    return 1.0f / (end - first);
+}
+
+#define MEAN_MINUS_SELF(T)                                                                                             \
+    void mean_minus_self_##T(const T *x, T *y, int64_t b, int64_t h, int64_t w, int64_t c, int64_t reach,              \
+                             int64_t backward, int threads) {                                                          \
+        PARALLEL for (int64_t line = 0; line < b * h; line++) {                                                        \
+            int64_t at = line % h, top = at > reach ? at - reach : 0, end = at + reach + 1 < h ? at + reach + 1 : h;   \
+            float sums[w * c], shares[w]; /* of columns, and of their windows */                                       \
+            for (int64_t k = 0; k < w; k++) shares[k] = share_of(k, w, reach);                                         \
+            for (int64_t i = 0; i < w * c; i += LANES) store_float(sums + i, all(0));                                  \
+            for (int64_t row = top; row < end; row++) {                                                                \
+                const T *in = x + (line - at + row) * w * c;                                                           \
+                float share = share_of(backward ? row : at, h, reach);                                                 \
+                for (int64_t k = 0; k < w; k++) {                                                                      \
+                    float factor = backward ? share * shares[k] : share;                                               \
+                    for (int64_t i = k * c; i < (k + 1) * c; i += LANES)                                               \
+                        store_float(sums + i, load_float(sums + i) + load_##T(in + i) * factor);                       \
+                }                                                                                                      \
+            }                                                                                                          \
+            for (int64_t column = 0; column < w; column++) {                                                           \
+                int64_t left = column > reach ? column - reach : 0;                                                    \
+                int64_t right = column + reach + 1 < w ? column + reach + 1 : w;                                       \
+                for (int64_t i = 0; i < c; i += LANES) {                                                               \
+                    vec sum = all(0);                                                                                  \
+                    for (int64_t k = left; k < right; k++) sum += load_float(sums + k * c + i);                        \
+                    int64_t place = (line * w + column) * c + i;                                                       \
+                    store_##T(y + place, sum * (backward ? 1.0f : shares[column]) - load_##T(x + place));              \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+MEAN_MINUS_SELF(float)
+MEAN_MINUS_SELF(bfloat16)

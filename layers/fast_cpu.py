@@ -1,0 +1,268 @@
+"""Faster ways of the same on a CPU in training: passes over memory in one, where torch takes several.
+
+An activation with its gradient and that of the bias, sums over rows, layer norm with its gradients summed in float32,
+softmax of scores with their bias, pooling minus its input. They are written in C (`cpu_kernels.c`) and compiled, in one to
+two seconds, when a process first wants one: by the C compiler at hand (`CC`, cc, gcc or clang), for this processor, to a
+temporary file. Where there is none, or the processor has no AVX2, everything has torch's forms. Threads are torch's own.
+
+Who may take them, and how they are turned off, is said in `layers.fast`.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu_kernels.c")
+FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", "-fPIC", "-fopenmp")
+TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+FEWEST = 2**18
+"""Numbers of a tensor from which a kernel pays."""
+
+MULTIPLE = 16
+"""What channels must be a multiple of."""
+
+BLOCK = 64
+"""Rows that are summed at a time, as in the source."""
+
+MOST_LINE = 2**16
+"""Numbers up to which a line of an image stands on the stack of a thread."""
+
+
+def has_kernels(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these tensors, (..., C): large enough, without gaps, on a CPU where they work.
+
+    Args:
+        tensors: The first, of `FEWEST` numbers at least, says how large, and how many channels; `None` is passed over.
+    """
+    x = tensors[0]
+    return (
+        x is not None
+        and x.numel() >= FEWEST
+        and x.shape[-1] % MULTIPLE == 0
+        and all(t is None or (t.device.type == "cpu" and t.dtype in TYPES and t.is_contiguous()) for t in tensors)
+        and library() is not None
+    )
+
+
+def has_softmax(scores: Tensor) -> bool:
+    """Whether `softmax` takes scores, (S, N, M)."""
+    return (
+        scores.numel() >= FEWEST
+        and MULTIPLE <= scores.shape[-1] <= MOST_LINE
+        and scores.device.type == "cpu"
+        and scores.dtype in TYPES
+        and scores.is_contiguous()
+        and library() is not None
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; `None` where they cannot be had. Compiled once in a process."""
+    if not is_supported():
+        return None
+    try:
+        kernels = _compile()
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None)
+        reason = output.decode(errors="replace") if output else f"{type(error).__name__}: {error}"
+        reason = next((line for line in reason.splitlines() if "error" in line.lower()), reason)[:200]
+        warnings.warn(
+            f"training is slower without the kernels for this CPU, which did not compile ({reason})", stacklevel=2
+        )
+        return None
+    return kernels
+
+
+def is_supported() -> bool:
+    """Whether the kernels are made for this machine: Linux, and a processor with AVX2 that torch uses."""
+    has_vectors = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return sys.platform == "linux" and platform.machine() == "x86_64" and has_vectors
+
+
+def find_compiler() -> str | None:
+    """Path of the C compiler: that of the environment's `CC`, else cc, gcc or clang."""
+    names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def describe_compiler() -> str | None:
+    """The first line that the C compiler says of itself, on which rounding depends; `None` where none is used."""
+    compiler = find_compiler() if is_supported() else None
+    if compiler is None:
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
+        return said.partition("\n")[0].strip() or None
+    return None
+
+
+def _compile() -> ctypes.CDLL:
+    """Compiles the kernels and loads them.
+
+    Raises:
+        OSError: There is no compiler, no room for a file, or a result that cannot be loaded.
+        subprocess.SubprocessError: The compiler failed.
+    """
+    compiler, threads = find_compiler(), _threads_of_torch()
+    if compiler is None:
+        raise FileNotFoundError("no C compiler: cc, gcc or clang, or what the environment calls CC")
+    if threads is None:
+        raise FileNotFoundError("torch's OpenMP library is not found")
+    with tempfile.TemporaryDirectory(prefix="drop-path-zoo-") as folder:
+        code, result = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+        # in two steps: linked with -fopenmp it would bring threads of its own beside torch's
+        for step in ([*FLAGS, "-c", SOURCE, "-o", code], ["-shared", code, threads, "-lm", "-o", result]):
+            subprocess.run([compiler, *step], check=True, capture_output=True, timeout=120)
+        return ctypes.CDLL(str(result))
+
+
+def _threads_of_torch() -> str | None:
+    """The file of the OpenMP library that torch runs on; other libraries may have loaded others."""
+    try:
+        files = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+    except OSError:
+        return None
+    loaded = [file for file in files if Path(file).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    home = Path(torch.__file__).parent
+    own = [file for file in loaded if home in Path(file).parents or home.with_name("torch.libs") in Path(file).parents]
+    found = own or loaded
+    return found[0] if len(found) == 1 else None
+
+
+def activation(x: Tensor, act: str) -> Tensor:
+    """gelu, relu, squared_relu or silu of x, (..., C), with `has_kernels(x)`."""
+    y = torch.empty_like(x)
+    _start(f"{act}_{TYPES[x.dtype]}", x, y, x.numel())
+    return y
+
+
+def activation_backward_(x: Tensor, grad: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """An activation of its input again, and its gradient: grad becomes grad * act'(x).
+
+    Args:
+        x: (..., C), with `has_kernels(x, grad)`.
+        grad: Gradient of the activation, in the same dtype and shape.
+        act: gelu, relu, squared_relu or silu.
+
+    Returns:
+        act(x), and the sums of the new grad over all rows, (C,) in float32.
+    """
+    y, sums = torch.empty_like(x), _blocks(x)
+    _start(f"{act}_backward_{TYPES[x.dtype]}", x, grad, y, sums, *_rows(x))
+    return y, sums.sum(0)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Sums over all rows of (..., C), with `has_kernels(x)`: (C,) in float32."""
+    sums = _blocks(x)
+    _start(f"column_sums_{TYPES[x.dtype]}", x, sums, *_rows(x))
+    return sums.sum(0)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `torch.native_layer_norm` over the last dimension.
+
+    Args:
+        x: (..., C), with `has_kernels(x, weight, bias)`.
+        weight: (C,) in float32, or `None`.
+        bias: (C,) in float32, or `None`.
+        eps: Added to the variance.
+        dtype: Of the result.
+
+    Returns:
+        The result, and means and reciprocal standard deviations of the rows, (N,) in float32.
+    """
+    n, d = _rows(x)
+    y, (mean, rstd) = torch.empty_like(x, dtype=dtype), x.new_empty(2, n, dtype=torch.float32)
+    _start(f"layer_norm_{TYPES[x.dtype]}_{TYPES[dtype]}", x, weight, bias, y, mean, rstd, n, d, eps)
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `layer_norm`.
+
+    Args:
+        grad: Of its result, without gaps.
+        x: Its input.
+        weight: Its weight.
+        mean: Of the rows.
+        rstd: Of the rows.
+
+    Returns:
+        Gradients of x, of the weight and of the bias, the last two (C,) in float32.
+    """
+    of_x, sums = torch.empty_like(x), _blocks(x, 2)
+    kernel = f"layer_norm_backward_{TYPES[x.dtype]}_{TYPES[grad.dtype]}"
+    _start(kernel, grad, x, weight, mean, rstd, of_x, sums, *_rows(x))
+    of_weight, of_bias = sums.sum(1).unbind(0)
+    return of_x, of_weight, of_bias
+
+
+def softmax(scores: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    """softmax(scale * scores + bias) over the last dimension.
+
+    Args:
+        scores: (S, N, M) without gaps, M of `MULTIPLE` at least.
+        bias: (B, N, M) in float32, B a divisor of S, or `None`.
+        scale: A number.
+        dtype: Of the result: that of the scores, or bfloat16.
+    """
+    y, period = torch.empty_like(scores, dtype=dtype), 1 if bias is None else bias.shape[0] * bias.shape[1]
+    n = scores.shape[0] * scores.shape[1]
+    _start(f"softmax_{TYPES[scores.dtype]}_{TYPES[dtype]}", scores, bias, y, n, scores.shape[2], period, scale)
+    return y
+
+
+def mean_minus_self(x: Tensor, size: int, backward: bool = False) -> Tensor:
+    """Average pooling with stride 1 minus the input, (B, H, W, C) to the same, or its gradient.
+
+    Args:
+        x: With `has_kernels(x)` and a line, W * C, of `MOST_LINE` numbers at most; the gradient of the result if backward.
+        size: Odd window size; padding is not counted.
+        backward: Whether the gradient is computed.
+    """
+    y = torch.empty_like(x)
+    _start(f"mean_minus_self_{TYPES[x.dtype]}", x, y, *x.shape, size // 2, int(backward))
+    return y
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    return x.numel() // x.shape[-1], x.shape[-1]
+
+
+def _blocks(x: Tensor, *number: int) -> Tensor:
+    """Room for the sums of each block of rows, one or a number of them."""
+    n, d = _rows(x)
+    return x.new_empty(*number, -(-n // BLOCK), d, dtype=torch.float32)
+
+
+def _start(kernel: str, *args: Tensor | int | float | None) -> None:
+    """Calls a kernel: with the addresses of tensors, and at last the number of threads."""
+    function: Any = getattr(library(), kernel)
+    function(*map(_argument, args), ctypes.c_int(torch.get_num_threads()))
+
+
+def _argument(value: Tensor | float | None) -> Any:
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_void_p(None if value is None else value.data_ptr())

@@ -1,0 +1,267 @@
+"""Kernels for CPUs against float64, built for several processors; who takes them, and what happens without a compiler."""
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layers import fast_cpu
+from layers.fast_mlp import ACTS
+
+BUILDS = {"native": "native", "AVX2": "x86-64-v3", "AVX512": "skylake-avx512"}
+"""Processors that the kernels are built for, as compilers call them."""
+
+EXACT = {torch.float32: 5e-7, torch.bfloat16: 3e-3}
+"""Relative error of rounding."""
+
+DTYPES = list(EXACT)
+LIBRARY = fast_cpu.library
+PAIRS = [(a, b) for a in DTYPES for b in DTYPES]
+
+pytestmark = pytest.mark.skipif(fast_cpu.library() is None, reason="no kernels for this CPU, or no C compiler")
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def build(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernels, built for a kind of processor."""
+    if request.param == "AVX512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("not on this processor")
+    flags = tuple(f"-march={BUILDS[request.param]}" if "-march" in flag else flag for flag in fast_cpu.FLAGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_cpu, "FLAGS", flags)
+        kernels = fast_cpu._compile()
+        patch.setattr(fast_cpu, "library", lambda: kernels)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+# ---- against float64 ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ACTS)
+def test_activations(act: str, dtype: torch.dtype) -> None:
+    x, grad = (torch.randn(3, 67, 48) * 3).to(dtype), torch.randn(3, 67, 48).to(dtype)
+    exact = x.double().requires_grad_()
+    y = ACTS[act](exact)
+    (of_x,) = torch.autograd.grad(y, exact, grad.double())
+    found, sums = fast_cpu.activation_backward_(x, grad, act)
+    assert found.dtype == grad.dtype == dtype and sums.dtype == torch.float32 and sums.shape == (48,)
+    assert error(found, y.detach()) < EXACT[dtype] and error(grad, of_x) < EXACT[dtype]
+    assert error(sums, of_x.sum((0, 1))) < 1e-6
+    assert torch.equal(fast_cpu.activation(x, act), found)
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("act", ACTS)
+def test_an_activation_far_from_0_and_of_no_number(act: str) -> None:
+    x = torch.tensor([-1e30, -100.0, -9.0, -0.0, 0.0, 1e-30, 9.0, 100.0, 1e15, torch.nan, torch.inf]).repeat(16)
+    exact = x.double().requires_grad_()
+    y = ACTS[act](exact)
+    (of_x,) = torch.autograd.grad(y.sum(), exact)
+    found, grad = fast_cpu.activation(x, act), torch.ones(1, 176)
+    fast_cpu.activation_backward_(x[None], grad, act)
+    finite = x.isfinite()
+    torch.testing.assert_close(found.double()[finite], y.detach()[finite], rtol=1e-6, atol=3e-6)
+    torch.testing.assert_close(grad[0].double()[finite], of_x[finite], rtol=1e-6, atol=3e-6)
+    assert found[x.isnan()].isnan().all() and not found[x == torch.inf].isfinite().any()
+
+
+@pytest.mark.usefixtures("build")
+def test_gelu_is_as_exact_as_torchs() -> None:
+    x = torch.linspace(-12, 12, 2**18)
+    exact, grad = F.gelu(x.double()), torch.ones(1, len(x))
+    assert (fast_cpu.activation(x, "gelu") - exact).abs().max() < 1.5e-6 > (F.gelu(x) - exact).abs().max()
+    fast_cpu.activation_backward_(x[None], grad, "gelu")
+    of_x = torch.ops.aten.gelu_backward(torch.ones_like(exact), x.double())
+    assert (grad[0] - of_x).abs().max() < 5e-7
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_over_rows(dtype: torch.dtype) -> None:
+    for rows in (1, 63, 64, 65, 1000):
+        x = torch.randn(rows, 32).to(dtype) + 1
+        assert error(fast_cpu.column_sums(x), x.double().sum(0)) < 1e-6
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("weights", ["weight and bias", "weight", "none"])
+@pytest.mark.parametrize("dtypes", PAIRS)
+def test_layer_norm(dtypes: tuple[torch.dtype, torch.dtype], weights: str) -> None:
+    dtype, out = dtypes
+    x, grad = (torch.randn(3, 67, 48) * 2 + 1).to(dtype), torch.randn(3, 67, 48).to(out)
+    weight = None if weights == "none" else torch.rand(48) + 0.5
+    bias = torch.randn(48) if weights == "weight and bias" else None
+    exact = [x.double().requires_grad_()]
+    exact += [
+        (fill(48) if t is None else t).double().requires_grad_()
+        for fill, t in ((torch.ones, weight), (torch.zeros, bias))
+    ]
+    y = F.layer_norm(exact[0], (48,), exact[1], exact[2], 1e-5)
+    found, mean, rstd = fast_cpu.layer_norm(x, weight, bias, 1e-5, out)
+    assert found.dtype == out and error(found, y.detach()) < EXACT[out]
+    of_x, *sums = fast_cpu.layer_norm_backward(grad, x, weight, mean, rstd)
+    expected = torch.autograd.grad(y, exact, grad.double())
+    assert of_x.dtype == dtype and error(of_x, expected[0]) < EXACT[dtype]
+    assert all(error(a, b) < 1e-6 for a, b in zip(sums, expected[1:], strict=True))
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("tokens", [16, 17, 31, 32, 49, 197])
+@pytest.mark.parametrize("dtypes", [pair for pair in PAIRS if pair != (torch.bfloat16, torch.float32)])
+def test_softmax(dtypes: tuple[torch.dtype, torch.dtype], tokens: int) -> None:
+    dtype, out = dtypes
+    scores, bias = (torch.randn(6, tokens, tokens) * 5).to(dtype), torch.randn(3, tokens, tokens)
+    bias[0, :, 3] = -torch.inf
+    exact = (0.3 * scores.double().unflatten(0, (2, 3)) + bias.double()).softmax(-1).flatten(0, 1)
+    found = fast_cpu.softmax(scores, bias, 0.3, out)
+    assert found.dtype == out and error(found, exact) < EXACT[out] and not found[[0, 3], :, 3].any()
+    assert error(fast_cpu.softmax(scores, None, 0.3, out), (0.3 * scores.double()).softmax(-1)) < EXACT[out]
+    scores[1, 2, tokens - 1], bias[2, 0] = torch.nan, -torch.inf
+    found = fast_cpu.softmax(scores, bias, 0.3, out)
+    assert found[1, 2].isnan().all() and found[2, 0].isnan().all() and found.isnan().sum() == 3 * tokens
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("size", [1, 3, 5, 9])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_minus_self(dtype: torch.dtype, size: int) -> None:
+    x, grad = torch.randn(2, 7, 5, 32).to(dtype), torch.randn(2, 7, 5, 32).to(dtype)
+    exact = x.double().requires_grad_()
+    mean = F.avg_pool2d(exact.permute(0, 3, 1, 2), size, 1, size // 2, count_include_pad=False)
+    y = mean.permute(0, 2, 3, 1) - exact
+    (of_x,) = torch.autograd.grad(y, exact, grad.double())
+    # of size 1 nothing is left, in float64 too
+    atol = 2e-6 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(fast_cpu.mean_minus_self(x, size).double(), y.detach(), rtol=0, atol=atol)
+    torch.testing.assert_close(fast_cpu.mean_minus_self(grad, size, backward=True).double(), of_x, rtol=0, atol=atol)
+
+
+def test_bits_do_not_depend_on_threads() -> None:
+    x, grad, scores = torch.randn(2, 500, 64), torch.randn(2, 500, 64), torch.randn(40, 49, 49)
+
+    def results() -> list[Tensor]:
+        y, mean, rstd = fast_cpu.layer_norm(x, None, None, 1e-5, x.dtype)
+        rows = [y, mean, rstd, *fast_cpu.layer_norm_backward(grad, x, None, mean, rstd), fast_cpu.column_sums(x)]
+        images = fast_cpu.mean_minus_self(x.view(2, 20, 25, 64), 3)
+        return [
+            *rows,
+            images,
+            *fast_cpu.activation_backward_(x, grad.clone(), "gelu"),
+            fast_cpu.softmax(scores, None, 1.0, x.dtype),
+        ]
+
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+
+
+# ---- who takes them ---------------------------------------------------------------------------------------------------
+
+
+def test_which_tensors_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_cpu, "FEWEST", 320)
+    x = torch.randn(20, 16)
+    assert fast_cpu.has_kernels(x) and fast_cpu.has_kernels(x.bfloat16(), None, x)
+    others = {
+        "few numbers": x[1:],
+        "gaps": torch.randn(20, 32)[:, :16],
+        "channels": torch.randn(40, 8),
+        "half": x.half(),
+        "double": x.double(),
+        "meta": x.to("meta"),
+    }
+    assert [name for name, other in others.items() if fast_cpu.has_kernels(other)] == []
+    assert [name for name, other in others.items() if fast_cpu.has_kernels(x, other)] == ["few numbers", "channels"]
+    assert not fast_cpu.has_kernels(None, x)
+    assert fast_cpu.has_softmax(torch.randn(5, 4, 17)) and not fast_cpu.has_softmax(torch.randn(9, 9, 15))
+    assert not fast_cpu.has_softmax(torch.randn(2, 17, 17).mT) and not fast_cpu.has_softmax(
+        torch.randn(3, 17, 17).half()
+    )
+    monkeypatch.setattr(fast_cpu, "library", lambda: None)
+    assert not fast_cpu.has_kernels(x) and not fast_cpu.has_softmax(torch.randn(5, 4, 17))
+
+
+def in_a_new_process(code: str, **environment: str) -> str:
+    """What Python code prints, with warnings beside it."""
+    variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(fast_cpu.__file__).parents[1])} | environment
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+STEP = """
+import torch
+from layers import fast_cpu
+from layers.mlp import Mlp
+fast_cpu.FEWEST = 1
+mlp = Mlp(16)
+for _ in range(2):
+    mlp(torch.ones(4, 16)).sum().backward()
+print("sum", mlp.fc2.bias.grad.sum().item(), fast_cpu.library() is not None, fast_cpu.describe_compiler())
+"""
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda folder: {"PATH": str(folder)}, "no C compiler: cc, gcc or clang"),
+        (lambda folder: {"CC": str(folder / "broken")}, "error: this is no compiler"),
+        (lambda folder: {"CC": str(folder / "lazy")}, "cannot open shared object file"),
+        (lambda folder: {"TMPDIR": str(folder / "missing"), "TEMP": "", "TMP": ""}, None),
+        (lambda folder: {"ATEN_CPU_CAPABILITY": "default"}, ""),
+    ],
+    ids=["no compiler", "broken compiler", "no result", "no folder for temporary files", "no AVX2"],
+)
+def test_without_a_compiler_torchs_forms_run(
+    change: Callable[[Path], dict[str, str]], reason: str | None, tmp_path: Path
+) -> None:
+    for name, line in {"broken": "echo error: this is no compiler >&2; exit 1", "lazy": "exit 0"}.items():
+        script = tmp_path / name
+        script.write_text(f"#!/bin/sh\n{line}\n")
+        script.chmod(0o755)
+    said = in_a_new_process(STEP, **change(tmp_path))
+    assert "sum 128.0" in said
+    assert ("sum 128.0 False" in said) == (reason is not None), "another folder is found for temporary files"
+    assert said.count("training is slower") == bool(reason) and (reason or "") in said
+
+
+def test_kernels_run_on_torchs_own_threads() -> None:
+    counting = "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split('/')[-1]}))"
+    said = in_a_new_process(f"{STEP}\n{counting}")
+    assert "sum 128.0 True" in said and said.splitlines()[-1] == "1", said
+
+
+def test_the_compiler_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = fast_cpu.describe_compiler()
+    assert told and any(character.isdigit() for character in told)
+    (tmp_path / "mute").write_text("#!/bin/sh\n")
+    (tmp_path / "mute").chmod(0o755)
+    for compiler in (str(tmp_path / "mute"), "/usr/bin/false"):
+        monkeypatch.setenv("CC", compiler)
+        assert fast_cpu.describe_compiler() is None
+    monkeypatch.setattr(fast_cpu, "is_supported", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fast_cpu.describe_compiler() is None and LIBRARY.__wrapped__() is None

@@ -1,0 +1,65 @@
+"""Two linear layers with an activation between them: any part of the gradients, and what they leave as it was."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from layers.fast import plain_paths, takes
+from layers.fast_mlp import ACTS, linear_act, mlp
+from tests.layers.test_fast import error, nodes
+
+pytestmark = pytest.mark.skipif(not takes(torch.empty(1)), reason="torch without oneDNN has no fast paths")
+
+
+def inputs() -> list[torch.Tensor]:
+    """Input of 600 rows, weight and bias of both layers."""
+    torch.manual_seed(0)
+    return [torch.randn(s) for s in ((6, 100, 32), (96, 32), (96,), (48, 96), (48,))]
+
+
+def called(given: list[torch.Tensor], act: str) -> torch.Tensor:
+    x, weight1, bias1, weight2, bias2 = given
+    return mlp(x, weight1, bias1, weight2, bias2, act)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("act", ACTS)
+def test_each_part_of_the_gradients_alone(act: str) -> None:
+    plain = [x.double().requires_grad_() for x in inputs()]
+    y = F.linear(ACTS[act](F.linear(*plain[:3])), *plain[3:])
+    upstream = torch.randn(y.shape)
+    expected = torch.autograd.grad(y, plain, upstream.double())
+    for wanted in itertools.product([True, False], repeat=5):
+        if not any(wanted):
+            continue
+        given = [x.requires_grad_(want) for x, want in zip(inputs(), wanted, strict=True)]
+        found = called(given, act)
+        assert error(found.detach(), y.detach()) < 1e-6 and "_MlpBackward" in nodes(found)
+        found.backward(upstream)
+        for x, want, reference in zip(given, wanted, expected, strict=True):
+            assert (x.grad is None) if not want else error(x.grad, reference) < 2e-6  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("act", ACTS)
+def test_a_second_backward_pass_finds_what_the_first_found(act: str) -> None:
+    given = [x.requires_grad_() for x in inputs()]
+    y = called(given, act)
+    upstream = torch.randn(y.shape)
+    before = upstream.clone()
+    first = torch.autograd.grad(y, given, upstream, retain_graph=True)
+    second = torch.autograd.grad(y, given, upstream)
+    assert torch.equal(upstream, before), "an upstream gradient is not ours to change"
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_without_gradients(act: str) -> None:
+    x, weight, bias, *_ = inputs()
+    with torch.no_grad():
+        assert error(linear_act(x, weight, bias, act), ACTS[act](F.linear(x, weight, bias)).double()) < 1e-6
+        found = called(inputs(), act)
+    with plain_paths():
+        assert error(found, F.linear(ACTS[act](F.linear(x, weight, bias)), *inputs()[3:]).double()) < 1e-6
