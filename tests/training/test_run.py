@@ -16,6 +16,7 @@ from torch.distributed import is_initialized
 
 from files.errors import ConfigError
 from files.lock import is_locked, locked
+from layers import fast_cpu
 from tests.training.parts import TINY
 from training.config import TrainConfig, load_config
 from training.data.dataset import ReadError
@@ -110,6 +111,26 @@ def test_balanced_classes_and_weights_go_on_where_they_were(tmp_path: Path) -> N
     ):
         with pytest.raises(ConfigError, match=rf"--resume: {key}"):
             run(short(*settings, other), tmp_path / "whole", resume="auto")
+
+
+@pytest.mark.skipif(fast_cpu.library() is None, reason="no kernels for this CPU, or no C compiler")
+@pytest.mark.parametrize("model", ["poolformer_n4", "convformer_n4"])
+def test_kernels_of_the_cpu_resume_exactly(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: set[str] = set()
+    start = fast_cpu._start
+    monkeypatch.setattr(fast_cpu, "FEWEST", 1)
+    monkeypatch.setattr(fast_cpu, "_start", lambda kernel, *args: called.add(kernel) or start(kernel, *args))
+    settings = [f"model.name={model}", "checkpoint={every_steps: 3, keep: 9}", "drop_path.rate=0.4"]
+    whole = run(short(*settings), tmp_path / "whole")
+    used = {
+        "poolformer_n4": {"gelu_backward_float", "mean_minus_self_float"},
+        "convformer_n4": {"squared_relu_float", "squared_relu_backward_float", "layer_norm_float_float"},
+    }
+    assert used[model] <= called, "the kernels are what this is about"
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    again = run(short(*settings), tmp_path / "again", resume=tmp_path / "again" / "checkpoints" / "step-00000003")
+    assert again["weights_sha256"] == whole["weights_sha256"]
+    assert rows_of(tmp_path / "again") == rows_of(tmp_path / "whole")
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
