@@ -283,6 +283,7 @@ def _pool(x: Tensor, size: int, *, over_padding: bool = False) -> Tensor:
 
 
 def is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether a linear layer with that weight, (D, C), computes enough of x, (..., C), for oneDNN's product to pay."""
     if _HAS_FAST_MKL and dtype_of(x) == torch.float32 and x.numel() < MANY_ROWS * x.shape[-1]:
         return False
     return x.numel() * weight.shape[0] >= FEWEST_PRODUCTS

@@ -87,7 +87,7 @@ def test_group_norm(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> N
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
-@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 2, 1, 8), (3, 4, 4, 16)])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 2, 1, 8), pytest.param((3, 4, 4, 16), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pooling(dtype: torch.dtype, shape: tuple[int, ...], size: int) -> None:
     x, grad = random(*shape, dtype=dtype), random(*shape, dtype=dtype)

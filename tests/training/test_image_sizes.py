@@ -26,6 +26,7 @@ def test_each_epoch_has_its_size(workers: int) -> None:
     assert shapes(f"data.workers={workers}") == [6, 12, 12, 10, 10]
 
 
+@pytest.mark.slow
 def test_of_folders_too(images: list[str]) -> None:
     setup = build_tiny(*images, "augment.color_jitter=0.5", "data.image_size_schedule=[[0, 6], [1, 12]]")
     train = setup.data.train
