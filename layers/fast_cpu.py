@@ -52,7 +52,7 @@ def has_kernels(*tensors: Tensor | None) -> bool:
         x is not None
         and x.numel() >= FEWEST
         and x.shape[-1] % MULTIPLE == 0
-        and all(t is None or (t.device.type == "cpu" and t.dtype in TYPES and t.is_contiguous()) for t in tensors)
+        and all(t is None or _is_readable(t) for t in tensors)
         and library() is not None
     )
 
@@ -62,11 +62,13 @@ def has_softmax(scores: Tensor) -> bool:
     return (
         scores.numel() >= FEWEST
         and MULTIPLE <= scores.shape[-1] <= MOST_LINE
-        and scores.device.type == "cpu"
-        and scores.dtype in TYPES
-        and scores.is_contiguous()
+        and _is_readable(scores)
         and library() is not None
     )
+
+
+def _is_readable(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in TYPES and x.is_contiguous()
 
 
 @functools.cache

@@ -45,8 +45,9 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     """
     if not torch.is_grad_enabled():
         return linear(linear_act(x, weight1, bias1, act), weight2, bias2)
-    first, second = cast(x, weight1, bias1, leave=True), cast(x, weight2, bias2, leave=True)
-    return _Mlp.apply(*first, *second[1:], act)  # type: ignore[no-any-return, no-untyped-call]
+    x, weight1, bias1 = cast(x, weight1, bias1, leave=True)
+    _, weight2, bias2 = cast(x, weight2, bias2, leave=True)
+    return _Mlp.apply(x, weight1, bias1, weight2, bias2, act)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
@@ -77,15 +78,16 @@ class _Mlp(torch.autograd.Function):
         if wants_plain_gradients(grads[0]):
             return *plain_gradients(_plain_mlp(act), ctx, tuple(inputs), grads[0]), None
         grad = grads[0].contiguous()
-        inner = product(grad, weight2.to(x.dtype).t(), None)
-        y, of_hidden, of_bias1 = _act_gradient(hidden, inner, act)
-        del inner
+        of_bias2 = bias_gradient(grad) if wanted[4] else None
+        if not any(wanted[:3]):
+            return None, None, None, weight_gradient(grad, _act(hidden, act)) if wanted[3] else None, of_bias2, None
+        y, of_hidden, of_bias1 = _act_gradient(hidden, product(grad, weight2.to(x.dtype).t(), None), act)
         return (
             product(of_hidden, weight1.to(x.dtype).t(), None) if wanted[0] else None,
             weight_gradient(of_hidden, x) if wanted[1] else None,
             (bias_gradient(of_hidden) if of_bias1 is None else of_bias1.to(x.dtype)) if wanted[2] else None,
             weight_gradient(grad, y) if wanted[3] else None,
-            bias_gradient(grad) if wanted[4] else None,
+            of_bias2,
             None,
         )
 

@@ -336,12 +336,19 @@ def test_few_rows_are_mkls_on_a_processor_that_it_is_made_for(precision: str, mo
     assert 511 * DIM * DIM * 3 >= FEWEST_PRODUCTS
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     for rows in (511, 512):
-        x = torch.randn(rows, DIM, dtype=dtype, requires_grad=True)
-        module = Called(DIM, 3 * DIM).to(dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            names = nodes(module(x))
-        assert ("_LinearBackward" in names) == (rows == 512 or precision != "float32")
-        check_errors(module.float(), x.detach().float(), precision)
+        for module in (Called(DIM, 3 * DIM), Mlp(DIM)):
+            x = torch.randn(rows, DIM, dtype=dtype, requires_grad=True)
+            module.to(dtype)
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"),
+                torch.profiler.profile() as profile,
+            ):
+                y = module(x)
+            onednn = rows == 512 or precision != "float32"
+            assert ("mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}) == onednn
+            if isinstance(module, Called):
+                assert ("_LinearBackward" in nodes(y)) == onednn
+            check_errors(module.float(), x.detach().float(), precision)
 
 
 def test_the_vendor_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
