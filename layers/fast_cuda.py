@@ -183,7 +183,7 @@ class _LayerNorm(torch.autograd.Function):
             plain = lambda x, *affine: _plain_layer_norm(x, *affine, eps=eps, dtype=dtype)  # noqa: E731
             return *plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None, None
         of_x, of_weight, of_bias = layer_norm_gradients(grads[0].contiguous(), x, weight, eps)
-        return of_x, _as(of_weight, weight), _as(of_bias, bias), None, None
+        return of_x, as_gradient(of_weight, weight), as_gradient(of_bias, bias), None, None
 
 
 def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
@@ -256,7 +256,7 @@ class _GroupNorm(torch.autograd.Function):
             plain = lambda x, *affine: _plain_group_norm(x, *affine, eps=eps, dtype=dtype)  # noqa: E731
             return *plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None, None
         of_x, of_weight, of_bias = group_norm_gradients(grads[0].contiguous(), x, sums, weight, eps)
-        return of_x, _as(of_weight, weight), _as(of_bias, bias), None, None
+        return of_x, as_gradient(of_weight, weight), as_gradient(of_bias, bias), None, None
 
 
 def group_norm_moments(x: Tensor) -> Tensor:
@@ -338,7 +338,8 @@ def group_norm_gradients(
     return of_x, of_weight, of_bias
 
 
-def _as(gradient: Tensor, of: Tensor | None) -> Tensor | None:
+def as_gradient(gradient: Tensor, of: Tensor | None) -> Tensor | None:
+    """A gradient in the dtype of what it is of; `None` where there is no such thing."""
     return None if of is None else gradient.to(of.dtype)
 
 
