@@ -2,7 +2,11 @@
 
    Rows (n, d) are contiguous, d is a multiple of 16. A type is float or bfloat16; whatever it is, arithmetic is in float.
    Sums over rows are taken of BLOCK rows at a time, so that they do not depend on the number of threads.
-   Vectors are those of GCC and Clang, one register long; the compiler knows the processor. */
+   Vectors are those of GCC and Clang, one register long; the compiler knows the processor.
+
+   A kernel takes its arguments in a row, and computes the units `first` to `end` of its work. `start` shares these among
+   threads, by the functions of GCC's OpenMP, which the libraries of Intel and LLVM have too. What `#pragma omp` becomes in
+   Clang they do not all have, and a library of the compiler's own would bring threads beside torch's. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -15,13 +19,44 @@
 #define LANES 8
 #endif
 #define BLOCK 64
+#define GROUP 16 /* numbers that a plain activation is shared by */
 #define INLINE static inline __attribute__((always_inline))
-#define PARALLEL _Pragma("omp parallel for num_threads(threads) schedule(static)")
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t bfloat16;
+
+/* ---- threads -------------------------------------------------------------------------------------------------------- */
+
+typedef union {
+    void *p;
+    int64_t i;
+    float f;
+} arg;
+typedef void kernel(const arg *a, int64_t first, int64_t end);
+typedef struct {
+    kernel *run;
+    const arg *args;
+    int64_t units;
+} job;
+
+void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+
+static void share(void *data) {
+    const job *j = data;
+    int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    j->run(j->args, j->units * thread / threads, j->units * (thread + 1) / threads);
+}
+
+void start(kernel *run, const arg *args, int64_t units, int threads) {
+    job j = {run, args, units};
+    GOMP_parallel(share, &j, threads, 0);
+}
+
+/* ---- vectors -------------------------------------------------------------------------------------------------------- */
 
 INLINE vec load_float(const float *p) {
     vec v;
@@ -126,28 +161,36 @@ INLINE void silu(vec x, vec *y, vec *dy) {
     *dy = share * (1.0f + x * (1.0f - share));
 }
 
+/* of d channels, the rows of a block, and its place in sums, set to 0 */
+#define ROWS(block, n) for (int64_t row = block * BLOCK; row < n && row < (block + 1) * BLOCK; row++)
+INLINE float *cleared(float *sums, int64_t block, int64_t d) { return memset(sums + block * d, 0, d * sizeof(float)); }
+
 #define ACTIVATION(ACT, T)                                                                                             \
-    void ACT##_##T(const T *x, T *y, int64_t n, int threads) {                                                         \
-        PARALLEL for (int64_t i = 0; i < n / LANES; i++) {                                                             \
+    /* x, y; unit: GROUP numbers */                                                                                    \
+    void ACT##_##T(const arg *a, int64_t first, int64_t end) {                                                         \
+        const T *x = a[0].p;                                                                                           \
+        T *y = a[1].p;                                                                                                 \
+        for (int64_t i = first * GROUP; i < end * GROUP; i += LANES) {                                                 \
             vec value, unused;                                                                                         \
-            ACT(load_##T(x + i * LANES), &value, &unused);                                                             \
-            store_##T(y + i * LANES, value);                                                                           \
+            ACT(load_##T(x + i), &value, &unused);                                                                     \
+            store_##T(y + i, value);                                                                                   \
         }                                                                                                              \
     }                                                                                                                  \
-    /* y = act(x); grad *= act'(x); sums (blocks, d) of grad */                                                        \
-    void ACT##_backward_##T(const T *x, T *grad, T *y, float *sums, int64_t n, int64_t d, int threads) {               \
-        PARALLEL for (int64_t block = 0; block < (n + BLOCK - 1) / BLOCK; block++) {                                   \
-            float *sum = sums + block * d;                                                                             \
-            memset(sum, 0, d * sizeof(float));                                                                         \
-            for (int64_t row = block * BLOCK; row < n && row < (block + 1) * BLOCK; row++)                             \
-                for (int64_t i = 0; i < d; i += LANES) {                                                               \
-                    vec value, slope;                                                                                  \
-                    ACT(load_##T(x + row * d + i), &value, &slope);                                                    \
-                    slope *= load_##T(grad + row * d + i);                                                             \
-                    store_##T(y + row * d + i, value);                                                                 \
-                    store_##T(grad + row * d + i, slope);                                                              \
-                    store_float(sum + i, load_float(sum + i) + slope);                                                 \
-                }                                                                                                      \
+    /* x, grad, y, sums, n, d: y = act(x); grad *= act'(x); sums (blocks, d) of grad; unit: a block */                 \
+    void ACT##_backward_##T(const arg *a, int64_t first, int64_t end) {                                                \
+        const T *x = a[0].p;                                                                                           \
+        T *grad = a[1].p, *y = a[2].p;                                                                                 \
+        const int64_t n = a[4].i, d = a[5].i;                                                                          \
+        for (int64_t block = first; block < end; block++) {                                                            \
+            float *sum = cleared(a[3].p, block, d);                                                                    \
+            ROWS(block, n) for (int64_t i = 0; i < d; i += LANES) {                                                    \
+                vec value, slope;                                                                                      \
+                ACT(load_##T(x + row * d + i), &value, &slope);                                                        \
+                slope *= load_##T(grad + row * d + i);                                                                 \
+                store_##T(y + row * d + i, value);                                                                     \
+                store_##T(grad + row * d + i, slope);                                                                  \
+                store_float(sum + i, load_float(sum + i) + slope);                                                     \
+            }                                                                                                          \
         }                                                                                                              \
     }
 
@@ -158,13 +201,14 @@ ACTIVATIONS(bfloat16)
 /* ---- sums over rows ------------------------------------------------------------------------------------------------- */
 
 #define COLUMN_SUMS(T)                                                                                                 \
-    void column_sums_##T(const T *x, float *sums, int64_t n, int64_t d, int threads) {                                 \
-        PARALLEL for (int64_t block = 0; block < (n + BLOCK - 1) / BLOCK; block++) {                                   \
-            float *sum = sums + block * d;                                                                             \
-            memset(sum, 0, d * sizeof(float));                                                                         \
-            for (int64_t row = block * BLOCK; row < n && row < (block + 1) * BLOCK; row++)                             \
-                for (int64_t i = 0; i < d; i += LANES)                                                                 \
-                    store_float(sum + i, load_float(sum + i) + load_##T(x + row * d + i));                             \
+    /* x, sums, n, d; unit: a block */                                                                                 \
+    void column_sums_##T(const arg *a, int64_t first, int64_t end) {                                                   \
+        const T *x = a[0].p;                                                                                           \
+        const int64_t n = a[2].i, d = a[3].i;                                                                          \
+        for (int64_t block = first; block < end; block++) {                                                            \
+            float *sum = cleared(a[1].p, block, d);                                                                    \
+            ROWS(block, n) for (int64_t i = 0; i < d; i += LANES)                                                      \
+                store_float(sum + i, load_float(sum + i) + load_##T(x + row * d + i));                                 \
         }                                                                                                              \
     }
 COLUMN_SUMS(float)
@@ -173,10 +217,14 @@ COLUMN_SUMS(bfloat16)
 /* ---- layer norm ----------------------------------------------------------------------------------------------------- */
 
 #define LAYER_NORM(T, OUT)                                                                                             \
-    void layer_norm_##T##_##OUT(const T *x, const float *weight, const float *bias, OUT *y, float *mean, float *rstd,  \
-                                int64_t n, int64_t d, float eps, int threads) {                                        \
-        PARALLEL for (int64_t row = 0; row < n; row++) {                                                               \
-            const T *in = x + row * d;                                                                                 \
+    /* x, weight, bias, y, mean, rstd, d, eps; unit: a row */                                                          \
+    void layer_norm_##T##_##OUT(const arg *a, int64_t first, int64_t end) {                                            \
+        const float *weight = a[1].p, *bias = a[2].p;                                                                  \
+        float *mean = a[4].p, *rstd = a[5].p;                                                                          \
+        const int64_t d = a[6].i;                                                                                      \
+        for (int64_t row = first; row < end; row++) {                                                                  \
+            const T *in = (const T *)a[0].p + row * d;                                                                 \
+            OUT *y = (OUT *)a[3].p + row * d;                                                                          \
             vec sum = all(0), squares = all(0);                                                                        \
             for (int64_t i = 0; i < d; i += LANES) sum += load_##T(in + i);                                            \
             float centre = total(sum) / d;                                                                             \
@@ -184,28 +232,27 @@ COLUMN_SUMS(bfloat16)
                 vec off = load_##T(in + i) - centre;                                                                   \
                 squares += off * off;                                                                                  \
             }                                                                                                          \
-            float scale = 1.0f / sqrtf(total(squares) / d + eps);                                                      \
+            float scale = 1.0f / sqrtf(total(squares) / d + a[7].f);                                                   \
             mean[row] = centre;                                                                                        \
             rstd[row] = scale;                                                                                         \
             for (int64_t i = 0; i < d; i += LANES) {                                                                   \
                 vec v = (load_##T(in + i) - centre) * scale;                                                           \
                 if (weight) v *= load_float(weight + i);                                                               \
                 if (bias) v += load_float(bias + i);                                                                   \
-                store_##OUT(y + row * d + i, v);                                                                       \
+                store_##OUT(y + i, v);                                                                                 \
             }                                                                                                          \
         }                                                                                                              \
     }                                                                                                                  \
-    /* sums (2, blocks, d): of grad * x^, and of grad */                                                               \
-    void layer_norm_backward_##T##_##OUT(const OUT *grad, const T *x, const float *weight, const float *mean,          \
-                                         const float *rstd, T *of_x, float *sums, int64_t n, int64_t d, int threads) { \
-        int64_t blocks = (n + BLOCK - 1) / BLOCK;                                                                      \
-        PARALLEL for (int64_t block = 0; block < blocks; block++) {                                                    \
-            float *of_weight = sums + block * d, *of_bias = sums + (blocks + block) * d;                               \
-            memset(of_weight, 0, d * sizeof(float));                                                                   \
-            memset(of_bias, 0, d * sizeof(float));                                                                     \
-            for (int64_t row = block * BLOCK; row < n && row < (block + 1) * BLOCK; row++) {                           \
-                const T *in = x + row * d;                                                                             \
-                const OUT *g = grad + row * d;                                                                         \
+    /* grad, x, weight, mean, rstd, of_x or none, sums (2, blocks, d) of grad * x^ and of grad, n, d; unit: a block */ \
+    void layer_norm_backward_##T##_##OUT(const arg *a, int64_t first, int64_t end) {                                   \
+        const float *weight = a[2].p, *mean = a[3].p, *rstd = a[4].p;                                                  \
+        T *of_x = a[5].p;                                                                                              \
+        const int64_t n = a[7].i, d = a[8].i, blocks = (n + BLOCK - 1) / BLOCK;                                        \
+        for (int64_t block = first; block < end; block++) {                                                            \
+            float *of_weight = cleared(a[6].p, block, d), *of_bias = cleared(a[6].p, blocks + block, d);               \
+            ROWS(block, n) {                                                                                           \
+                const OUT *g = (const OUT *)a[0].p + row * d;                                                          \
+                const T *in = (const T *)a[1].p + row * d;                                                             \
                 float centre = mean[row], scale = rstd[row];                                                           \
                 vec sum = all(0), inner = all(0);                                                                      \
                 for (int64_t i = 0; i < d; i += LANES) {                                                               \
@@ -217,7 +264,7 @@ COLUMN_SUMS(bfloat16)
                     inner += each * v;                                                                                 \
                 }                                                                                                      \
                 float shift = total(sum) / d, slope = total(inner) / d;                                                \
-                for (int64_t i = 0; i < d; i += LANES) {                                                               \
+                for (int64_t i = 0; of_x && i < d; i += LANES) {                                                       \
                     vec v = (load_##T(in + i) - centre) * scale, each = load_##OUT(g + i);                             \
                     if (weight) each *= load_float(weight + i);                                                        \
                     store_##T(of_x + row * d + i, (each - shift - v * slope) * scale);                                 \
@@ -232,17 +279,18 @@ LAYER_NORM(bfloat16, float)
 
 /* ---- softmax over rows of m numbers, any m from LANES on ------------------------------------------------------------ */
 
-/* y = softmax(scale * x + bias); bias (period, m), of rows in turn, or none. The last vector of a row overlaps the one before it. */
+/* The last vector of a row overlaps the one before it. */
 #define SOFTMAX(T, OUT)                                                                                                \
-    void softmax_##T##_##OUT(const T *x, const float *bias, OUT *y, int64_t n, int64_t m, int64_t period, float scale, \
-                             int threads) {                                                                            \
-        const float log2_e = 1.4426950409f;                                                                            \
-        const int64_t last = m - LANES, full = (m - 1) / LANES * LANES;                                                \
+    /* x, bias (period, m) of rows in turn or none, y = softmax(scale * x + bias), m, period, scale; unit: a row */    \
+    void softmax_##T##_##OUT(const arg *a, int64_t first, int64_t end) {                                               \
+        const float *bias = a[1].p, scale = a[5].f, log2_e = 1.4426950409f;                                            \
+        const int64_t m = a[3].i, period = a[4].i, last = m - LANES, full = (m - 1) / LANES * LANES;                   \
         ivec rest; /* lanes of the last vector that no other has */                                                    \
         for (int k = 0; k < LANES; k++) rest[k] = last + k >= full ? -1 : 0;                                           \
-        PARALLEL for (int64_t row = 0; row < n; row++) {                                                               \
-            const T *in = x + row * m;                                                                                 \
+        for (int64_t row = first; row < end; row++) {                                                                  \
+            const T *in = (const T *)a[0].p + row * m;                                                                 \
             const float *add = bias ? bias + row % period * m : 0;                                                     \
+            OUT *y = (OUT *)a[2].p + row * m;                                                                          \
             float buffer[full + LANES];                                                                                \
             vec top = all(-INFINITY), sum = all(0), v;                                                                 \
             for (int64_t i = 0; i <= full; i += LANES) {                                                               \
@@ -260,7 +308,7 @@ LAYER_NORM(bfloat16, float)
             }                                                                                                          \
             float factor = 1.0f / total(sum);                                                                          \
             for (int64_t i = 0; i <= full; i += LANES)                                                                 \
-                store_##OUT(y + row * m + (i < full ? i : last), load_float(buffer + i) * factor);                     \
+                store_##OUT(y + (i < full ? i : last), load_float(buffer + i) * factor);                               \
         }                                                                                                              \
     }
 SOFTMAX(float, float)
@@ -269,21 +317,25 @@ SOFTMAX(bfloat16, bfloat16)
 
 /* ---- average pooling minus the input -------------------------------------------------------------------------------- */
 
-/* Images (b, h, w, c), windows of 2 * reach + 1 whose part inside of the image counts. Backward: y = sums over windows of x / count, - x. */
+/* Images (b, h, w, c), windows of 2 * reach + 1 whose part inside of the image counts.
+   Backward: y = sums over windows of x / count, - x. */
 INLINE float share_of(int64_t at, int64_t size, int64_t reach) { /* 1 / positions of the window around one */
     int64_t first = at > reach ? at - reach : 0, end = at + reach + 1 < size ? at + reach + 1 : size;
     return 1.0f / (end - first);
 }
 
 #define MEAN_MINUS_SELF(T)                                                                                             \
-    void mean_minus_self_##T(const T *x, T *y, int64_t b, int64_t h, int64_t w, int64_t c, int64_t reach,              \
-                             int64_t backward, int threads) {                                                          \
-        PARALLEL for (int64_t line = 0; line < b * h; line++) {                                                        \
-            int64_t at = line % h, top = at > reach ? at - reach : 0, end = at + reach + 1 < h ? at + reach + 1 : h;   \
-            float sums[w * c], shares[w]; /* of columns, and of their windows */                                       \
-            for (int64_t k = 0; k < w; k++) shares[k] = share_of(k, w, reach);                                         \
+    /* x, y, h, w, c, reach, backward; unit: a line of an image */                                                     \
+    void mean_minus_self_##T(const arg *a, int64_t first, int64_t end) {                                               \
+        const T *x = a[0].p;                                                                                           \
+        T *y = a[1].p;                                                                                                 \
+        const int64_t h = a[2].i, w = a[3].i, c = a[4].i, reach = a[5].i, backward = a[6].i;                           \
+        float sums[w * c], shares[w]; /* of columns, and of their windows */                                           \
+        for (int64_t k = 0; k < w; k++) shares[k] = share_of(k, w, reach);                                             \
+        for (int64_t line = first; line < end; line++) {                                                               \
+            int64_t at = line % h, top = at > reach ? at - reach : 0, under = at + reach + 1 < h ? at + reach + 1 : h; \
             for (int64_t i = 0; i < w * c; i += LANES) store_float(sums + i, all(0));                                  \
-            for (int64_t row = top; row < end; row++) {                                                                \
+            for (int64_t row = top; row < under; row++) {                                                              \
                 const T *in = x + (line - at + row) * w * c;                                                           \
                 float share = share_of(backward ? row : at, h, reach);                                                 \
                 for (int64_t k = 0; k < w; k++) {                                                                      \

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,14 +26,14 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", "-fPIC", "-fopenmp")
+FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-std=gnu11", "-fPIC")
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 FEWEST = 2**18
 """Numbers of a tensor from which a kernel pays."""
 
 MULTIPLE = 16
-"""What channels must be a multiple of."""
+"""What channels must be a multiple of, as in the source."""
 
 BLOCK = 64
 """Rows that are summed at a time, as in the source."""
@@ -95,10 +96,15 @@ def is_supported() -> bool:
     return sys.platform == "linux" and platform.machine() == "x86_64" and has_vectors
 
 
-def find_compiler() -> str | None:
-    """Path of the C compiler: that of the environment's `CC`, else cc, gcc or clang."""
-    names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+def find_compiler() -> list[str] | None:
+    """The C compiler's command: that of the environment's `CC`, such as "ccache gcc", else cc, gcc or clang."""
+    commands = [["cc"], ["gcc"], ["clang"]]
+    with contextlib.suppress(ValueError):  # a quotation mark without another
+        commands.insert(0, shlex.split(os.environ.get("CC", "")))
+    for name, *settings in filter(None, commands):
+        if path := shutil.which(name):
+            return [path, *settings]
+    return None
 
 
 def describe_compiler() -> str | None:
@@ -107,7 +113,7 @@ def describe_compiler() -> str | None:
     if compiler is None:
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
+        said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
         return said.partition("\n")[0].strip() or None
     return None
 
@@ -126,9 +132,8 @@ def _compile() -> ctypes.CDLL:
         raise FileNotFoundError("torch's OpenMP library is not found")
     with tempfile.TemporaryDirectory(prefix="drop-path-zoo-") as folder:
         code, result = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-        # in two steps: linked with -fopenmp it would bring threads of its own beside torch's
         for step in ([*FLAGS, "-c", SOURCE, "-o", code], ["-shared", code, threads, "-lm", "-o", result]):
-            subprocess.run([compiler, *step], check=True, capture_output=True, timeout=120)
+            subprocess.run([*compiler, *step], check=True, capture_output=True, timeout=120)
         return ctypes.CDLL(str(result))
 
 
@@ -148,7 +153,7 @@ def _threads_of_torch() -> str | None:
 def activation(x: Tensor, act: str) -> Tensor:
     """gelu, relu, squared_relu or silu of x, (..., C), with `has_kernels(x)`."""
     y = torch.empty_like(x)
-    _start(f"{act}_{TYPES[x.dtype]}", x, y, x.numel())
+    _start(f"{act}_{TYPES[x.dtype]}", x.numel() // MULTIPLE, x, y)
     return y
 
 
@@ -164,14 +169,14 @@ def activation_backward_(x: Tensor, grad: Tensor, act: str) -> tuple[Tensor, Ten
         act(x), and the sums of the new grad over all rows, (C,) in float32.
     """
     y, sums = torch.empty_like(x), _blocks(x)
-    _start(f"{act}_backward_{TYPES[x.dtype]}", x, grad, y, sums, *_rows(x))
+    _start(f"{act}_backward_{TYPES[x.dtype]}", len(sums), x, grad, y, sums, *_rows(x))
     return y, sums.sum(0)
 
 
 def column_sums(x: Tensor) -> Tensor:
     """Sums over all rows of (..., C), with `has_kernels(x)`: (C,) in float32."""
     sums = _blocks(x)
-    _start(f"column_sums_{TYPES[x.dtype]}", x, sums, *_rows(x))
+    _start(f"column_sums_{TYPES[x.dtype]}", len(sums), x, sums, *_rows(x))
     return sums.sum(0)
 
 
@@ -192,13 +197,13 @@ def layer_norm(
     """
     n, d = _rows(x)
     y, (mean, rstd) = torch.empty_like(x, dtype=dtype), x.new_empty(2, n, dtype=torch.float32)
-    _start(f"layer_norm_{TYPES[x.dtype]}_{TYPES[dtype]}", x, weight, bias, y, mean, rstd, n, d, eps)
+    _start(f"layer_norm_{TYPES[x.dtype]}_{TYPES[dtype]}", n, x, weight, bias, y, mean, rstd, d, eps)
     return y, mean, rstd
 
 
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *, of_input: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of `layer_norm`.
 
     Args:
@@ -207,13 +212,14 @@ def layer_norm_backward(
         weight: Its weight.
         mean: Of the rows.
         rstd: Of the rows.
+        of_input: Whether the gradient of x is wanted.
 
     Returns:
-        Gradients of x, of the weight and of the bias, the last two (C,) in float32.
+        Gradients of x, else `None`, of the weight and of the bias, the last two (C,) in float32.
     """
-    of_x, sums = torch.empty_like(x), _blocks(x, 2)
+    of_x, sums = torch.empty_like(x) if of_input else None, _blocks(x, 2)
     kernel = f"layer_norm_backward_{TYPES[x.dtype]}_{TYPES[grad.dtype]}"
-    _start(kernel, grad, x, weight, mean, rstd, of_x, sums, *_rows(x))
+    _start(kernel, sums.shape[1], grad, x, weight, mean, rstd, of_x, sums, *_rows(x))
     of_weight, of_bias = sums.sum(1).unbind(0)
     return of_x, of_weight, of_bias
 
@@ -229,7 +235,7 @@ def softmax(scores: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtyp
     """
     y, period = torch.empty_like(scores, dtype=dtype), 1 if bias is None else bias.shape[0] * bias.shape[1]
     n = scores.shape[0] * scores.shape[1]
-    _start(f"softmax_{TYPES[scores.dtype]}_{TYPES[dtype]}", scores, bias, y, n, scores.shape[2], period, scale)
+    _start(f"softmax_{TYPES[scores.dtype]}_{TYPES[dtype]}", n, scores, bias, y, scores.shape[2], period, scale)
     return y
 
 
@@ -242,7 +248,8 @@ def mean_minus_self(x: Tensor, size: int, backward: bool = False) -> Tensor:
         backward: Whether the gradient is computed.
     """
     y = torch.empty_like(x)
-    _start(f"mean_minus_self_{TYPES[x.dtype]}", x, y, *x.shape, size // 2, int(backward))
+    lines = x.shape[0] * x.shape[1]
+    _start(f"mean_minus_self_{TYPES[x.dtype]}", lines, x, y, *x.shape[1:], size // 2, int(backward))
     return y
 
 
@@ -256,15 +263,20 @@ def _blocks(x: Tensor, *number: int) -> Tensor:
     return x.new_empty(*number, -(-n // BLOCK), d, dtype=torch.float32)
 
 
-def _start(kernel: str, *args: Tensor | int | float | None) -> None:
-    """Calls a kernel: with the addresses of tensors, and at last the number of threads."""
-    function: Any = getattr(library(), kernel)
-    function(*map(_argument, args), ctypes.c_int(torch.get_num_threads()))
+class _Argument(ctypes.Union):
+    _fields_ = (("p", ctypes.c_void_p), ("i", ctypes.c_int64), ("f", ctypes.c_float))
 
 
-def _argument(value: Tensor | float | None) -> Any:
+def _start(kernel: str, units: int, *args: Tensor | int | float | None) -> None:
+    """Calls a kernel with its arguments, of tensors their addresses, over so many units of its work on torch's threads."""
+    kernels: Any = library()
+    given = (_Argument * len(args))(*map(_argument, args))
+    kernels.start(getattr(kernels, kernel), given, ctypes.c_int64(units), ctypes.c_int(torch.get_num_threads()))
+
+
+def _argument(value: Tensor | float | None) -> _Argument:
     if isinstance(value, int):
-        return ctypes.c_int64(value)
+        return _Argument(i=value)
     if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_void_p(None if value is None else value.data_ptr())
+        return _Argument(f=value)
+    return _Argument(p=None if value is None else value.data_ptr())

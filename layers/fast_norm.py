@@ -92,7 +92,9 @@ class _LayerNorm(torch.autograd.Function):
             return *plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None
         grad = grads[0].contiguous()
         if fast_cpu.has_kernels(x, grad):
-            of_x, of_weight, of_bias = fast_cpu.layer_norm_backward(grad, x, _in_float32(weight), mean, rstd)
+            of_x, of_weight, of_bias = fast_cpu.layer_norm_backward(
+                grad, x, _in_float32(weight), mean, rstd, of_input=wanted[0]
+            )
             return of_x, as_gradient(of_weight, weight), as_gradient(of_bias, bias), None
         of_x = None
         if wanted[0]:

@@ -1,5 +1,6 @@
 """Kernels for CPUs against float64, built for several processors; who takes them, and what happens without a compiler."""
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,8 +15,8 @@ from torch import Tensor
 from layers import fast_cpu
 from layers.fast_mlp import ACTS
 
-BUILDS = {"native": "native", "AVX2": "x86-64-v3", "AVX512": "skylake-avx512"}
-"""Processors that the kernels are built for, as compilers call them."""
+BUILDS = {"native": "native", "AVX2": "x86-64-v3", "AVX512": "skylake-avx512", "Clang": "native"}
+"""Processors that the kernels are built for, as compilers call them, by the compiler at hand or by Clang."""
 
 EXACT = {torch.float32: 5e-7, torch.bfloat16: 3e-3}
 """Relative error of rounding."""
@@ -32,9 +33,13 @@ def build(request: pytest.FixtureRequest) -> Iterator[None]:
     """The kernels, built for a kind of processor."""
     if request.param == "AVX512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("not on this processor")
+    if request.param == "Clang" and not shutil.which("clang"):
+        pytest.skip("no clang on this machine")
     flags = tuple(f"-march={BUILDS[request.param]}" if "-march" in flag else flag for flag in fast_cpu.FLAGS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_cpu, "FLAGS", flags)
+        if request.param == "Clang":
+            patch.setenv("CC", "clang")
         kernels = fast_cpu._compile()
         patch.setattr(fast_cpu, "library", lambda: kernels)
         yield
@@ -118,8 +123,10 @@ def test_layer_norm(dtypes: tuple[torch.dtype, torch.dtype], weights: str) -> No
     assert found.dtype == out and error(found, y.detach()) < EXACT[out]
     of_x, *sums = fast_cpu.layer_norm_backward(grad, x, weight, mean, rstd)
     expected = torch.autograd.grad(y, exact, grad.double())
-    assert of_x.dtype == dtype and error(of_x, expected[0]) < EXACT[dtype]
+    assert of_x is not None and of_x.dtype == dtype and error(of_x, expected[0]) < EXACT[dtype]
     assert all(error(a, b) < 1e-6 for a, b in zip(sums, expected[1:], strict=True))
+    alone = fast_cpu.layer_norm_backward(grad, x, weight, mean, rstd, of_input=False)
+    assert alone[0] is None and all(map(torch.equal, alone[1:], sums))
 
 
 @pytest.mark.usefixtures("build")
@@ -251,6 +258,31 @@ def test_kernels_run_on_torchs_own_threads() -> None:
     counting = "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split('/')[-1]}))"
     said = in_a_new_process(f"{STEP}\n{counting}")
     assert "sum 128.0 True" in said and said.splitlines()[-1] == "1", said
+
+
+def test_no_library_of_a_compilers_own_is_wanted(tmp_path: Path) -> None:
+    compiler = fast_cpu.find_compiler()
+    assert compiler
+    subprocess.run([*compiler, *fast_cpu.FLAGS, "-c", fast_cpu.SOURCE, "-o", tmp_path / "kernels.o"], check=True)
+    names = subprocess.run(["nm", "-u", tmp_path / "kernels.o"], capture_output=True, text=True, check=True).stdout
+    wanted = {name for name in names.split() if len(name) > 1}
+    assert "GOMP_parallel" in wanted
+    assert wanted <= {"GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "memset", "memcpy"}, wanted
+
+
+@pytest.mark.parametrize(
+    "given, command",
+    [("env LANG=C gcc", ["env", "LANG=C", "gcc"]), ("no-such-compiler -m64", ["cc"]), ('gcc "', ["cc"]), (" ", ["cc"])],
+)
+def test_the_environments_compiler(given: str, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "no-such-compiler" else f"/bin/{name}")
+    monkeypatch.setenv("CC", given)
+    assert fast_cpu.find_compiler() == [f"/bin/{command[0]}", *command[1:]]
+
+
+def test_a_compiler_with_arguments_compiles() -> None:
+    said = in_a_new_process(STEP, CC=f"env LANG=C '{shutil.which('cc')}' -pipe")
+    assert "sum 128.0 True" in said and "training is slower" not in said
 
 
 def test_the_compiler_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
