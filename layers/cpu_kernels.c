@@ -198,6 +198,39 @@ INLINE float *cleared(float *sums, int64_t block, int64_t d) { return memset(sum
 ACTIVATIONS(float)
 ACTIVATIONS(bfloat16)
 
+#define STAR_RELU(T)                                                                                                   \
+    /* x, y = scale * relu(x)^2 + shift, scale, shift; unit: GROUP numbers */                                          \
+    void star_relu_##T(const arg *a, int64_t first, int64_t end) {                                                     \
+        const T *x = a[0].p;                                                                                           \
+        T *y = a[1].p;                                                                                                 \
+        for (int64_t i = first * GROUP; i < end * GROUP; i += LANES) {                                                 \
+            vec value, unused;                                                                                         \
+            squared_relu(load_##T(x + i), &value, &unused);                                                            \
+            store_##T(y + i, value * a[2].f + a[3].f);                                                                 \
+        }                                                                                                              \
+    }                                                                                                                  \
+    /* x, grad *= 2 * scale * relu(x), sums (blocks, 2) of grad * relu(x)^2 and of grad, n, d, scale; unit: a block */ \
+    void star_relu_backward_##T(const arg *a, int64_t first, int64_t end) {                                            \
+        const T *x = a[0].p;                                                                                           \
+        T *grad = a[1].p;                                                                                              \
+        float *sums = a[2].p;                                                                                          \
+        const int64_t n = a[3].i, d = a[4].i;                                                                          \
+        for (int64_t block = first; block < end; block++) {                                                            \
+            vec of_scale = all(0), of_shift = all(0);                                                                  \
+            ROWS(block, n) for (int64_t i = row * d; i < (row + 1) * d; i += LANES) {                                  \
+                vec value, slope, each = load_##T(grad + i);                                                           \
+                squared_relu(load_##T(x + i), &value, &slope);                                                         \
+                of_scale += each * value;                                                                              \
+                of_shift += each;                                                                                      \
+                store_##T(grad + i, each * slope * a[5].f);                                                            \
+            }                                                                                                          \
+            sums[2 * block] = total(of_scale);                                                                         \
+            sums[2 * block + 1] = total(of_shift);                                                                     \
+        }                                                                                                              \
+    }
+STAR_RELU(float)
+STAR_RELU(bfloat16)
+
 /* ---- sums over rows ------------------------------------------------------------------------------------------------- */
 
 #define COLUMN_SUMS(T)                                                                                                 \

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers import fast_cuda
+from layers import fast_cpu, fast_cuda
 from layers.fast import are_plain, dtype_of, no_view, plain_gradients, run, takes, wants_plain_gradients
 
 LARGE_KERNELS = range(5, 8)
@@ -152,7 +152,7 @@ class _StarReluConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, scale, shift, weight)
-        return no_view(_depthwise(_star_relu(F.relu(x), scale, shift), weight))
+        return no_view(_depthwise(_star_relu(x, scale, shift), weight))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -160,18 +160,25 @@ class _StarReluConv(torch.autograd.Function):
         if wants_plain_gradients(grads[0]):
             plain = lambda x, scale, shift, weight: _depthwise(fast_cuda.plain_star_relu(x, scale, shift), weight)  # noqa: E731
             return plain_gradients(plain, ctx, (x, scale, shift, weight), grads[0])
-        image = _star_relu(F.relu(x), scale, shift)
+        image = _star_relu(x, scale, shift)
         grad, grad_weight = _depthwise_gradients(grads[0], image, weight, ctx.needs_input_grad[3])
         del image
-        grad, relu = grad.contiguous(), F.relu(x)
+        grad = grad.contiguous()
+        if fast_cpu.has_kernels(x, grad):
+            sums = fast_cpu.star_relu_backward_(x, grad, scale.item())
+            return grad, *(of.to(x.dtype).reshape(1) for of in sums), grad_weight
+        relu = F.relu(x)
         grad_shift = grad.sum().reshape(1)
         grad.mul_(relu)
         grad_scale = _inner(grad, relu).reshape(1)
         return grad.mul_(2 * scale), grad_scale, grad_shift, grad_weight
 
 
-def _star_relu(relu: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """scale * relu^2 + shift, in place of relu."""
+def _star_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * relu(x)^2 + shift."""
+    if fast_cpu.has_kernels(x):
+        return fast_cpu.star_relu(x, scale.item(), shift.item())
+    relu = F.relu(x)
     return torch.addcmul(shift, relu, relu, value=scale.item(), out=relu)
 
 

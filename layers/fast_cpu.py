@@ -173,6 +173,31 @@ def activation_backward_(x: Tensor, grad: Tensor, act: str) -> tuple[Tensor, Ten
     return y, sums.sum(0)
 
 
+def star_relu(x: Tensor, scale: float, shift: float) -> Tensor:
+    """scale * relu(x)^2 + shift of x, (..., C), with `has_kernels(x)`."""
+    y = torch.empty_like(x)
+    _start(f"star_relu_{TYPES[x.dtype]}", x.numel() // MULTIPLE, x, y, scale, shift)
+    return y
+
+
+def star_relu_backward_(x: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Gradients of `star_relu`: grad becomes that of x.
+
+    Args:
+        x: (..., C), with `has_kernels(x, grad)`.
+        grad: Gradient of the result, in the same dtype and shape.
+        scale: As given.
+
+    Returns:
+        Gradients of scale and shift, without dimensions, in float32.
+    """
+    n, d = _rows(x)
+    sums = x.new_empty(-(-n // BLOCK), 2, dtype=torch.float32)
+    _start(f"star_relu_backward_{TYPES[x.dtype]}", len(sums), x, grad, sums, n, d, scale)
+    of_scale, of_shift = sums.sum(0).unbind(0)
+    return of_scale, of_shift
+
+
 def column_sums(x: Tensor) -> Tensor:
     """Sums over all rows of (..., C), with `has_kernels(x)`: (C,) in float32."""
     sums = _blocks(x)

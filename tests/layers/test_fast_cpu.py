@@ -99,6 +99,24 @@ def test_gelu_is_as_exact_as_torchs() -> None:
 
 @pytest.mark.usefixtures("build")
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_star_relu(dtype: torch.dtype) -> None:
+    x, grad = torch.randn(3, 67, 48).to(dtype), torch.randn(3, 67, 48).to(dtype) + 0.5
+    exact = [
+        x.double().requires_grad_(),
+        *(torch.tensor(v, dtype=torch.double, requires_grad=True) for v in (0.8, -0.4)),
+    ]
+    y = exact[1] * F.relu(exact[0]).square() + exact[2]
+    of_x, *of_numbers = torch.autograd.grad(y, exact, grad.double())
+    found = fast_cpu.star_relu(x, 0.8, -0.4)
+    assert found.dtype == dtype and error(found, y.detach()) < EXACT[dtype]
+    sums = fast_cpu.star_relu_backward_(x, grad, 0.8)
+    assert grad.dtype == dtype and error(grad, of_x) < EXACT[dtype]
+    assert all(a.shape == () and error(a, b) < 1e-6 for a, b in zip(sums, of_numbers, strict=True))
+    assert fast_cpu.star_relu(x.new_full((1, 16), torch.nan), 1.0, 0.0).isnan().all()
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_over_rows(dtype: torch.dtype) -> None:
     for rows in (1, 63, 64, 65, 1000):
         x = torch.randn(rows, 32).to(dtype) + 1
@@ -171,6 +189,7 @@ def test_bits_do_not_depend_on_threads() -> None:
             *rows,
             images,
             *fast_cpu.activation_backward_(x, grad.clone(), "gelu"),
+            *fast_cpu.star_relu_backward_(x, grad.clone(), 0.8),
             fast_cpu.softmax(scores, None, 1.0, x.dtype),
         ]
 
