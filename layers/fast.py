@@ -92,7 +92,7 @@ def is_eager(x: Any, device: str = "cpu") -> bool:
     return (
         _enabled
         and not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
+        and _is_plain(x)
         and x.device.type == device
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -103,7 +103,11 @@ def is_eager(x: Any, device: str = "cpu") -> bool:
 
 def are_plain(*weights: Tensor | None) -> bool:
     """Whether weights are nothing but numbers, not tensors of another library's kind."""
-    return all(weight is None or type(weight) in _PLAIN for weight in weights)
+    return all(weight is None or _is_plain(weight) for weight in weights)
+
+
+def _is_plain(x: Any) -> bool:
+    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_nested
 
 
 def is_linear(*modules: nn.Module) -> bool:
@@ -173,18 +177,27 @@ def run(function: type[torch.autograd.Function], *inputs: Any) -> Any:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        of_x, of_weight, *_ = getattr(ctx, "needs_input_grad", (False, False))
+        # as torch does, only what a gradient is computed of
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.shapes = x.shape, weight.shape, None if bias is None else bias.shape
         return no_view(product(x, weight.to(x.dtype), bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
             plain = lambda x, weight, bias: F.linear(x, weight.to(x.dtype), bias)  # noqa: E731
-            return plain_gradients(plain, ctx, (x, weight, bias), grads[0])
+            # the gradients do not depend on the numbers of what was not kept
+            zero = torch.zeros((), dtype=grads[0].dtype, device=grads[0].device)
+            inputs = tuple(
+                zero.expand(shape).requires_grad_() if kept is None and shape is not None else kept
+                for kept, shape in zip((x, weight, None), ctx.shapes, strict=True)
+            )
+            return plain_gradients(plain, ctx, inputs, grads[0])
         grad = grads[0].contiguous()
         return (
-            product(grad, weight.to(x.dtype).t(), None) if ctx.needs_input_grad[0] else None,
+            product(grad, weight.to(grad.dtype).t(), None) if ctx.needs_input_grad[0] else None,
             weight_gradient(grad, x) if ctx.needs_input_grad[1] else None,
             bias_gradient(grad) if ctx.needs_input_grad[2] else None,
         )

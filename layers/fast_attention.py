@@ -101,7 +101,8 @@ class _Attention(torch.autograd.Function):
 
 def _softmax(products: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
     """softmax(scale * products + bias), (S, N, N), in float32, then in a dtype; bias: (B, N, N), B a divisor of S."""
-    if fast_cpu.has_softmax(products):
+    fits = bias is None or (bias.shape[1:] == products.shape[1:] and len(products) % len(bias) == 0)
+    if fits and fast_cpu.has_softmax(products):
         return fast_cpu.softmax(products, None if bias is None else bias.float().contiguous(), scale, dtype)
     if bias is None:
         return products.mul_(scale).softmax(-1).to(dtype)

@@ -59,9 +59,9 @@ class FastDepthwiseConv2d(nn.Conv2d):
     def is_fast(self, x: Tensor) -> bool:
         """Whether `forward_fast` may take x, (B, C, H, W), and gains by it."""
         return (
-            torch.is_grad_enabled()
+            takes(x)  # first: torch.fx, which has no tensors, turns back here
+            and torch.is_grad_enabled()
             and self.weight.requires_grad
-            and takes(x)
             and x.ndim == 4
             and (x.device.type == "cuda" or has_fast_gradient(x, self.kernel_size))
             and are_plain(self.weight, self.bias)
@@ -194,7 +194,12 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a depthwise convolution's input x, (B, H, W, C), and of its weight, if wanted."""
+    """Gradients of a depthwise convolution's input x, (B, H, W, C), and of its weight, if wanted, in their own dtype."""
+    with torch.autocast(x.device.type, enabled=False):  # backward may be called under it
+        return _gradients_as_given(grad, x, weight, of_weight)
+
+
+def _gradients_as_given(grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool) -> tuple[Tensor, Tensor | None]:
     if of_weight and has_fast_gradient(x, weight.shape[2:]):
         return _depthwise(grad, weight.flip(2, 3)), depthwise_weight_gradient(grad, x, weight)
     turned = x.device.type != "cpu"

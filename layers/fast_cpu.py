@@ -38,8 +38,8 @@ MULTIPLE = 16
 BLOCK = 64
 """Rows that are summed at a time, as in the source."""
 
-MOST_LINE = 2**16
-"""Numbers up to which a line of an image stands on the stack of a thread."""
+MOST_LINE = 2**15
+"""Numbers up to which a line of an image stands on the stack of a thread, which may have 256 kB of it."""
 
 
 def has_kernels(*tensors: Tensor | None) -> bool:
@@ -69,7 +69,10 @@ def has_softmax(scores: Tensor) -> bool:
 
 
 def _is_readable(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in TYPES and x.is_contiguous()
+    """Whether a tensor's numbers lie in memory as it says: none that is negated when it is read, or stands for zeros."""
+    return (
+        x.device.type == "cpu" and x.dtype in TYPES and x.is_contiguous() and not x.is_neg() and not x._is_zerotensor()  # type: ignore[attr-defined]
+    )
 
 
 @functools.cache
@@ -113,8 +116,8 @@ def describe_compiler() -> str | None:
     if compiler is None:
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
-        return said.partition("\n")[0].strip() or None
+        said = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=10).stdout
+        return said.decode(errors="replace").partition("\n")[0].strip() or None
     return None
 
 
@@ -144,7 +147,7 @@ def _threads_of_torch() -> str | None:
     except OSError:
         return None
     loaded = [file for file in files if Path(file).name.startswith(("libgomp", "libiomp5", "libomp"))]
-    home = Path(torch.__file__).parent
+    home = Path(torch.__file__).resolve().parent  # as the system writes it
     own = [file for file in loaded if home in Path(file).parents or home.with_name("torch.libs") in Path(file).parents]
     found = own or loaded
     return found[0] if len(found) == 1 else None
@@ -222,7 +225,7 @@ def layer_norm(
     """
     n, d = _rows(x)
     y, (mean, rstd) = torch.empty_like(x, dtype=dtype), x.new_empty(2, n, dtype=torch.float32)
-    _start(f"layer_norm_{TYPES[x.dtype]}_{TYPES[dtype]}", n, x, weight, bias, y, mean, rstd, d, eps)
+    _start(f"layer_norm_{TYPES[x.dtype]}_{TYPES[dtype]}", n, x, weight, bias, y, mean, rstd, d, float(eps))
     return y, mean, rstd
 
 
@@ -260,7 +263,7 @@ def softmax(scores: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtyp
     """
     y, period = torch.empty_like(scores, dtype=dtype), 1 if bias is None else bias.shape[0] * bias.shape[1]
     n = scores.shape[0] * scores.shape[1]
-    _start(f"softmax_{TYPES[scores.dtype]}_{TYPES[dtype]}", n, scores, bias, y, scores.shape[2], period, scale)
+    _start(f"softmax_{TYPES[scores.dtype]}_{TYPES[dtype]}", n, scores, bias, y, scores.shape[2], period, float(scale))
     return y
 
 

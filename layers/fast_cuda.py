@@ -137,6 +137,7 @@ def takes_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
         takes(x)
         and are_plain(weight, bias)
         and x.shape[-1] <= MOST_CHANNELS
+        and all(t is None or t.shape == x.shape[-1:] for t in (weight, bias))
         and (autocast_dtype(x) is not None or all(t is None or t.dtype == x.dtype for t in (weight, bias)))
         and has_kernels(x, weight, bias)
     )

@@ -29,7 +29,7 @@ def layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor 
         bias: (C,) or `None`.
         eps: Added to the variance.
     """
-    if not torch.jit.is_scripting() and is_trained_on_cpu(x, weight, bias):
+    if not torch.jit.is_scripting() and is_trained_on_cpu(x, shape, weight, bias):
         return _layer_norm_on_cpu(x, weight, bias, eps)
     if not torch.jit.is_scripting() and has_kernel(x, weight, bias):
         return _kernel_layer_norm(x, weight, bias, eps)
@@ -38,7 +38,8 @@ def layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor 
 
 @torch.jit.unused
 def _layer_norm_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
+    # a copy without gaps is made outside, so that what is kept is the input that second derivatives are taken of
+    return _LayerNorm.apply(x.contiguous(), weight, bias, float(eps))  # type: ignore[no-any-return, no-untyped-call]
 
 
 @torch.jit.unused
@@ -53,8 +54,8 @@ def has_kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
 
 
 @torch.jit.unused
-def is_trained_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether a norm of x, (..., C), with weight and bias (C,) has gradients, and `_LayerNorm` is faster or more exact."""
+def is_trained_on_cpu(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a norm of x, (..., C), over (C,) has gradients, and `_LayerNorm` is faster or more exact."""
     return (
         isinstance(x, Tensor)
         and x.device.type == "cpu"
@@ -62,6 +63,7 @@ def is_trained_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> 
         and takes(x)  # before sizes are looked at, which compiled code would remember
         and are_plain(weight, bias)
         and x.numel() > 0
+        and all(tuple(of) == x.shape[-1:] for of in (shape, *(t.shape for t in (weight, bias) if t is not None)))
         and (x.requires_grad or _is_trained(weight, bias))
         and (fast_cpu.has_kernels(x) or (x.dtype == torch.bfloat16 and _is_trained(weight, bias)))
         and (x.dtype == torch.bfloat16 or all(t is None or t.dtype == x.dtype for t in (weight, bias)))
@@ -75,7 +77,7 @@ def _is_trained(*weights: Tensor | None) -> bool:
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        x, ctx.eps = x.contiguous(), eps
+        ctx.eps = eps
         if fast_cpu.has_kernels(x):
             y, mean, rstd = fast_cpu.layer_norm(x, _in_float32(weight), _in_float32(bias), eps, x.dtype)
         else:

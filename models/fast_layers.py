@@ -114,20 +114,22 @@ class FastWindowAttention(WindowAttention):
     """timm's attention within windows, of Swin."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.forward_fast(x, mask) if self.is_fast(x) else super().forward(x, mask)
+        return self.forward_fast(x, mask) if self.is_fast(x, mask) else super().forward(x, mask)
 
-    def is_fast(self, x: Tensor) -> bool:
-        """Whether `forward_fast` may take x, (windows, N, C)."""
+    def is_fast(self, x: Tensor, mask: Tensor | None = None) -> bool:
+        """Whether `forward_fast` may take x, (windows, N, C), with a mask (windows of an image, N, N)."""
         return (
             x.device.type == "cpu"
             and takes(x, self.softmax, self.attn_drop)
             and _drops_nothing(self.attn_drop)
             and x.shape[0] > 0
+            and x.shape[1] == self.window_area
+            and (mask is None or (mask.shape[1:] == (x.shape[1],) * 2 and x.shape[0] % mask.shape[0] == 0))
             and has_few_tokens(x.shape[1], dtype_of(x))
         )
 
     def forward_fast(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The attention on (windows, N, C), with `is_fast(x)`; mask: added to the scores, (windows of an image, N, N)."""
+        """The attention on (windows, N, C), with `is_fast`; mask: added to the scores, (windows of an image, N, N)."""
         bias = self._get_rel_pos_bias()
         if mask is not None:
             bias = bias + mask[:, None]

@@ -22,6 +22,7 @@ from layers.drop_path import DropPath
 from layers.fast import (
     FEWEST_PRODUCTS,
     MANY_ROWS,
+    FastLinear,
     call,
     fast_paths,
     is_linear,
@@ -834,3 +835,58 @@ def test_the_same_step_twice_gives_the_same_bits() -> None:
     model, images = net("caformer_n4")
     (a, of_a, _), (b, of_b, _) = step(model, images), step(model, images)
     assert torch.equal(a, b) and all(torch.equal(of_a[key], of_b[key]) for key in of_a)
+
+
+# ---- what is kept, and what is no plain tensor ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", ["weight", "input", "weight and input"])
+def test_a_linear_layer_keeps_only_what_its_gradients_are_of(frozen: str) -> None:
+    layer, kept = FastLinear(DIM, 4 * DIM), []
+    layer.weight.requires_grad_("weight" not in frozen)
+    x = torch.randn(LARGE, requires_grad="input" not in frozen)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+        y = layer(x)
+    assert is_fast(y)
+    expected = {"weight": [layer.weight.shape], "input": [x.shape], "weight and input": []}
+    assert kept == expected[frozen]
+    wanted = [p for p in (x, *layer.parameters()) if p.requires_grad]
+    with plain_paths():
+        expected_grads = torch.autograd.grad(layer(x).square().sum(), wanted)
+    loss = y.square().sum()
+    with torch.no_grad():  # as with torch's own layer, what is not kept may change
+        layer.bias.add_(1)
+    for a, b in zip(torch.autograd.grad(loss, wanted), expected_grads, strict=True):
+        assert error(a, b.double()) < 1e-5
+
+
+@pytest.mark.parametrize("frozen", ["weight", "input", "weight and input"])
+def test_second_derivatives_of_a_linear_layer_that_keeps_less(frozen: str) -> None:
+    layer = FastLinear(DIM, 4 * DIM)
+    layer.weight.requires_grad_("weight" not in frozen)
+    x = torch.randn(LARGE, requires_grad="input" not in frozen)
+    inputs = [p for p in (x, *layer.parameters()) if p.requires_grad]
+
+    def second() -> list[Tensor]:
+        y = layer(x)
+        first = torch.autograd.grad(y.pow(3).mean(), inputs, create_graph=True)
+        many = torch.autograd.grad(y, inputs, torch.ones(2, *y.shape), retain_graph=True, is_grads_batched=True)
+        penalty = torch.stack([g.square().sum() for g in first]).sum()
+        return [*many, *torch.autograd.grad(penalty, inputs)]
+
+    found = second()
+    with plain_paths():
+        expected = second()
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b.double()) < 1e-4
+
+
+def test_tensors_of_another_layout_get_the_plain_form() -> None:
+    layer, x = FastLinear(DIM, 4 * DIM), torch.randn(512, DIM)
+    expected = layer(x).detach()
+    nested = layer(torch.nested.as_nested_tensor([x[:256], x[256:]]))
+    torch.testing.assert_close(torch.cat(nested.unbind()).detach(), expected)
+    sparse = FastLinear(DIM, 4 * DIM)
+    sparse.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
+    sparse.bias = layer.bias
+    torch.testing.assert_close(sparse(x).detach(), expected, rtol=1e-4, atol=1e-5)

@@ -164,3 +164,21 @@ def test_what_gains_nothing_or_is_more_than_numbers_gets_the_plain_form() -> Non
 def test_scripted() -> None:
     module, x = conv(), torch.randn(2, 6, 8, 8)
     torch.testing.assert_close(torch.jit.script(module)(x), module(x))
+
+
+def test_backward_under_autocast_stays_in_float32() -> None:
+    x, upstream = torch.randn(4, 6, 9, 9), torch.randn(4, 6, 9, 9)
+    module = conv()
+    expected = results(copy.deepcopy(module).double(), x.double(), upstream.double())
+    y = module(x.requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, [x, *module.parameters()], upstream)
+    for a, b in zip(found, expected[1:], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
+
+
+def test_torch_fx_sees_a_convolution() -> None:
+    module, x = conv(), torch.randn(2, 6, 9, 9)
+    traced = torch.fx.symbolic_trace(module)
+    assert any(node.target is F.conv2d or "conv2d" in str(node.target) for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(x), module(x))

@@ -304,6 +304,22 @@ def test_a_compiler_with_arguments_compiles() -> None:
     assert "sum 128.0 True" in said and "training is slower" not in said
 
 
+def test_torch_behind_a_link_has_kernels_too(tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    packages.symlink_to(Path(torch.__file__).parents[1])
+    another = "import sklearn.cluster"  # brings an OpenMP library of its own
+    code = f"import sys; sys.path.insert(0, {str(packages)!r}); {another}; import torch; print(torch.__file__)\n{STEP}"
+    said = in_a_new_process(code)
+    assert str(packages) in said and "sum 128.0 True" in said, said
+
+
+def test_a_compiler_that_names_itself_in_another_encoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("#!/bin/sh\nprintf 'cc (Distribution \\251) 13\\n'\n")
+    (tmp_path / "old").chmod(0o755)
+    monkeypatch.setenv("CC", str(tmp_path / "old"))
+    assert fast_cpu.describe_compiler() == "cc (Distribution \ufffd) 13"
+
+
 def test_the_compiler_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told = fast_cpu.describe_compiler()
     assert told and any(character.isdigit() for character in told)

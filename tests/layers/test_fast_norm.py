@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,3 +155,53 @@ def test_what_comes_out_may_be_changed_in_place() -> None:
     y = exact(x, weight, bias, 1e-6).mul_(2.0)
     y.sum().backward()
     assert x.grad is not None
+
+
+# ---- unusual inputs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivatives_of_an_input_with_gaps(dtype: torch.dtype) -> None:
+    norm = LayerNorm(32)
+    x = torch.randn(32, 48).to(dtype).requires_grad_()
+
+    def second() -> Tensor:
+        y = norm(x.t())
+        (first,) = torch.autograd.grad(y.float().pow(3).sum(), x, create_graph=True)
+        torch.autograd.grad(y, x, torch.ones(2, *y.shape, dtype=y.dtype), retain_graph=True, is_grads_batched=True)
+        return torch.autograd.grad(first.float().square().sum(), x)[0]
+
+    found = second()
+    with plain_paths():
+        expected = second()
+    assert error(found, expected.double()) < (1e-4 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("width", [16, 64])
+def test_another_number_of_channels_is_refused(width: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            LayerNorm(32)(torch.randn(48, width, dtype=dtype, requires_grad=True))
+    unscaled = torch.nn.LayerNorm(32, elementwise_affine=False)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        layer_norm(torch.randn(48, width, requires_grad=True), [32], unscaled.weight, unscaled.bias, 1e-6)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("eps", [1, 0, True, np.float32(0.5), torch.tensor(0.5)])
+def test_an_eps_of_any_kind(eps: Any) -> None:
+    x = torch.randn(48, 32, requires_grad=True)
+    torch.testing.assert_close(exact(x, None, None, eps), F.layer_norm(x, (32,), eps=float(eps)))
+
+
+def test_numbers_that_are_not_in_memory_as_they_are_read(cpu_kernels: bool) -> None:
+    x = torch.randn(48, 32)
+    y = exact(torch._neg_view(x).requires_grad_(), None, None, 1e-6)
+    torch.testing.assert_close(y, F.layer_norm(-x, (32,), eps=1e-6))
+    weight = torch.ones(32, requires_grad=True)
+    y = exact(x.requires_grad_(), weight, None, 1e-6)
+    assert ("_LayerNormBackward" in nodes(y)) == cpu_kernels
+    y.backward(torch._efficientzerotensor(y.shape))
+    assert x.grad is not None and not x.grad.any() and weight.grad is not None and not weight.grad.any()

@@ -14,6 +14,7 @@ from timm.layers import GlobalResponseNormMlp, Mlp
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from layers import fast_conv
 from layers.fast import FastLinear, plain_paths, takes
@@ -344,6 +345,23 @@ def test_attention_within_windows(qkv_bias: bool, per_image: int | None, precisi
     assert "_Attention" in names and "Softmax" not in names
     assert_near(found, plain, 1e-5 if precision == "float32" else 0.03)
     assert all(float(gradient.abs().max()) > 0 for gradient in found)
+
+
+@pytest.mark.parametrize("tokens, mask", [(64, None), (36, None), (49, (5, 49, 49)), (49, (4, 36, 36))], ids=str)
+@pytest.mark.parametrize("trained", [True, False])
+def test_windows_that_do_not_fit_are_timms_to_refuse(tokens: int, mask: tuple[int, ...] | None, trained: bool) -> None:
+    model = nn.Sequential(WindowAttention(96, 3, window_size=7))
+    use_fast_layers(model)
+    with torch.set_grad_enabled(trained), pytest.raises(RuntimeError):
+        model[0](torch.randn(64, tokens, 96), None if mask is None else torch.randn(mask))
+
+
+def test_features_are_extracted_by_torch_fx() -> None:
+    model, x = torchvision.models.convnext_tiny(num_classes=3).eval(), torch.randn(1, 3, 32, 32)
+    expected = model.features[:2](x)
+    use_fast_layers(model)
+    found = create_feature_extractor(model, {"features.1": "stage"})(x)["stage"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_within_windows_that_stays_timms() -> None:
