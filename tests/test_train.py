@@ -387,7 +387,10 @@ def test_the_root_may_move(pets: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_knows_its_data_too(pets: Path, tmp_path: Path) -> None:
     shutil.copytree(pets / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    for name in ("checkpoints", "best"):
+        shutil.rmtree(tmp_path / "run" / name)
+    for name in ("summary.json", "metrics.csv"):
+        (tmp_path / "run" / name).unlink()
     write_images(tmp_path / "other", ("hen", "pig"))
     result = run("--resume", tmp_path / "run", f"data.root={tmp_path / 'other'}", cwd=tmp_path)
     assert result.returncode == 2 and "classes gone: 'cat', 'dog', new: 'hen', 'pig'" in result.stderr

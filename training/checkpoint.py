@@ -171,6 +171,11 @@ def latest_checkpoint(
     return None
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there is any checkpoint in `folder`, intact or not."""
+    return bool(_steps(Path(folder)))
+
+
 # ---- random states ----------------------------------------------------------------------------------------------
 
 

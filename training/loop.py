@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from files.durable import save_text
+from files.durable import remove, save_text
 from models.factory import saved_config
 from models.weights import save_weights, weights_sha256
 from stochastic_depth.report import drop_path_report
@@ -78,6 +78,7 @@ def train(
     loss_fn = setup.loss_fn
     metrics: dict[str, float] = {}
     saved_step = progress.step  # saved, or on its way to the disk; nothing has to be at step 0
+    on_disk = saved_step > 0  # the run's first checkpoint
 
     taken = contextlib.nullcontext(signals) if signals is not None else StopSignals()
     with (
@@ -113,6 +114,9 @@ def train(
                 if progress.step > saved_step and (epoch == config.optim.epochs or (every and epoch % every == 0)):
                     saver.save()
                     saved_step = progress.step
+                if not on_disk and saved_step:
+                    saver.wait()  # so that rows behind a save are rows of a run with a checkpoint (`training.resuming`)
+                    on_disk = True
                 ended = _end_epoch(setup, folder, progress, signals=signals)
                 if ended is None:
                     if progress.step > saved_step:
@@ -312,6 +316,8 @@ def validate(setup: Setup, batches: int | None = None, *, signals: StopSignals |
 
 def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
     if progress.step == 0:
+        if folder.best.exists():  # of a run that ended before its first checkpoint
+            remove(folder.best)
         for path in (folder.metrics, folder.rates, folder.skipped, folder.evaluation):
             path.unlink(missing_ok=True)
     setup.non_finite.start(progress.step)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from files.errors import ConfigError
-from training.checkpoint import Checkpoint, processes
+from training.checkpoint import Checkpoint, has_checkpoints, processes
 from training.config import OptimSection, TrainConfig, build_schedule, load_config
 from training.lr_schedule import build_scheduler
 from training.run_folder import RunFolder
@@ -25,6 +25,43 @@ def check_epochs(checkpoint: Checkpoint, config: TrainConfig) -> None:
             f"--resume: optim.epochs is {config.optim.epochs}, but the run at {checkpoint.path} is in epoch {begun}; "
             f"give at least {begun}, or resume from an earlier checkpoint"
         )
+
+
+def refuse_lost_checkpoints(folder: RunFolder) -> None:
+    """Refuses to begin a run anew in a folder that has no checkpoint to go on from, but had one.
+
+    A run that was killed before its first checkpoint may begin anew there, also with the rows of epochs before it; there may
+    be no run yet. Nothing is read but names, config.yaml and metrics.csv.
+
+    Raises:
+        ConfigError: Its checkpoints are damaged or gone: its results would be overwritten.
+    """
+    if not folder.holds_run():
+        return
+    damaged = has_checkpoints(folder.checkpoints)
+    if not damaged and not folder.summary.exists() and not _was_saved(folder):
+        return
+    kept = [path.name for path in (folder.summary, folder.metrics, folder.best) if path.exists()]
+    results = f", only its results ({', '.join(kept)})" if kept else ""
+    what = f"no checkpoint in {folder.checkpoints} is whole" if damaged else f"{folder.checkpoints} has no checkpoint"
+    raise ConfigError(
+        f"--resume: the run in {folder.path} cannot go on: {what}{results}\n"
+        "bring a checkpoint back; or begin anew with another --output, or here once the folder is moved away or removed"
+    )
+
+
+def _was_saved(folder: RunFolder) -> bool:
+    """Whether what is noted in metrics.csv comes behind a checkpoint: the first is on disk before its epoch is noted."""
+    last = folder.last_noted()
+    if last is None:  # best/ comes behind the first row, so that the rows were removed
+        return folder.best.exists()
+    epoch, step = last
+    config = load_config(folder.config)
+    every_epochs, every_steps = config.checkpoint.every_epochs, config.checkpoint.every_steps
+    if epoch >= config.optim.epochs or (every_epochs is not None and epoch >= every_epochs):
+        return True
+    # at the end of an epoch nothing is saved by steps
+    return every_steps is not None and step >= every_steps and every_steps % (step // epoch) != 0
 
 
 def with_precision_of(folder: RunFolder, config: TrainConfig, device: torch.device) -> TrainConfig:

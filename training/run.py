@@ -20,7 +20,7 @@ from training.data.build import class_names_of_data
 from training.data.loading import end_workers
 from training.distributed import World, close_world, init_world
 from training.failures import explain
-from training.resuming import changes, check_epochs, same_total_batch, with_precision_of
+from training.resuming import changes, check_epochs, refuse_lost_checkpoints, same_total_batch, with_precision_of
 from training.run_folder import RunFolder, changed_environment, latest_run, new_run_path
 from training.setup import Setup, build, describe, on_main
 
@@ -150,6 +150,8 @@ def _prepared(
         checkpoint = same_data = None
         if resume is not None and path is not None:
             checkpoint = _find_checkpoint(RunFolder(path), resume, world)
+            if not world.any(checkpoint is not None):
+                on_main(world, lambda: refuse_lost_checkpoints(RunFolder(path)))
             same_data = checkpoint.shared.get("data") if checkpoint is not None else RunFolder(path).read_data()
             config = with_precision_of(RunFolder(path), config, world.device)
         setup = build(config, world, load_checkpoint=checkpoint is None, same_data=same_data)

@@ -157,6 +157,14 @@ class RunFolder:
         told = {dict(zip(header, row, strict=False)).get("epoch", "") for row in rows}
         return sum(epoch.isdecimal() and int(epoch) <= epochs for epoch in told)
 
+    def last_noted(self) -> tuple[int, int] | None:
+        """The last epoch that has a row in metrics.csv, and its optimizer steps; None where none has."""
+        header, rows = _read(self.metrics)
+        told = (dict(zip(header, row, strict=False)) for row in rows)
+        numbers = [(row.get("epoch", ""), row.get("step", "")) for row in told]
+        noted = [(int(epoch), int(step)) for epoch, step in numbers if epoch.isdecimal() and step.isdecimal()]
+        return max((pair for pair in noted if min(pair) > 0), default=None)
+
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
         """Writes one JSON file so that a kill leaves the old or the new one."""
         save_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,6 +1,10 @@
 """What may be different when a run goes on, and that it is said."""
 
 import csv
+import os
+import shutil
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,11 @@ from training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from training.config import dump_config, load_config
 from training.distributed import World
 from training.report import page
-from training.resuming import changes, check_epochs, same_total_batch
-from training.run import run
+from training.resuming import changes, check_epochs, refuse_lost_checkpoints, same_total_batch
+from training.run import dry_run, run
 from training.run_folder import RunFolder
 from training.setup import Setup
-from training.state import RunState
+from training.state import RunState, Snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -282,3 +286,132 @@ def test_accumulation_may_change_to_keep_the_total_batch_and_else_not(tmp_path: 
     config.write_text(config.read_text().replace("accumulate: 1", "accumulate: 2"))
     assert train(tmp_path, "optim.accumulate=1", resume=True)["steps"] == 10
     assert latest_checkpoint(RunFolder(tmp_path).checkpoints) is not None
+
+
+# ---- checkpoints that are lost --------------------------------------------------------------------------------------
+
+
+def damage_all(folder: Path) -> None:
+    for file in (folder / "checkpoints").rglob("shared.pt"):
+        os.truncate(file, 100)
+
+
+def remove_all(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")
+
+
+def leave(folder: Path, *names: str) -> None:
+    """Removes all of a run but these."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(load_config(None, [*TINY, "log.report=false"]), folder)
+    return folder
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("lose", "words"), [(damage_all, "no checkpoint in .*checkpoints is whole"), (remove_all, "has no checkpoint")]
+)
+def test_a_run_without_its_checkpoints_is_not_begun_anew(
+    lose: Callable[[Path], None], words: str, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    lose(folder)
+    before = content(folder)
+    config = load_config(RunFolder(folder).config)
+    for resume in ("auto", folder):
+        for start in (run, dry_run):
+            with pytest.raises(ConfigError, match=words) as caught:
+                start(config, folder, resume=resume)
+            assert "summary.json, metrics.csv, best" in str(caught.value) and "another --output" in str(caught.value)
+            assert len(str(caught.value).splitlines()) == 2
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("left", ["summary.json", "metrics.csv", "best", "checkpoints"])
+def test_each_sign_of_a_checkpoint_is_enough(left: str, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    damage_all(folder)
+    leave(folder, "config.yaml", left)
+    with pytest.raises(ConfigError, match="cannot go on"):
+        refuse_lost_checkpoints(RunFolder(folder))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    leave(folder, "config.yaml", "data.json", "environment.json", "tensorboard")
+    assert train(folder, resume=True)["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "refused"),
+    [("{every_epochs: 1}", True), ("{every_epochs: 2}", False), ("{every_epochs: null, every_steps: 3}", True),
+     ("{every_epochs: null, every_steps: 5}", False), ("{every_epochs: null}", False)],
+)  # fmt: skip
+def test_epochs_before_the_first_checkpoint_are_run_again(
+    checkpoint: str, refused: bool, finished: Path, tmp_path: Path
+) -> None:
+    """As those behind the last one are: whether there was one, the config and the last row say."""
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(finished, folder.path)
+    leave(folder.path, "config.yaml", "metrics.csv", "best")
+    folder.cut_metrics(1)
+    folder.config.write_text(dump_config(load_config(folder.config, [f"checkpoint={checkpoint}"])))
+    if refused:
+        with pytest.raises(ConfigError, match="cannot go on"):
+            refuse_lost_checkpoints(folder)
+    else:
+        refuse_lost_checkpoints(folder)
+
+
+def test_a_run_begun_anew_keeps_no_weights_of_the_one_before(finished: Path, tmp_path: Path) -> None:
+    """Without rows they would be taken for those of a run that lost its checkpoints, were it killed once more."""
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(finished, folder.path)
+    leave(folder.path, "config.yaml", "metrics.csv", "best")
+    folder.cut_metrics(1)
+    config = load_config(folder.config, ["checkpoint.every_epochs=2"])
+    folder.config.write_text(dump_config(config))
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.loop.train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, folder.path, resume="auto")
+    assert not folder.best.exists()
+    assert train(folder.path, resume=True)["epochs"] == 2
+
+
+def test_the_first_checkpoint_is_on_disk_before_its_epoch_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow the disk is: or a kill between would leave rows without a checkpoint."""
+    seen: list[list[str]] = []
+    append, write = RunFolder.append_metrics, Snapshot.write
+
+    def slow(*args: Any) -> Path:
+        time.sleep(0.3)
+        return write(*args)
+
+    def noted(folder: RunFolder, row: dict[str, float]) -> None:
+        seen.append(sorted(path.name for path in folder.checkpoints.glob("step-*")))
+        append(folder, row)
+
+    monkeypatch.setattr(Snapshot, "write", slow)
+    monkeypatch.setattr(RunFolder, "append_metrics", noted)
+    train(tmp_path / "run", "optim.epochs=1", "optim.warmup_epochs=0")
+    assert seen == [["step-00000005"]]
