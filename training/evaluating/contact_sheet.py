@@ -28,6 +28,7 @@ class ContactSheet:
         total: Images to come: so few are drawn larger.
 
     Attributes:
+        planned: Pages, where all images can be read.
         pages: Those written.
         left_out: Images beyond the last page.
     """
@@ -37,6 +38,7 @@ class ContactSheet:
         on_page = max(1, min(total, PER_PAGE))
         self.columns = math.ceil(math.sqrt(on_page * 1.25)) if on_page > 3 else on_page
         self.side = 320 if on_page <= 4 else 220 if on_page <= 20 else 160
+        self.planned = [self._page(number) for number in range(1, min(math.ceil(total / PER_PAGE), MOST_PAGES) + 1)]
         self.waiting: list[Image.Image] = []
         self.pages: list[Path] = []
         self.left_out = 0
@@ -71,14 +73,16 @@ class ContactSheet:
         for i, cell in enumerate(self.waiting):
             row, column = divmod(i, columns)
             page.paste(cell, (_GAP + column * (width + _GAP), _GAP + row * (height + _GAP)))
-        number = len(self.pages) + 1
-        path = self.path if number == 1 else self.path.with_stem(f"{self.path.stem}-{number}")
+        path = self._page(len(self.pages) + 1)
         try:
             page.save(path)
         except OSError as error:
             raise Failure(f"--contact-sheet {path}: cannot be written: {error.strerror or error}") from None
         self.pages.append(path)
         self.waiting = []
+
+    def _page(self, number: int) -> Path:
+        return self.path if number == 1 else self.path.with_stem(f"{self.path.stem}-{number}")
 
 
 def _cell(prediction: Prediction, side: int) -> Image.Image:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
+from files.durable import sync_folder
 from files.errors import ConfigError, Failure
 from training.evaluating.prediction import NoPrediction, Predictor, PredictRequest
 from training.evaluating.results import check_writable
@@ -72,6 +74,7 @@ def predict(request: PredictRequest, wanted: Wanted) -> int:
         from training.evaluating.contact_sheet import ContactSheet  # needs matplotlib
 
         sheet = ContactSheet(wanted.contact_sheet, len(plan.paths))
+    _refuse_to_overwrite(wanted.output, [] if sheet is None else sheet.planned, plan.paths)
     unread = 0
     try:
         with _opened(wanted.output) as file:
@@ -100,6 +103,35 @@ def predict(request: PredictRequest, wanted: Wanted) -> int:
     return 1 if unread else 0
 
 
+def _refuse_to_overwrite(output: Path | None, pages: Sequence[Path], images: Sequence[str]) -> None:
+    """Refuses to write where an image lies, by whatever name, or twice to one place.
+
+    Raises:
+        ConfigError: Naming the file.
+    """
+    outputs = [] if output is None else [("--output", output)]
+    for option, path in (*outputs, *(("--contact-sheet", page) for page in pages)):
+        try:
+            there = os.stat(path)
+        except OSError:  # nothing yet
+            continue
+        for image in images:
+            with contextlib.suppress(OSError):  # told of when it is read
+                if os.path.samestat(there, os.stat(image)):
+                    raise ConfigError(f"{option} {path}: is one of the images; name another file")
+    for page in pages:
+        if output is not None and _is_same(output, page):
+            raise ConfigError(f"--output {output}: is a page of the contact sheet as well; name two files")
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    """Whether two names are of one file, there or not."""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return os.path.realpath(a) == os.path.realpath(b)
+
+
 def _lines(stdin: IO[str]) -> Iterable[str]:
     """Its lines, when they are asked for; names of files may be any bytes."""
     if hasattr(stdin, "reconfigure"):
@@ -109,12 +141,31 @@ def _lines(stdin: IO[str]) -> Iterable[str]:
 
 @contextlib.contextmanager
 def _opened(path: Path | None) -> Iterator[IO[str]]:
-    """The file to write to; standard output stays open."""
+    """The file to write to; standard output stays open. One that is there is replaced in the end, or stays as it was."""
     if path is None:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
         yield sys.stdout
         sys.stdout.flush()
         return
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        yield file
+    path = Path(os.path.realpath(path))  # of a link, what it names is replaced
+    temp = path.with_name(f".tmp-{path.name}") if path.is_file() else None
+    if temp is not None:
+        try:
+            temp.touch()
+        except OSError:  # the file may be written, its folder may not
+            temp = None
+    try:
+        with (temp or path).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+            if temp is not None:
+                file.flush()
+                os.fsync(file.fileno())
+        if temp is not None:
+            shutil.copymode(path, temp)
+            os.replace(temp, path)
+            sync_folder(path.parent)
+    except BaseException:
+        if temp is not None:
+            temp.unlink(missing_ok=True)
+        raise

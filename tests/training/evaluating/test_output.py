@@ -1,13 +1,16 @@
 """Predictions on their way out: formats, files, what is said of images that cannot be read."""
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from files.errors import ConfigError
+from files.errors import ConfigError, Failure
 from training.evaluating.output import Wanted, predict
-from training.evaluating.prediction import PredictRequest
+from training.evaluating.prediction import Prediction, Predictor, PredictRequest
 from training.evaluating.validation import Compute
 
 
@@ -64,3 +67,71 @@ def test_an_old_file_survives_a_mistake(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown model"):
         predict(request(Path("convformer_n5"), photos), Wanted(output=tmp_path / "p.csv"))
     assert (tmp_path / "p.csv").read_text() == "dear"
+
+
+@pytest.fixture
+def image(photos: Path, tmp_path: Path) -> Path:
+    """One of its own, and other names of it."""
+    path = tmp_path / "images" / "a.png"
+    path.parent.mkdir()
+    shutil.copy(photos / "aster" / "0.png", path)
+    (tmp_path / "link.png").symlink_to(path)
+    os.link(path, tmp_path / "hard.png")
+    return path
+
+
+@pytest.mark.parametrize("name", ["images/a.png", "images/../images/a.png", "link.png", "hard.png"])
+@pytest.mark.parametrize("option", ["output", "contact_sheet"])
+def test_an_image_is_not_written_over(name: str, option: str, image: Path, timm_weights: Path, tmp_path: Path) -> None:
+    before, path = image.read_bytes(), tmp_path / name
+    wanted = Wanted(output=path) if option == "output" else Wanted(contact_sheet=path)
+    for given in (image, image.parent):
+        with pytest.raises(ConfigError, match=r"--\S+ .*: is one of the images; name another file"):
+            predict(request(timm_weights, given), wanted)
+    assert image.read_bytes() == before
+
+
+def test_no_page_of_a_contact_sheet_is_written_over_an_image(
+    image: Path, timm_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.evaluating.contact_sheet.PER_PAGE", 1)
+    image.rename(tmp_path / "s-2.png")
+    images = [tmp_path / "s-2.png", tmp_path / "hard.png"]
+    before = images[0].read_bytes()
+    with pytest.raises(ConfigError, match=r"--contact-sheet .*s-2\.png: is one of the images"):
+        predict(request(timm_weights, *images), Wanted(contact_sheet=tmp_path / "s.png"))
+    assert images[0].read_bytes() == before and not (tmp_path / "s.png").exists()
+
+
+def test_table_and_contact_sheet_are_two_files(photos: Path, timm_weights: Path, tmp_path: Path) -> None:
+    wanted = Wanted(output=tmp_path / "one.png", contact_sheet=tmp_path / "." / "one.png")
+    with pytest.raises(ConfigError, match="is a page of the contact sheet as well; name two files"):
+        predict(request(timm_weights, photos), wanted)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_old_table_survives_a_run_that_fails(
+    error: BaseException, photos: Path, timm_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Predictor) -> Iterator[Prediction]:
+        yield Prediction("a.png", ["aster", "daisy"], [0.9, 0.1])
+        raise error
+
+    (tmp_path / "p.csv").write_text("dear")
+    monkeypatch.setattr(Predictor, "predictions", fail)
+    with pytest.raises((KeyboardInterrupt, Failure)):
+        predict(request(timm_weights, photos), Wanted(output=tmp_path / "p.csv"))
+    assert (tmp_path / "p.csv").read_text() == "dear" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises((KeyboardInterrupt, Failure)):
+        predict(request(timm_weights, photos), Wanted(output=tmp_path / "new.csv"))
+    assert "a.png" in (tmp_path / "new.csv").read_text(), "where there was none, what was done is kept"
+
+
+def test_a_table_that_is_there_is_replaced_behind_its_link(photos: Path, timm_weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("old")
+    (tmp_path / "p.csv").chmod(0o640)
+    (tmp_path / "link.csv").symlink_to("p.csv")
+    assert predict(request(timm_weights, photos), Wanted(output=tmp_path / "link.csv")) == 0
+    assert (tmp_path / "link.csv").is_symlink() and len((tmp_path / "p.csv").read_text().splitlines()) == 13
+    assert (tmp_path / "p.csv").stat().st_mode & 0o777 == 0o640 and len(list(tmp_path.iterdir())) == 2
