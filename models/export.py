@@ -6,6 +6,7 @@ Every export is written beside its place, read back, run, compared with the mode
 
 import glob
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -333,7 +334,9 @@ def _write_torch(model: MetaFormer | Any, draft: Path) -> tuple[str, Runner]:
     extra = {"preprocessing.json": _preprocessing(model)}
     if (names := class_names_of(model)) is not None:
         extra["class_names.json"] = json.dumps(names)
-    torch.export.save(program, draft, extra_files=extra)
+    content = io.BytesIO()  # torch's own writer of files ends the process where the disk is full
+    torch.export.save(program, content, extra_files=extra)
+    draft.write_bytes(content.getbuffer())
     again = torch.export.load(draft).module()
     return f"torch.export {torch.__version__}, {_shapes(model)}", again
 

@@ -1,7 +1,9 @@
 """models/export.py: every form computes what the model does, refuses what it cannot, and leaves nothing half-written."""
 
+import errno
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -355,3 +357,14 @@ def test_speed_is_measured_of_both() -> None:
     calls: list[int] = []
     before, after = compare_speed(built("caformer_n4"), lambda x: calls.append(len(x)) or x, batch=2, rounds=3)
     assert before > 0 and after > 0 and calls == [2] * 5
+
+
+def test_a_full_disk_is_told_where_torch_s_writer_would_abort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "out.pt2").write_text("dear")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ExportError, match=r"out\.pt2: not written: No space left on device"):
+        exported("torch", tmp_path, built("poolformer_s12", **SHORT, num_classes=7), force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.pt2"] and (tmp_path / "out.pt2").read_text() == "dear"
