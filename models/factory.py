@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from files.errors import ConfigError
-from layers.drop_path import Mode
+from layers.drop_path import MODES, Mode
+from layers.rates import check_drop_prob
 from models.config import MetaFormerConfig, ModelFacts, make_pretrained_cfg, override_config
 from models.loading import check_trained_as, known_section, load_into, published_facts
 from models.metaformer import MetaFormer
@@ -72,6 +73,7 @@ def create_model(
     foreign = is_foreign(name)
     model: Any
     if foreign:
+        drop_path_rate = _checked_rate(name, drop_path_rate, drop_path_mode)
         model = build_foreign(str(name), overrides, pretrained=pretrained)
     else:
         config = _config(name, overrides)
@@ -134,6 +136,20 @@ def saved_config(model: MetaFormer | Any) -> dict[str, Any]:
     if about["name"].startswith("timm/"):
         return {**saved_by_timm(model, names), "model": about}
     return {"architecture": about["name"].partition(".")[0], "model": about, "class_names": names}
+
+
+def _checked_rate(name: object, rate: float | None, mode: str) -> float:
+    """The rate of a foreign model, which is given its rate and mode only after it was built, and neither at rate 0.
+
+    Raises:
+        ConfigError: One of them is wrong.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"model {name}: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    try:
+        return check_drop_prob(rate, "rate")
+    except ValueError as error:
+        raise ConfigError(f"model {name}: {error}") from None
 
 
 def _config(name: str | Path | MetaFormerConfig, overrides: Mapping[str, Any]) -> MetaFormerConfig:

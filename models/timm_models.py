@@ -21,6 +21,7 @@ from timm.models import adapt_input_conv, model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
+from torchvision.ops import StochasticDepth
 
 from files.errors import ConfigError, nearest
 from models.published import through_hub
@@ -94,6 +95,9 @@ def _build_torchvision(name: str, cfg: dict[str, Any], own: Mapping[str, Any], *
     if not pretrained and classes:
         arguments["num_classes"] = classes
     model = torchvision.models.get_model(base, weights=weights, **arguments)
+    for module in model.modules():
+        if isinstance(module, StochasticDepth):
+            module.p = 0.0  # many have a rate by default, under no argument that all would take
     convs = [key for key, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     layers = [key for key, module in model.named_modules()
               if isinstance(module, nn.Linear | nn.Conv2d) and not key.startswith("aux")]  # fmt: skip

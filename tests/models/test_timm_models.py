@@ -10,12 +10,14 @@ import timm
 import torch
 import torchvision
 from torchvision.models.vision_transformer import interpolate_embeddings
+from torchvision.ops import StochasticDepth
 
 from files.errors import ConfigError
 from models.factory import class_names_of, create_model, saved_config
 from models.loading import trained_foreign
 from models.weights import load_weights, save_weights
 from stochastic_depth.blocks import find_blocks
+from stochastic_depth.setting import set_drop_path
 
 SMALL: dict[str, Any] = {"image_size": 32, "in_chans": 1, "num_classes": 5}
 IMAGES = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -118,6 +120,33 @@ def test_the_rate_and_mode_are_set() -> None:
     assert max(m.drop_prob for m in modules) == pytest.approx(0.2) and {m.mode for m in modules} == {"skip"}
     with pytest.raises(ConfigError, match="VGG has no residual block"):
         create_model("timm/vgg11", drop_path_rate=0.1)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "convnext_tiny", "swin_t", "maxvit_t"])
+@pytest.mark.parametrize("rate", [None, 0.0])
+def test_torchvisions_own_rates_are_no_default(name: str, rate: float | None) -> None:
+    with torch.device("meta"):
+        model = create_model(f"torchvision/{name}", drop_path_rate=rate)
+    assert {m.p for m in model.modules() if isinstance(m, StochasticDepth)} == {0.0}
+
+
+def test_a_rate_can_be_given_after_building_at_rate_0() -> None:
+    model = create_model("torchvision/convnext_tiny", num_classes=5)
+    assert set_drop_path(model, 0.3, input_size=(3, 32, 32)).rates[-1] == pytest.approx(0.3)
+    rates = [m.drop_prob for block in find_blocks(model) for m in block.drop_paths.values()]
+    assert rates[0] == 0.0 and rates[-1] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("rate", [None, 0.0, 0.1])
+def test_a_wrong_mode_is_refused_at_every_rate(rate: float | None) -> None:
+    with pytest.raises(ConfigError, match="model timm/resnet18: mode must be one of mask, skip, batch, got 'skpi'"):
+        create_model("timm/resnet18", drop_path_rate=rate, drop_path_mode="skpi")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [False, "", True, 1.5])
+def test_what_is_no_rate_is_refused(rate: Any) -> None:
+    with pytest.raises(ConfigError, match=r"model torchvision/resnet18: rate must be a number in \[0, 1\], got"):
+        create_model("torchvision/resnet18", drop_path_rate=rate)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "squeezenet1_0", "mobilenet_v3_small"])
