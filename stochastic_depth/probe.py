@@ -11,6 +11,7 @@ from layers.drop_path import DropPath
 from stochastic_depth.graft import Entry, grafted
 from stochastic_depth.law import undisturbed
 from stochastic_depth.places import Owner
+from stochastic_depth.structure import described
 
 # Modules tried as the beginning of a branch: children in the order of their calls, then deeper ones.
 CANDIDATES = 12
@@ -116,10 +117,10 @@ class Call:
         return len(self.args[0]) if self.args and isinstance(self.args[0], Tensor) else 0
 
     @property
-    def shapes(self) -> tuple[Any, ...]:
-        """Shapes and types of the arguments, as part of a key."""
-        values = (*self.args, *self.kwargs.values())
-        return tuple(tuple(v.shape) if isinstance(v, Tensor) else repr(type(v)) for v in values)
+    def key(self) -> Any:
+        """Shapes and values of the arguments, and what was called how often."""
+        slots = tuple((slot, tuple((c.rows, *c.entries) for c in calls)) for slot, calls in self.slots.items())
+        return described(self.args), described(self.kwargs), slots, self.times > 1
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,6 @@ def _slot_call(rows: int, call: Call) -> SlotCall:
         elif rows and rows == call.rows and given % rows == 0:
             entries.append(Entry(part, windows=True, parts=parts))
     return SlotCall(rows, entries[:CANDIDATES])
-
-
-def structure(module: nn.Module) -> tuple[Any, ...]:
-    """What two modules have in common when they compute alike: classes and shapes of all parts."""
-    parts = [(name, type(m).__qualname__, m.extra_repr()) for name, m in module.named_modules()
-             if not isinstance(m, DropPath)]  # fmt: skip
-    return tuple(parts), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
 
 def watch_calls(model: nn.Module, owners: list[Owner], input_size: Sequence[int]) -> dict[str, Call]:

@@ -21,7 +21,8 @@ from layers.drop_path import DropPath
 from stochastic_depth.graft import Entry, GraftedDropPath, grafted, hook_block, hook_branch
 from stochastic_depth.law import full_precision, undisturbed
 from stochastic_depth.places import Owner, find_owners
-from stochastic_depth.probe import Call, SlotCall, clone, in_float32, structure, watch_calls
+from stochastic_depth.probe import Call, SlotCall, clone, in_float32, watch_calls
+from stochastic_depth.structure import structure
 
 TOLERANCE = 1e-4  # of float32, in which conversions are tried
 
@@ -109,7 +110,7 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> dict[str, Pl
                 plan = Plan(reason=f"samples lie in dimension {dims.pop()} there, behind tokens")
             else:
                 call = calls[owner.name]
-                key = (*structure(owner.module), *call.shapes)
+                key = (*structure(owner.module), call.key)
                 if key not in found:
                     found[key] = _taking_nothing(owner, call, _try(owner, call))
                 plan = found[key]
