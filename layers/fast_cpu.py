@@ -1,9 +1,10 @@
 """Faster ways of the same on a CPU in training: passes over memory in one, where torch takes several.
 
-An activation with its gradient and that of the bias, StarReLU and its gradients, sums over rows, layer norm with its gradients summed in float32,
-softmax of scores with their bias, pooling minus its input. They are written in C (`cpu_kernels.c`) and compiled, in one to
-two seconds, when a process first wants one: by the C compiler at hand (`CC`, cc, gcc or clang), for this processor, to a
-temporary file. Where there is none, or the processor has no AVX2, everything has torch's forms. Threads are torch's own.
+An activation with its gradient and that of the bias, StarReLU and its gradients, sums over rows, layer norm with its
+gradients summed in float32, softmax of scores with their bias, pooling minus its input. They are written in C
+(`cpu_kernels.c`) and compiled, in one to two seconds, when a process first wants one: by the C compiler at hand (`CC`, cc,
+gcc or clang), for this processor, to a temporary file. Where there is none, or the processor has no AVX2, everything has
+torch's forms. Threads are torch's own.
 
 Who may take them, and how they are turned off, is said in `layers.fast`.
 """
