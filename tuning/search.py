@@ -9,6 +9,7 @@ the score of the next ones. The caller holds the study's lock.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -71,6 +72,7 @@ class Search:
 
     Raises:
         ConfigError: The storage cannot be reached, is damaged, or holds a study of another config.
+        Failure: The journal cannot be written: a disk that is full, or the right is missing.
     """
 
     def __init__(self, folder: Path, space: Space, *, fingerprint: str, sign: int, starts: Sequence[Start]) -> None:
@@ -220,10 +222,27 @@ class Search:
             if self.url is not None:
                 advice = "see that it runs and that this machine reaches it; the study's units are kept"
                 raise kind(f"storage: {self._where} cannot be used ({what})\n{advice}") from error
+            if (disk := _refusal_of_disk(error)) is not None:
+                advice = "make room or give the right to write there; the same command goes on"
+                raise Failure(f"{self.journal} cannot be written: {disk}\n{advice}") from error
             raise kind(
                 f"{self.journal} is damaged or cannot be read ({what})\n"
                 "move it away and start the study again: what it asks for anew has its units already"
             ) from error
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+"""What is wrong with a disk or with rights to it, not with what lies on it."""
+
+
+def _refusal_of_disk(error: BaseException) -> str | None:
+    """The system's words where a disk could not be written; None where an error has another cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _DISK:
+            return cause.strerror or os.strerror(cause.errno)
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def sampler_name(section: SearchSection, parameters: int) -> str:

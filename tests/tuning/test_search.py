@@ -1,5 +1,7 @@
 """What is proposed depends on the trials before it alone, and the storage's faults are named."""
 
+import errno
+import os
 from pathlib import Path
 
 import optuna
@@ -127,6 +129,26 @@ def test_a_damaged_journal_is_named(tmp_path: Path, damage: bytes) -> None:
     assert len(str(caught.value).splitlines()) == 2
     one.journal.rename(tmp_path / "old")
     assert search(tmp_path).proposals() == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_cannot_be_written_is_no_damage(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    one = search(tmp_path / "a")
+    play(one, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("optuna.storages.journal._file.os.fsync", refuse)
+        for fail in (one.ask, lambda: search(tmp_path / "b")):
+            with pytest.raises(
+                Failure, match=rf"journal\.log cannot be written: {os.strerror(number)}\nmake room"
+            ) as told:
+                fail()
+            assert len(str(told.value).splitlines()) == 2 and "damaged" not in str(told.value)
+    play(search(tmp_path / "a"), 1)
 
 
 @pytest.mark.parametrize(
