@@ -68,7 +68,7 @@ def export(args: argparse.Namespace) -> int:
     dropped = [] if wanted is None else chosen_blocks(wanted, blocks_of(model))
     if dropped:
         model = without_blocks(model, dropped)
-    if args.checkpoint is None and not any(word.startswith("pretrained=") for word in args.overrides):
+    if args.checkpoint is None and not parse_overrides(args.overrides).get("pretrained"):
         print("warning: no --checkpoint, no pretrained=true: the weights are freshly initialised", file=sys.stderr)
     exported = export_model(model, args.format, args.output, force=args.force)
     print(describe(args.output, exported))
@@ -137,7 +137,11 @@ def _read_config(checkpoint: Path, saved: dict[str, Any] | None) -> tuple[str | 
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
-    """`head.order=pool_norm` -> {"head": {"order": "pool_norm"}}; see `set_overrides`."""
+    """`head.order=pool_norm` -> {"head": {"order": "pool_norm"}}; see `set_overrides`.
+
+    Raises:
+        ConfigError: A word that cannot be.
+    """
 
     def annotation(key: str) -> Any:
         if key in ("name", "checkpoint"):
@@ -146,6 +150,8 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
 
     document = Document({}, "")
     set_overrides(document, words, annotation=annotation, example="num_classes=10")
+    if not isinstance(pretrained := document.data.get("pretrained", False), bool):
+        raise ConfigError(f"pretrained: must be true or false, got {pretrained!r}")
     return document.data
 
 

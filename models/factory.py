@@ -66,8 +66,9 @@ def create_model(
     """
     if pretrained and checkpoint is not None:
         raise ConfigError("pretrained=True and checkpoint are two sources of weights; give one")
-    if num_classes is None and class_names is not None:
-        num_classes = len(class_names)
+    if class_names is not None:
+        _check_names(class_names)
+        num_classes = len(class_names) if num_classes is None else num_classes
     chosen = {"num_classes": num_classes, "in_chans": in_chans}
     overrides |= {key: value for key, value in chosen.items() if value is not None}
     foreign = is_foreign(name)
@@ -224,15 +225,20 @@ def set_class_names(model: MetaFormer | Any, names: Sequence[str]) -> None:
     Raises:
         ConfigError: There are more names than logits, or a name is empty, given twice, or no text.
     """
-    bad = [name for name in names if not isinstance(name, str) or not name]
-    if isinstance(names, str) or bad or not names:
-        raise ConfigError(f"class_names: must be a list of names, got {bad[0] if bad else names!r}")
+    _check_names(names)
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise ConfigError(f"class_names: {twice!r} is given twice")
     if len(names) > model.num_classes:
         raise ConfigError(f"class_names: {len(names)} names for a model of {model.num_classes} classes")
     model.pretrained_cfg["label_names"] = list(names)
+
+
+def _check_names(names: Any) -> None:
+    listed = isinstance(names, Sequence) and not isinstance(names, (str, bytes))
+    bad = [name for name in names if not isinstance(name, str) or not name] if listed else [names]
+    if bad or not names:
+        raise ConfigError(f"class_names: must be a list of names, got {bad[0] if bad else names!r}")
 
 
 def class_difference(before: Sequence[str], now: Sequence[str]) -> str | None:

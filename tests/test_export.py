@@ -38,6 +38,13 @@ def best(tmp_path: Path) -> tuple[Path, MetaFormer]:
     return tmp_path / "best", model
 
 
+@pytest.mark.parametrize("words", [(), ("pretrained=false",), ("pretrained=true", "pretrained=false")])
+def test_weights_that_nobody_trained_are_warned_of(words: tuple[str, ...], tmp_path: Path) -> None:
+    model = ("--model", "caformer_n4", "depths=[1, 1]", "image_size=16")
+    code, _, err = run(*model, *words, "--format", "folded", "--output", "out", cwd=tmp_path)
+    assert code == 0 and "the weights are freshly initialised" in err
+
+
 def test_a_runs_folder_says_which_model_it_is(best, tmp_path: Path) -> None:
     folder, model = best
     code, out, err = run("--checkpoint", folder, "--format", "folded", "--output", "out", cwd=tmp_path)
@@ -156,6 +163,11 @@ FOLDED = ("--format", "folded", "--output", "out")
         (("--model", "caformer_n4", *FOLDED, "num_classes=many"), "num_classes"),
         (("--model", "caformer_n4", *FOLDED, "checkpoint=best"), "this is what --checkpoint is for"),
         (("--model", "caformer_n4", *FOLDED, "name=best"), "this is what --model is for"),
+        (("--model", "caformer_n4", *FOLDED, "class_names=3"), "class_names: must be a list of names, got 3"),
+        (("--model", "caformer_n4", *FOLDED, "class_names=true"), "class_names: must be a list of names, got True"),
+        (("--checkpoint", "best", *FOLDED, "class_names={a: 1}"), "class_names: must be a list of names, got {'a': 1}"),
+        (("--model", "caformer_n4", *FOLDED, "pretrained=maybe"), "pretrained: must be true or false, got 'maybe'"),
+        (("--model", "caformer_n4", *FOLDED, "pretrained=1"), "pretrained: must be true or false, got 1"),
         (("--model", "caformer_n4", *FOLDED, "depths=[1"), "on the command line: depths=[1"),
         (("--model", "caformer_n4", *FOLDED, "--checkpoint", "nowhere"), "nowhere: no such file or folder"),
         (("--model", "caformer_n4", *FOLDED, "--checkpoint", "best", "pretrained=true"), "two sources of weights"),

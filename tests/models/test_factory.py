@@ -431,12 +431,19 @@ def test_names_set_the_number_of_classes_and_are_kept():
         (["a", ""], "must be a list of names, got ''"),
         (["a", 3], "must be a list of names, got 3"),
         ("ab", "must be a list of names, got 'ab'"),
+        (3, "must be a list of names, got 3"),
+        (True, "must be a list of names, got True"),
+        ({"a": 1}, "must be a list of names, got {'a': 1}"),
+        ([], r"must be a list of names, got \[\]"),
         (list("abcd"), "4 names for a model of 3 classes"),
     ],
 )
 def test_names_that_cannot_be(names, words):
     with pytest.raises(ConfigError, match=f"class_names: {words}"):
         create_model(SMALL, num_classes=3, class_names=names)
+    if "must be" in words:
+        with pytest.raises(ConfigError, match=f"class_names: {words}"):
+            create_model(SMALL, class_names=names)
     model = create_model(SMALL, class_names=PETS)
     with pytest.raises(ConfigError, match=words):
         set_class_names(model, names)
