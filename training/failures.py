@@ -16,11 +16,14 @@ from training.lost_rank import describe_lost, is_lost, report
 # What a machine runs out of, or a disk that fails: never a mistake of the code.
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE,
             errno.ENOMEM}  # fmt: skip
+_ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's words
 GO_ON = "go on from the last checkpoint with --resume"
 
 
-def explain(error: Exception, world: World, folder: Path | None) -> Failure | None:
-    """The failure to raise in place of an error; None for one that says all itself, or is a mistake of ours.
+def explain(error: Exception, world: World, folder: Path | None) -> Failure | ConfigError | None:
+    """The failure, or the mistake in what was given, to raise in place of an error.
+
+    None for one that says all itself, or is a mistake of ours.
 
     The other processes of the run are told either way, so that they can say why they cannot go on.
 
@@ -43,6 +46,11 @@ def explain(error: Exception, world: World, folder: Path | None) -> Failure | No
         return Failure(
             f"out of memory on {world.device}: {str(error).splitlines()[0][:200] if str(error) else 'MemoryError'}\n"
             f"lower data.batch_size (and raise optim.accumulate as much); {GO_ON}"
+        )
+    if isinstance(error, ValueError) and str(error).startswith(_ONE_VALUE):
+        return ConfigError(
+            "data.batch_size: too small for this model and image size: a batch norm has one value per channel, "
+            "which has no variance; give a larger one, or larger images"
         )
     if isinstance(error, OSError) and (error.errno in _MACHINE or _is_below(error.filename, folder)):
         where = f": {error.filename}" if error.filename else ""

@@ -63,6 +63,14 @@ def test_memory(error: Exception) -> None:
     assert "out of memory on cpu" in told(caught.value)
 
 
+def test_a_batch_norm_of_one_value() -> None:
+    with pytest.raises(ValueError) as caught:
+        torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
+    found = explain(caught.value, WORLD, None)
+    assert isinstance(found, ConfigError) and str(found).startswith("data.batch_size: too small")
+    assert len(str(found).splitlines()) == 1
+
+
 def test_a_lost_worker() -> None:
     failure = explain(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), WORLD, None)
     assert isinstance(failure, ReadError) and "data.workers" in str(failure)

@@ -166,6 +166,14 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_batch_too_small_for_batch_norm_is_one_line(tmp_path: Path) -> None:
+    model = "model={name: timm/resnet10t, image_size: 16}"
+    config = load_config(None, [*SHORT, model, "data.batch_size=1", "drop_path.rate=0", "drop_path.mode=mask"])
+    with pytest.raises(ConfigError, match=r"data\.batch_size: too small for this model") as caught:
+        dry_run(config, tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
 def test_a_lost_worker_is_a_read_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lose(*_: object) -> None:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
