@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from files.errors import ConfigError
 from files.strict_yaml import Document, validate
+from models.factory import model_facts
 from training.config import DropPathSection, TrainConfig
 from tuning.config import RangeSection, StudyConfig, check_key
 
@@ -103,7 +104,7 @@ class Space:
                 refused: ConfigError | None = None
                 for others in self._beside(key):
                     try:
-                        self.candidate({**others, key: value})
+                        _check_model(self.candidate({**others, key: value}), key)
                     except ConfigError as error:
                         refused = refused or error
                     else:
@@ -244,6 +245,16 @@ def candidate(document: Document, values: Values) -> TrainConfig:
         nothing = DropPathSection(rate=0.0, mode=section.mode, break_even=section.break_even)
         config = config.model_copy(update={"drop_path": nothing})
     return config
+
+
+def _check_model(config: TrainConfig, key: str) -> None:
+    """Refuses a model that is not there, where the key names one: a training config is read without looking.
+
+    Raises:
+        ConfigError: With the nearest name.
+    """
+    if key in ("model", "model.name"):
+        model_facts(config.model.name)
 
 
 def digest_of(config: TrainConfig) -> str:

@@ -148,3 +148,25 @@ def test_a_value_that_needs_another_is_allowed(tmp_path: Path) -> None:
     """balance_power has no effect beside sampler 'shuffle', which the base has."""
     made = space(tmp_path, "space.data.sampler=[shuffle, balanced]", "space.data.balance_power=[0.5, null]")
     assert made.candidate({"data.sampler": "balanced", "data.balance_power": 0.5}).data.balance_power == 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        ("space.model.name=[convformer_n4, caformer_n5]", "unknown model 'caformer_n5'; did you mean 'caformer_n4'?"),
+        ("space.model.name=[convformer_n4, timm/resnet10]", "unknown model 'timm/resnet10'; did you mean"),
+        ("space.model.name=[convformer_n4, mine.yaml]", "mine.yaml"),
+        ("space.model=[{name: convformer_n4}, {name: nope}]", "unknown model 'nope'"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_before_the_study(words: str, nearest: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the training config refuses") as caught:
+        space(tmp_path, words)
+    assert nearest in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+
+
+def test_models_that_are_there_may_be_searched(tmp_path: Path) -> None:
+    made = space(
+        tmp_path, "space.model.name=[convformer_n4, caformer_s18.sail_in22k, timm/resnet10t, torchvision/resnet18]"
+    )
+    assert len(made.grid_points("model.name")) == 4
