@@ -126,14 +126,36 @@ class GraftedDropPath(DropPath):
 GraftedDropPath.__jit_unused_properties__ = [*DropPath.__jit_unused_properties__, "least"]  # type: ignore[attr-defined]
 
 
-class NoteBatch:
-    """Forward pre-hook of a block in which a branch begins with windows of samples: says how many samples there are."""
+class Around:
+    """Forward pre-hook and hook of the block around a branch: say when it runs, and on how many samples.
 
-    def __init__(self, drop_path: GraftedDropPath) -> None:
+    Only then does the branch's first module hand on a selection: others may call it too, such as a block that shares a
+    norm with this one, or a model whose last norm is that of its last block.
+    """
+
+    def __init__(self, drop_path: GraftedDropPath, *, windows: bool) -> None:
         self.drop_path = drop_path
+        self.windows = windows
+        self.runs = False
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.drop_path.batch_around = args[0].shape[0]
+    def before(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The block begins; where its branch begins with windows of samples, how many samples there are is noted."""
+        if self.drop_path.training:
+            self.runs = True
+        if self.windows:
+            self.drop_path.batch_around = args[0].shape[0]
+
+    def after(self, _module: nn.Module, _args: tuple[Any, ...], _out: object) -> None:
+        """The block has ended, or was left by an exception."""
+        self.runs = False
+
+    def selects(self) -> bool:
+        """Whether a call of the branch's first module is the block's own, or that of a checkpoint inside it, which a
+        backward pass runs again without the block."""
+        return self.runs or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "runs": False}
 
 
 class Parts:
@@ -180,13 +202,14 @@ class KeepStatistics:
 class SelectKept:
     """Forward pre-hook of the first module of a branch, whose first argument holds samples or windows of samples."""
 
-    def __init__(self, drop_path: GraftedDropPath, parts: Parts, *, windows: bool = False) -> None:
-        self.drop_path = drop_path
+    def __init__(self, around: Around, parts: Parts, *, windows: bool = False) -> None:
+        self.around = around
+        self.drop_path = around.drop_path
         self.parts = parts
         self.windows = windows
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not self.drop_path.training:  # nothing to do in evaluation, and no time to lose
+        if not self.drop_path.training or not self.around.selects():  # no time to lose in evaluation
             return self.drop_path.forget_pending()
         if not args or not isinstance(args[0], Tensor):
             return None
@@ -198,8 +221,8 @@ class SelectKept:
 class SkipModule:
     """Hooks of one module, where the code around it wants the full batch: computes it for the kept samples only."""
 
-    def __init__(self, drop_path: GraftedDropPath, parts: Parts, *, windows: bool = False) -> None:
-        self.select = SelectKept(drop_path, parts, windows=windows)
+    def __init__(self, around: Around, parts: Parts, *, windows: bool = False) -> None:
+        self.select = SelectKept(around, parts, windows=windows)
         self.drawn: Draw | None = None
         self.groups = 1  # rows of a sample
 
@@ -323,18 +346,19 @@ class Entry:
 
 def hook_branch(owner: nn.Module, entries: Sequence[Entry], drop_path: GraftedDropPath) -> None:
     drop_path.role, drop_path.begins = "branch", tuple(entries)
-    if any(entry.windows for entry in entries):
-        owner.register_forward_pre_hook(NoteBatch(drop_path))
+    around = Around(drop_path, windows=any(entry.windows for entry in entries))
+    owner.register_forward_pre_hook(around.before)
+    owner.register_forward_hook(around.after, always_call=True)
     for entry in entries:
         first = owner.get_submodule(entry.part)
         if entry.alone:
             parts = Parts(owner, [p for p in entry.parts if f"{p}.".startswith(f"{entry.part}.")])
-            skip = SkipModule(drop_path, parts, windows=entry.windows)
+            skip = SkipModule(around, parts, windows=entry.windows)
             first.register_forward_pre_hook(skip.before)
             first.register_forward_hook(skip.after)
         else:
             parts = Parts(owner, entry.parts)
-            first.register_forward_pre_hook(SelectKept(drop_path, parts, windows=entry.windows))
+            first.register_forward_pre_hook(SelectKept(around, parts, windows=entry.windows))
         drop_path.has_batch_norm |= bool(parts.norm_names)
     _keep_statistics(owner, {part for entry in entries for part in entry.parts}, drop_path)
 

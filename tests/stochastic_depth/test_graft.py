@@ -13,12 +13,24 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from layers.drop_path import Draw, Mode
 from stochastic_depth.graft import grafted
+from stochastic_depth.proof import verify_skip
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import set_drop_path
-from tests.stochastic_depth.parts import COMPUTED, SIZE, SMALL, Stack, build, output_and_gradients, quiet_norms, size_of
+from tests.stochastic_depth.parts import (
+    COMPUTED,
+    SIZE,
+    SMALL,
+    Net,
+    Stack,
+    build,
+    output_and_gradients,
+    quiet_norms,
+    size_of,
+)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -414,3 +426,74 @@ def test_a_draw_that_an_exception_left_behind_is_forgotten_in_evaluation() -> No
             module.pending = Draw(9, kept=torch.tensor([0])) if leave else None
         wanted.append(model(images))
     assert torch.equal(*wanted) and all(module.pending is None for module in grafted(model))
+
+
+class Normed(nn.Module):
+    """A branch that begins with a norm, which may be another block's as well."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.drop_path = norm, nn.Linear(8, 8), nn.Identity()
+        self.checkpoints = False
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpoints:
+            return x + self.drop_path(checkpoint(self.branch, x, use_reentrant=False))
+        return x + self.drop_path(self.branch(x))
+
+
+class EndsWithABlocksNorm(Net):
+    """The last block's norm is the model's final one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[-1].norm(super().forward(x))
+
+
+def two_normed(net: type[Net] = Net, *, shared: bool = False) -> Net:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(8)
+    model = net(*(Normed(norm if shared else nn.LayerNorm(8)) for _ in range(2))).train()
+    result = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=Net.size)
+    assert result.notes == ["2 drop-path modules: skips per branch"]
+    return model
+
+
+@pytest.mark.parametrize(("net", "shared"), [(Net, True), (EndsWithABlocksNorm, False), (EndsWithABlocksNorm, True)])
+@pytest.mark.parametrize("batch", [2, 6])
+def test_the_first_module_of_a_branch_may_be_used_elsewhere(net: type[Net], shared: bool, batch: int) -> None:
+    model, images = two_normed(net, shared=shared), torch.randn(batch, *Net.size)
+    assert max(verify_skip(model, images, seed=seed) for seed in range(4)) < 1e-5
+    assert len(model(images)) == batch
+    assert [m.samples_computed for m in grafted(model)] == [batch // 2] * 2
+    expected = output_and_gradients(model, images, 1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for got, wanted in zip(output_and_gradients(compiled, images, 1), expected, strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_module_of_a_branch_called_by_itself_gets_all_back() -> None:
+    model = two_normed()
+    block, x = model.blocks[0], torch.randn(6, 8)
+    assert block.norm(x).shape == (6, 8)
+    handle = block.mlp.register_forward_hook(raise_key_error)
+    with pytest.raises(KeyError):
+        model(torch.randn(6, *Net.size))
+    handle.remove()
+    assert block.norm(x).shape == (6, 8), "an exception ends the block as well"
+    assert verify_skip(model, torch.randn(6, *Net.size)) < 1e-5
+
+
+def test_a_checkpoint_inside_a_block_runs_the_kept_samples_again() -> None:
+    model, images = two_normed(), torch.randn(6, *Net.size)
+    expected = output_and_gradients(model, images, 1)
+    for block in model.blocks:
+        block.checkpoints = True
+    for got, wanted in zip(output_and_gradients(model, images, 1), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def raise_key_error(*_: object) -> None:
+    raise KeyError
