@@ -87,16 +87,18 @@ def verify_skip(model: nn.Module, images: "Tensor | Call", *, seed: int = 0) -> 
 def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> dict[str, Plan]:
     """Finds out, by execution, how the grafted modules of a model can skip, and installs the hooks.
 
-    Owners of one structure are tried once. Random states, training flags and weights are left as they were.
+    Owners of one structure are tried once. Those that an earlier call has looked at keep what they have: a trial of a block
+    with hooks would prove nothing. Random states, training flags and weights are left as they were.
 
     Args:
         model: After `graft`.
         input_size: (C, H, W) of a probe batch.
 
     Returns:
-        What was found, by owner.
+        What was found, by owner that was tried.
     """
     owners = [o for o in find_owners(model) if all(isinstance(s, GraftedDropPath) for s in o.slots.values())]
+    owners = [o for o in owners if not any(isinstance(s, GraftedDropPath) and s.tried for s in o.slots.values())]
     with undisturbed(model), full_precision(next(model.parameters()).device):
         calls = watch_calls(model, [owner for owner in owners if not owner.beside], input_size)
         found: dict[Any, Plan] = {}

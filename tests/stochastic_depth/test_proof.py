@@ -229,6 +229,32 @@ def test_structures_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(find_blocks(model)) == 3
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_blocks_put_in_after_a_conversion_skip_as_the_others(replaced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import stochastic_depth.proof as foreign
+
+    settings: dict = {"profile": "constant", "mode": "skip", "input_size": Net.size}
+    model = Net(*(Residual(nn.Identity()) for _ in range(3))).train()
+    set_drop_path(model, 0.5, **settings)
+    new = Residual(nn.Identity())
+    if replaced:
+        model.blocks[1] = new
+    else:
+        model.blocks.append(new)
+    calls: list[str] = []
+    original = foreign._try
+    monkeypatch.setattr(foreign, "_try", lambda owner, call: calls.append(owner.name) or original(owner, call))
+    result = set_drop_path(model, 0.5, **settings)
+    assert calls == ["blocks.1" if replaced else "blocks.3"], "others keep what they have"
+    assert result.notes == [f"{len(model.blocks)} drop-path modules: skips per branch"]
+    images = torch.randn(6, *Net.size)
+    assert verify_skip(model, images) < 1e-5
+    model(images)
+    assert {m.samples_computed for m in grafted(model)} == {3}
+    hooks = [len(block.mlp._forward_pre_hooks) for block in model.blocks]
+    assert set(hooks) == {1}
+
+
 class Entangled(nn.Module):
     """Branches that can be skipped one by one but not together, in a block that cannot be skipped."""
 
