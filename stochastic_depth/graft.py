@@ -1,6 +1,6 @@
 """Drop-path modules and hooks grafted onto a foreign model, so that it skips what it drops."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,12 +66,12 @@ class GraftedDropPath(DropPath):
         """`least`; one on a GPU, where not all that takes no sample on a CPU does so too."""
         return 1 if device.type == "cuda" else self.least
 
-    def select(self, x: Tensor, parts: "Parts", groups: int = 1) -> Tensor:
+    def select(self, x: Tensor, parts: "Parts | None", groups: int = 1) -> Tensor:
         """Draws, remembers the draw for the branch's end, and returns the samples to compute.
 
         Args:
             x: First argument of the branch or block, (B * groups, ...).
-            parts: What runs until its end.
+            parts: What runs until its end; `None`: it masks in this call.
             groups: Rows of x, one behind the other, that are one sample.
         """
         self.forget_pending()
@@ -126,22 +126,38 @@ class GraftedDropPath(DropPath):
 GraftedDropPath.__jit_unused_properties__ = [*DropPath.__jit_unused_properties__, "least"]  # type: ignore[attr-defined]
 
 
+def beside_samples(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int | str]:
+    """Which arguments of a block hold a tensor with a row for each sample, as the first argument does."""
+    if not args or not isinstance(args[0], Tensor) or not args[0].ndim or args[0].shape[0] < 2:
+        return []
+    rows, found = args[0].shape[0], []
+    for name, value in (*enumerate(args[1:], start=1), *kwargs.items()):
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if any(isinstance(v, Tensor) and v.ndim and v.shape[0] == rows for v in values):
+            found.append(name)
+    return found
+
+
 class Around:
     """Forward pre-hook and hook of the block around a branch: say when it runs, and on how many samples.
 
     Only then does the branch's first module hand on a selection: others may call it too, such as a block that shares a
-    norm with this one, or a model whose last norm is that of its last block.
+    norm with this one, or a model whose last norm is that of its last block. And where the block is given more that has a
+    row for each sample than it was in its trial (`known`), such as a mask of attention, its branch masks in this call.
     """
 
-    def __init__(self, drop_path: GraftedDropPath, *, windows: bool) -> None:
+    def __init__(self, drop_path: GraftedDropPath, *, windows: bool, known: Collection[int | str]) -> None:
         self.drop_path = drop_path
         self.windows = windows
+        self.known = known
         self.runs = False
+        self.masks = False  # in this call
 
-    def before(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The block begins; where its branch begins with windows of samples, how many samples there are is noted."""
         if self.drop_path.training:
             self.runs = True
+            self.masks = any(name not in self.known for name in beside_samples(args, kwargs))
         if self.windows:
             self.drop_path.batch_around = args[0].shape[0]
 
@@ -214,7 +230,7 @@ class SelectKept:
         if not args or not isinstance(args[0], Tensor):
             return None
         groups = args[0].shape[0] // self.drop_path.batch_around if self.windows else 1
-        selected = self.drop_path.select(args[0], self.parts, groups)
+        selected = self.drop_path.select(args[0], None if self.around.masks else self.parts, groups)
         return None if selected is args[0] else (selected, *args[1:])
 
 
@@ -257,12 +273,15 @@ class ApplyAfter:
 class BlockSkip:
     """Forward pre-hook and hook of a block whose input and output have one shape: skips all its branches together."""
 
-    def __init__(self, drop_paths: Sequence[GraftedDropPath], parts: Parts) -> None:
+    def __init__(self, drop_paths: Sequence[GraftedDropPath], parts: Parts, known: Collection[int | str]) -> None:
         self.drop_paths = list(drop_paths)  # the first draws for all
         self.parts = parts
+        self.known = known  # as in `Around`
         self.inputs: list[Tensor] = []
 
-    def before(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def before(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Keeps the full batch aside and hands on the kept samples."""
         self.inputs.clear()
         if not self.drop_paths[0].training:
@@ -270,13 +289,14 @@ class BlockSkip:
         if not args or not isinstance(args[0], Tensor):
             return None
         first, *others = self.drop_paths
-        selected = first.select(args[0], self.parts)
+        masks = any(name not in self.known for name in beside_samples(args, kwargs))
+        selected = first.select(args[0], None if masks else self.parts)
         for other in others:
             other.pending = first.pending
         if first.pending is None or first.pending.kept is None:
             return None
         self.inputs.append(args[0])
-        return (selected, *args[1:])
+        return (selected, *args[1:]), kwargs
 
     def after(self, _module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
         """The full batch with the kept samples' results in their places."""
@@ -344,10 +364,13 @@ class Entry:
     parts: tuple[str, ...] = ()
 
 
-def hook_branch(owner: nn.Module, entries: Sequence[Entry], drop_path: GraftedDropPath) -> None:
+def hook_branch(
+    owner: nn.Module, entries: Sequence[Entry], drop_path: GraftedDropPath, known: Collection[int | str] = ()
+) -> None:
+    """Hooks that skip one slot's branches; `known` names arguments that held a row for each sample when that was tried."""
     drop_path.role, drop_path.begins = "branch", tuple(entries)
-    around = Around(drop_path, windows=any(entry.windows for entry in entries))
-    owner.register_forward_pre_hook(around.before)
+    around = Around(drop_path, windows=any(entry.windows for entry in entries), known=known)
+    owner.register_forward_pre_hook(around.before, with_kwargs=True)
     owner.register_forward_hook(around.after, always_call=True)
     for entry in entries:
         first = owner.get_submodule(entry.part)
@@ -363,13 +386,14 @@ def hook_branch(owner: nn.Module, entries: Sequence[Entry], drop_path: GraftedDr
     _keep_statistics(owner, {part for entry in entries for part in entry.parts}, drop_path)
 
 
-def hook_block(owner: nn.Module, drop_paths: Sequence[GraftedDropPath]) -> None:
+def hook_block(owner: nn.Module, drop_paths: Sequence[GraftedDropPath], known: Collection[int | str] = ()) -> None:
+    """Hooks that skip a whole block; `known` as of `hook_branch`."""
     names = [name for name, _ in owner.named_modules() if name]
-    skip = BlockSkip(drop_paths, parts := Parts(owner, names))
+    skip = BlockSkip(drop_paths, parts := Parts(owner, names), known)
     for i, module in enumerate(drop_paths):
         module.role = "block" if i == 0 else "silent"
         module.has_batch_norm = bool(parts.norm_names)
-    owner.register_forward_pre_hook(skip.before)
+    owner.register_forward_pre_hook(skip.before, with_kwargs=True)
     owner.register_forward_hook(skip.after)
     _keep_statistics(owner, names, drop_paths[0])
 

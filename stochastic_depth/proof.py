@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.drop_path import DropPath
-from stochastic_depth.graft import Entry, GraftedDropPath, grafted, hook_block, hook_branch
+from stochastic_depth.graft import Entry, GraftedDropPath, beside_samples, grafted, hook_block, hook_branch
 from stochastic_depth.law import full_precision, undisturbed
 from stochastic_depth.places import Owner, find_owners
 from stochastic_depth.probe import Call, SlotCall, clone, in_float32, watch_calls
@@ -116,7 +116,7 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> dict[str, Pl
                 if key not in found:
                     found[key] = _taking_nothing(owner, call, _try(owner, call))
                 plan = found[key]
-            _install(owner, plan)
+            _install(owner, plan, calls.get(owner.name))
             plans[owner.beside or owner.name] = plan
     return plans
 
@@ -226,13 +226,14 @@ def _disagreement(
         module.choose = _none if nothing and skipped else _two_of_three  # instead of the method
         module.mode, module.role, module.drop_prob, module.break_even = "skip", "mask", 0.5, 0.0
         module.takes_nothing = nothing and skipped
+    known = beside_samples(call.args, call.kwargs)
     if entries is None:
-        hook_block(trial, list(grafted(trial)))
+        hook_block(trial, list(grafted(trial)), known)
     else:
         for slot, found in entries.items():
             module = trial.get_submodule(slot)
             assert isinstance(module, GraftedDropPath)
-            hook_branch(trial, found, module)
+            hook_branch(trial, found, module, known)
     try:
         deviation = verify_skip(trial, call)
     except Exception as error:  # somebody's code may raise anything
@@ -262,17 +263,18 @@ def _has_gradient(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _install(owner: Owner, plan: Plan) -> None:
+def _install(owner: Owner, plan: Plan, call: Call | None) -> None:
+    known = beside_samples(call.args, call.kwargs) if call else []
     slots = {key: s for key, s in owner.slots.items() if isinstance(s, GraftedDropPath)}
     for key, slot in slots.items():
         slot.tried, slot.reason = True, plan.reason
         slot.takes_nothing = key in plan.takes_nothing
     if plan.block:
-        hook_block(owner.module, list(slots.values()))
+        hook_block(owner.module, list(slots.values()), known)
         return
     for key, slot in slots.items():
         if key in plan.entries:
-            hook_branch(owner.module, plan.entries[key], slot)
+            hook_branch(owner.module, plan.entries[key], slot, known)
             slot.kind, slot.reason = plan.kinds[key], ""
 
 
