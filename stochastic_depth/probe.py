@@ -117,10 +117,15 @@ class Call:
         return len(self.args[0]) if self.args and isinstance(self.args[0], Tensor) else 0
 
     @property
-    def key(self) -> Any:
-        """Shapes and values of the arguments, and what was called how often."""
+    def order(self) -> Any:
+        """What was called, in which order, and how often."""
         slots = tuple((slot, tuple((c.rows, *c.entries) for c in calls)) for slot, calls in self.slots.items())
-        return described(self.args), described(self.kwargs), slots, self.times > 1
+        return slots, self.times > 1
+
+    @property
+    def key(self) -> Any:
+        """Shapes and values of the arguments, and the order of calls."""
+        return described(self.args), described(self.kwargs), self.order
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from stochastic_depth.graft import Entry, GraftedDropPath, beside_samples, graft
 from stochastic_depth.law import full_precision, undisturbed
 from stochastic_depth.places import Owner, find_owners
 from stochastic_depth.probe import Call, SlotCall, clone, in_float32, watch_calls
-from stochastic_depth.structure import structure
+from stochastic_depth.structure import outline, structure
 
 TOLERANCE = 1e-4  # of float32, in which conversions are tried
 
@@ -102,6 +102,7 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> dict[str, Pl
     with undisturbed(model), full_precision(next(model.parameters()).device):
         calls = watch_calls(model, [owner for owner in owners if not owner.beside], input_size)
         found: dict[Any, Plan] = {}
+        similar: dict[Any, Plan] = {}
         plans = {}
         for owner in owners:
             if owner.beside:
@@ -114,7 +115,10 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> dict[str, Pl
                 call = calls[owner.name]
                 key = (*structure(owner.module), call.key)
                 if key not in found:
-                    found[key] = _taking_nothing(owner, call, _try(owner, call))
+                    like = (outline(owner.module), call.order)
+                    plan = _confirmed(owner, call, similar[like]) if like in similar else None
+                    found[key] = plan or _taking_nothing(owner, call, _try(owner, call))
+                    similar.setdefault(like, found[key])
                 plan = found[key]
             _install(owner, plan, calls.get(owner.name))
             plans[owner.beside or owner.name] = plan
@@ -130,6 +134,19 @@ def _two_of_three(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def _none(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """In place of `DropPath.choose`: keeps no sample."""
     return torch.tensor(0), torch.arange(batch, device=device)
+
+
+def _confirmed(owner: Owner, call: Call, plan: Plan) -> Plan | None:
+    """The plan of an owner that is likely to compute alike, as of Swin's windows those that are shifted, if it agrees here.
+
+    Fewer trials than a search; only of a plan that skips all branches one by one.
+    """
+    if plan.reason or set(plan.entries) != set(owner.slots) or _disagreement(owner, call, plan.entries):
+        return None
+    all_take_nothing = plan.takes_nothing == frozenset(owner.slots)
+    if all_take_nothing and not _disagreement(owner, call, plan.entries, nothing=True):
+        return plan
+    return _taking_nothing(owner, call, plan)
 
 
 def _try(owner: Owner, call: Call) -> Plan:

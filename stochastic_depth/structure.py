@@ -34,6 +34,12 @@ def structure(module: nn.Module) -> tuple[Any, ...]:
     return tuple(parts), tuple(shapes)
 
 
+def outline(module: nn.Module) -> tuple[Any, ...]:
+    """Classes of all parts of a module and shapes of its parameters: likely, not certain, to compute alike."""
+    parts = tuple((name, type(m)) for name, m in module.named_modules())
+    return parts, tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+
+
 def _attributes(values: Mapping[str, Any], depth: int) -> tuple[Any, ...]:
     """What `described` says of attributes, but for what every module has and for drop-path rates."""
     return tuple(

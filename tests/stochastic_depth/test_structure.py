@@ -15,6 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth import proof
 from stochastic_depth.graft import graft
 from stochastic_depth.proof import convert_to_skip, verify_skip
 from stochastic_depth.setting import set_drop_path
@@ -178,3 +179,19 @@ def test_shifted_windows_are_proven_apart_from_others() -> None:
     keys = [structure(block) for block in blocks]  # type: ignore[union-attr]
     assert keys[0] == keys[2] != keys[1] == keys[3]
     assert len(convert_to_skip(model, (3, 56, 56))) == 4
+
+
+def test_a_plan_of_a_similar_block_is_confirmed_with_fewer_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials: list[Any] = []
+    disagreement = proof._disagreement
+
+    def counted(owner: Any, *args: Any, **kwargs: Any) -> str:
+        trials.append(owner.name)
+        return disagreement(owner, *args, **kwargs)
+
+    monkeypatch.setattr(proof, "_disagreement", counted)
+    model = Net(Flagged(False), Flagged(None), Flagged(False)).train()
+    set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=Net.size)
+    first, second, third = (trials.count(f"blocks.{i}") for i in range(3))
+    assert first > second == 2 and third == 0
+    assert verify_skip(model, torch.randn(6, *Net.size)) < 1e-5
