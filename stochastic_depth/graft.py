@@ -138,6 +138,11 @@ def beside_samples(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int |
     return found
 
 
+def is_given_more(known: Collection[int | str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a block is given a tensor with a row for each sample that it was not given in its trial."""
+    return any(name not in known for name in beside_samples(args, kwargs))
+
+
 class Around:
     """Forward pre-hook and hook of the block around a branch: say when it runs, and on how many samples.
 
@@ -157,7 +162,7 @@ class Around:
         """The block begins; where its branch begins with windows of samples, how many samples there are is noted."""
         if self.drop_path.training:
             self.runs = True
-            self.masks = any(name not in self.known for name in beside_samples(args, kwargs))
+            self.masks = is_given_more(self.known, args, kwargs)
         if self.windows:
             self.drop_path.batch_around = args[0].shape[0]
 
@@ -289,7 +294,7 @@ class BlockSkip:
         if not args or not isinstance(args[0], Tensor):
             return None
         first, *others = self.drop_paths
-        masks = any(name not in self.known for name in beside_samples(args, kwargs))
+        masks = is_given_more(self.known, args, kwargs)
         selected = first.select(args[0], None if masks else self.parts)
         for other in others:
             other.pending = first.pending
