@@ -51,8 +51,8 @@ def tune(args: argparse.Namespace) -> int:
         return 0
     study = load_study(args.config, args.overrides)
     jobs = study.tune.jobs if args.jobs is None else args.jobs
-    if jobs < 1:
-        raise ConfigError(f"--jobs: must be at least 1, got {jobs}")
+    if not 1 <= jobs <= 1024:
+        raise ConfigError(f"--jobs: must be from 1 to 1024, got {jobs}")
     folder = args.output or default_folder(study)
     if args.print_config:
         print(dump_study(study.tune), end="")

@@ -16,8 +16,13 @@ from layers.mlp import ActName
 from layers.norm import NormName
 from layers.token_mixers import TOKEN_MIXERS, TokenMixerName
 
-Size = Annotated[int, Field(ge=1)]
+MOST = 2**20  # channels, positions, classes: above any model, below what overflows
+Size = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Depth = Annotated[int, Field(ge=1, le=10_000)]
 Rate = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(ge=-1e6, le=1e6)]
+CropShare = Annotated[float, Field(ge=0.01, le=1)]
 T = TypeVar("T")
 
 
@@ -32,7 +37,7 @@ class PatchConfig(Section):
 
     kernel_size: Size = Field(description="Kernel size in positions.")
     stride: Size = Field(description="Stride in positions.")
-    padding: Annotated[int, Field(ge=0)] = Field(description="Zero padding in positions.")
+    padding: Count = Field(description="Zero padding in positions.")
     norm: NormName = Field(
         default="none", description="Norm after the stem's convolution, or before a downsampling one."
     )
@@ -101,15 +106,15 @@ class MetaFormerConfig(Section):
     """
 
     name: str = Field("", description="Default: the file's name.")
-    depths: list[Size] = Field(min_length=1, description="Blocks per stage.")
+    depths: list[Depth] = Field(min_length=1, description="Blocks per stage.")
     dims: list[Size] = Field(min_length=1, description="Channels per stage.")
     token_mixer: TokenMixerName | list[TokenMixerName] = Field(description="Token mixer, per stage.")
     norm: NormName | list[NormName] = Field("layer_norm_no_bias", description="Norm of both branches, per stage.")
     act: ActName = Field("star_relu", description="Activation of the MLP.")
     mlp_ratio: float = Field(4.0, gt=0, description="Hidden channels of the MLP per channel.")
     mlp_bias: bool = Field(False, description="Whether the MLP's linear layers have a bias.")
-    layer_scale: float | list[float | None] | None = Field(None, description="Initial LayerScale, per stage.")
-    res_scale: float | list[float | None] | None = Field(None, description="Initial ResScale, per stage.")
+    layer_scale: Scale | list[Scale | None] | None = Field(None, description="Initial LayerScale, per stage.")
+    res_scale: Scale | list[Scale | None] | None = Field(None, description="Initial ResScale, per stage.")
     pool_size: Size = Field(3, description="Window of pooling, odd.")
     conv_kernel_size: Size = Field(7, description="Depthwise kernel of sep_conv, odd.")
     conv_expansion: float = Field(2.0, gt=0, description="Hidden channels of sep_conv per channel.")
@@ -125,14 +130,14 @@ class MetaFormerConfig(Section):
         "none", description="Learned positions behind the stem: of the patches, or of class and register tokens too."
     )
     class_token: bool = Field(False, description="Whether a learned class token stands in front of the patches.")
-    register_tokens: Annotated[int, Field(ge=0)] = Field(0, description="Learned tokens behind the class token.")
+    register_tokens: Count = Field(0, description="Learned tokens behind the class token.")
     head: HeadConfig = HeadConfig()
     drop_rate: Rate = Field(0.0, description="Dropout before the classifier.")
 
     in_chans: Size = Field(3, description="Channels of the input images.")
-    num_classes: Annotated[int, Field(ge=0)] = Field(1000, description="Classes; 0: no classifier.")
+    num_classes: Count = Field(1000, description="Classes; 0: no classifier.")
     image_size: Size | list[Size] = Field(224, description="Pixels: one side of a square, or [height, width].")
-    crop_pct: float = Field(1.0, gt=0, le=1, description="Share of the resized image kept by the centre crop.")
+    crop_pct: CropShare = Field(1.0, description="Share of the resized image kept by the centre crop.")
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: list[float] = Field(
         default_factory=lambda data: spread([0.485, 0.456, 0.406], data.get("in_chans", 3)),
@@ -209,8 +214,11 @@ class MetaFormerConfig(Section):
         return key if key in self.model_fields_set else other
 
     def _check_hidden(self, key: str, dim: int) -> None:
-        if int(getattr(self, key) * dim) < 1:
-            raise FieldError(key, f"{getattr(self, key)} hidden channels per channel leave none of {dim} channels")
+        ratio = getattr(self, key)
+        if ratio * dim < 1:
+            raise FieldError(key, f"{ratio} hidden channels per channel leave none of {dim} channels")
+        if ratio * dim > MOST:
+            raise FieldError(key, f"{ratio} hidden channels per channel make more than {MOST} of {dim} channels")
 
     def _check_tokens(self) -> None:
         if not self.num_prefix_tokens and self.pos_embed == "all":
@@ -319,7 +327,7 @@ def override_config(config: MetaFormerConfig, overrides: Mapping[str, Any], sour
     data = config.model_dump()
     overrides = _plain(overrides)
     channels = overrides.get("in_chans", config.in_chans)
-    if channels != config.in_chans and isinstance(channels, int):
+    if channels != config.in_chans and isinstance(channels, int) and 1 <= channels <= MOST:
         data |= {key: spread(data[key], channels) for key in ("mean", "std")}
     _merge(data, overrides)
     changed = validate(MetaFormerConfig, data, source=source)

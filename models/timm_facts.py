@@ -6,7 +6,7 @@ the transforms of their weights. `foreign_facts` tells it from the name and the 
 
 import fnmatch
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import timm
 import torchvision
@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 
 from files.errors import ConfigError, FieldError, nearest
 from files.strict_yaml import validate
-from models.config import ModelFacts, Section, Size, check_channel_stats, spread
+from models.config import Count, CropShare, ModelFacts, Section, Size, check_channel_stats, spread
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -23,10 +23,10 @@ LIBRARIES = ("timm", "torchvision")
 class ImageFacts(Section):
     """What may be said of any model of timm or torchvision, beside the library's own arguments."""
 
-    num_classes: Annotated[int, Field(ge=0)] = Field(description="Classes; 0: no classifier.")
+    num_classes: Count = Field(description="Classes; 0: no classifier.")
     in_chans: Size = Field(description="Channels of the input images.")
     image_size: Size | list[Size] = Field(description="Pixels: one side of a square, or [height, width].")
-    crop_pct: float = Field(gt=0, le=1, description="Share of the resized image kept by the centre crop.")
+    crop_pct: CropShare = Field(description="Share of the resized image kept by the centre crop.")
     interpolation: str = Field(description="Of resizing, as torchvision names it.")
     mean: list[float] = Field(description="Mean of the input channels, images in [0, 1].")
     std: list[float] = Field(description="Standard deviation of the input channels.")

@@ -37,7 +37,8 @@ def test_a_dry_run_leaves_nothing(config: Path, tmp_path: Path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--jobs", "0"], "--jobs: must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs: must be from 1 to 1024, got 0"),
+        (["--jobs", "1" + "0" * 30], "--jobs: must be from 1 to 1024, got 1"),
         (["space={}"], "is empty"),
         (["verdict={}"], "has no test part"),
         (["search.sampler=grid"], "has no effect with sampler 'grid'"),

@@ -94,7 +94,7 @@ def test_mc_has_a_row_and_a_folder_beside_the_plain_one(weights: Path, photos: P
         (["--corrupt", "jpg"], "did you mean 'jpeg'?"),
         (["--split", "test"], "--split test has no effect"),
         (["data.rot=x"], "did you mean 'data.root'?"),
-        (["--crop-pct", "0"], "--crop-pct: must be in (0, 1]"),
+        (["--crop-pct", "0"], "--crop-pct: must be in [0.01, 1]"),
         (["convformer_n5"], "did you mean 'convformer_n4'?"),
     ],
 )

@@ -178,13 +178,13 @@ class OptimSection(Section):
         default=None, ge=0, description="Epochs at min_lr at the end, part of epochs. Of schedules that fall to it."
     )
     cycle_limit: int | None = Field(
-        default=None, ge=1, description="cosine, tanh, poly: cycles that the run is divided into, default 1."
+        default=None, ge=1, le=1000, description="cosine, tanh, poly: cycles that the run is divided into, default 1."
     )
     cycle_mul: float | None = Field(default=None, ge=1, description="Length of a cycle over the one before, default 1.")
     cycle_decay: float | None = Field(
         default=None, gt=0, le=1, description="Peak of a cycle over that before, default 1."
     )
-    k_decay: float | None = Field(default=None, gt=0, description="cosine, poly: k of k-decay, default 1.")
+    k_decay: float | None = Field(default=None, gt=0, le=10, description="cosine, poly: k of k-decay, default 1.")
     clip_grad: float | None = Field(
         default=None, gt=0, description="Largest norm of all gradients together. Default: no limit."
     )

@@ -6,6 +6,7 @@ milestone m lowers the rate after m epochs, as PyTorch's MultiStepLR does, where
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 LrScheduleName = Literal["cosine", "tanh", "poly", "step", "multistep", "wsd", "rsqrt", "constant"]
 LR_SCHEDULES: tuple[str, ...] = get_args(LrScheduleName)
 
+_LONGEST_CYCLE = 1_000_000
 _CYCLES = ("cycle_limit", "cycle_mul", "cycle_decay", "cooldown_epochs")
 # The keys that have an effect on a schedule, each with its default; "needed" where there is none, None: timm's own way.
 _KEYS: dict[str, dict[str, Any]] = {
@@ -101,6 +103,9 @@ def check_schedule(optim: OptimSection) -> None:
         for key in ("cycle_mul", "cycle_decay"):
             if getattr(optim, key) is not None:
                 raise FieldError(key, "has no effect on a single cycle; set cycle_limit to 2 or more")
+    elif optim.cycle_mul and (optim.cycle_limit - 1) * math.log(optim.cycle_mul) > math.log(_LONGEST_CYCLE):
+        times = f"more than {_LONGEST_CYCLE:,} times the first"
+        raise FieldError("cycle_mul", f"{optim.cycle_mul:g} makes the last of {optim.cycle_limit} cycles {times}")
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimSection, steps_per_epoch: int) -> Scheduler:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import train
 from configs import CONFIGS
 from files.errors import ConfigError
 from files.strict_yaml import dump_yaml, known_keys
+from models import create_model
 from models.config import MetaFormerConfig, load_model_config, override_config
 from training.config import DEFAULT_CONFIG, TrainConfig, dump_config, load_config
 
@@ -107,6 +110,58 @@ def test_any_override_exhaustively(words: list[str], path: Path) -> None:
 def test_every_key_with_every_wild_value(key: str, path: Path) -> None:
     for text in WILD_TEXT:
         check_overrides([f"{key}={text}"], path)
+
+
+# Numbers at which a product overflows, a quotient too, or a loop has no end.
+EXTREMES = [1e308, 2.8e306, 5e-324, 10**400, 2**63, 2**31, 10**15]
+
+
+@pytest.mark.parametrize("key", [key for key in MODEL_KEYS if not key.startswith("published")])
+def test_a_number_beyond_all_models_is_refused_or_can_be_built(key: str) -> None:
+    base = load_model_config(MODEL)
+    for number in EXTREMES:
+        for value in (number, [number], [number] * len(base.depths)):
+            given = changed({}, key, value)
+            config = in_words(lambda given=given: override_config(base, given, "create_model"))
+            if config is not None:
+                with torch.device("meta"):
+                    create_model(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["augment.mixup=%s"], ["augment.cutmix=%s"], ["augment.color_jitter=%s"], ["augment.rotate=%s"]),
+        *(
+            ["augment.crop_ratio=[%s, %s]"],
+            ["augment.random_erasing=%s"],
+            ["augment.translate=%s"],
+            ["augment.zoom=%s"],
+        ),
+        *(["data.batch_size=%s"], ["data.eval_batch_size=%s"], ["data.workers=%s"], ["data.train_samples=%s"]),
+        *(["optim.lr=%s"], ["optim.eps=%s"], ["optim.clip_grad=%s"], ["optim.accumulate=%s"], ["optim.k_decay=%s"]),
+        *(["optim.warmup_epochs=%s"], ["optim.warmup_lr=%s"], ["optim.cooldown_epochs=%s"], ["optim.layer_decay=%s"]),
+        *(["optim.cycle_limit=%s", "optim.cycle_mul=2"], ["optim.cycle_limit=3", "optim.cycle_mul=%s"]),
+        ["optim.schedule=tanh", "optim.cycle_limit=3", "optim.cycle_mul=%s"],
+        ["optim.schedule=poly", "optim.decay_rate=%s"],
+        ["optim.schedule=step", "optim.decay_epochs=%s"],
+        ["optim.schedule=step", "optim.decay_epochs=0.5", "optim.decay_rate=%s"],
+        ["optim.schedule=multistep", "optim.decay_milestones=[%s]"],
+        ["drop_path.rate=0.1", "drop_path.schedule={kind: early, cutoff_epochs: %s}"],
+        ["drop_path.rate=0.1", "drop_path.schedule={kind: piecewise, points: [[0, 0], [%s, 1]]}"],
+        *(["ema.enabled=true", "ema.decay=%s"], ["early_stopping.patience=%s"], ["checkpoint.keep=%s"]),
+        *(["model.layer_scale=%s"], ["model.res_scale=%s"], ["model.crop_pct=%s"], ["model.std=[%s]"]),
+    ],
+    ids=" ".join,
+)
+def test_a_run_with_a_number_beyond_all_sense_ends_in_words(words: list[str], tmp_path: Path) -> None:
+    """Refused, or run: by itself to the end, or until its loss is no number any more."""
+    few = ["data.train_samples=64", "optim.epochs=1", "optim.warmup_epochs=0"]
+    for number in ("1e308", "5e-324", "1" + "0" * 15, "1" + "0" * 30):
+        given = [word.replace("%s", number) for word in words]
+        rest = [word for word in few if word.partition("=")[0] not in {w.partition("=")[0] for w in given}]
+        assert train.main([*rest, *given, "--output", str(tmp_path / number)]) in (0, 1, 2)
 
 
 def changed(base: Any, key: str, value: Any) -> Any:

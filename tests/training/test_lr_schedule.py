@@ -175,6 +175,10 @@ def test_an_old_timm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (["optim.schedule=wsd", "optim.decay_epochs=19"], "19 is beyond the epochs between warm-up and cooldown"),
         (["optim.cooldown_epochs=25"], "leaves no epoch between warm-up and cooldown"),
         (["optim.cycle_mul=2"], "no effect on a single cycle"),
+        (
+            ["optim.cycle_limit=3", "optim.cycle_mul=1e4"],
+            "10000 makes the last of 3 cycles more than 1,000,000",
+        ),
         (["optim.decay_epoch=3"], "did you mean 'optim.decay_epochs'?"),
     ],
 )

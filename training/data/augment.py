@@ -80,13 +80,20 @@ class AugmentSection(Section):
     crop_ratio: Pair = Field(default=[3 / 4, 4 / 3], description="[smallest, largest] width over height of that crop.")
     hflip: Fraction = Field(default=0.5, description="Probability of a horizontal flip.")
     color_jitter: float = Field(
-        default=0.0, ge=0, description="Strength of brightness, contrast and saturation jitter."
+        default=0.0, ge=0, le=10, description="Strength of brightness, contrast and saturation jitter."
     )
-    rotate: float = Field(default=0.0, ge=0, description="Largest rotation, degrees either way.")
+    rotate: float = Field(default=0.0, ge=0, le=180, description="Largest rotation, degrees either way.")
     translate: float = Field(
         default=0.0, ge=0, lt=1, description="Largest shift, as a fraction of the image, either way."
     )
     zoom: float = Field(default=0.0, ge=0, lt=1, description="Largest change of scale, as a fraction, either way.")
+
+    @field_validator("mixup", "cutmix")
+    @classmethod
+    def _check_alpha(cls, alpha: float) -> float:
+        if alpha and not 1e-3 <= alpha <= 1e6:  # NumPy's beta distribution gives NaN beyond
+            raise ValueError(f"must be 0, or between 0.001 and 1e+06, got {alpha:g}")
+        return alpha
 
     @field_validator("auto_augment")
     @classmethod

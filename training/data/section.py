@@ -92,7 +92,7 @@ class DataSection(Section):
         default=None, ge=1, description="Samples per process in validation. Default: batch_size."
     )
     workers: int = Field(
-        default=4, ge=0, description="Loader processes per training process; results do not depend on it."
+        default=4, ge=0, le=1024, description="Loader processes per training process; results do not depend on it."
     )
     sampler: Literal["shuffle", "balanced"] = Field(
         default="shuffle",

@@ -245,7 +245,7 @@ class Predictor:
         """Of each batch: which paths were read, their images, and why others were not."""
         source = Paths(self.plan.paths)
         dataset = ValDataset(source, ImagePipeline(source, AugmentSection(), self.spec, decoder=choose_decoder("auto")))
-        size = self.request.batch_size or DEFAULT_BATCH
+        size = max(1, min(self.request.batch_size or DEFAULT_BATCH, len(source)))
         batches = math.ceil(len(source) / size)
         workers = DEFAULT_WORKERS if self.request.workers is None else self.request.workers
         workers = min(workers, batches - 1)  # starting a process takes as long as reading a batch

@@ -14,7 +14,7 @@ import torch
 
 from files.durable import nearest_beside, settled
 from files.errors import ConfigError
-from models.config import MetaFormerConfig
+from models.config import MOST, MetaFormerConfig
 from models.export import count_classes
 from models.factory import create_model, model_facts, set_class_names
 from models.loading import known_section, trained_config, trained_foreign
@@ -50,10 +50,10 @@ class Choice:
     crop_pct: float | None = None
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise ConfigError(f"--image-size: must be at least 1 pixel, got {self.image_size}")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ConfigError(f"--crop-pct: must be in (0, 1], got {self.crop_pct:g}")
+        if self.image_size is not None and not 1 <= self.image_size <= MOST:
+            raise ConfigError(f"--image-size: must be from 1 to {MOST} pixels, got {self.image_size}")
+        if self.crop_pct is not None and not 0.01 <= self.crop_pct <= 1:
+            raise ConfigError(f"--crop-pct: must be in [0.01, 1], got {self.crop_pct:g}")
         if self.checkpoint == "best" and not self.ema:
             raise ConfigError("--no-ema takes the raw weights of the newest checkpoint; leave out --checkpoint best")
 

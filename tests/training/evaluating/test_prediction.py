@@ -83,6 +83,10 @@ def test_more_classes_than_there_are(timm_weights: Path, photos: Path) -> None:
     assert predictor(timm_weights, photos, topk=2).plan.notes == []
 
 
+def test_a_batch_larger_than_any(timm_weights: Path, photos: Path) -> None:
+    assert len(list(predictor(timm_weights, photos / "aster", batch_size=10**30).predictions())) == 4
+
+
 def test_a_model_without_names(photos: Path) -> None:
     made = predictor("timm/test_resnet", photos / "aster", topk=1, choice=Choice(image_size=32))
     assert "numbers stand for them" in made.plan.notes[0]

@@ -95,8 +95,8 @@ def test_bare_weights_take_the_model_that_is_named(name: str, tmp_path: Path) ->
         ("swin", {}, ["unknown model 'swin'"]),
         ("torchvision/squeezenet1_1", {"image_size": 8}, ["takes no images of 8 x 8 pixels: "]),
         ("torchvision/vit_b_16", {"image_size": 225}, ["cannot be built so", "indivisible by patch size"]),
-        ("RUN", {"image_size": 0}, ["--image-size: must be at least 1"]),
-        ("RUN", {"crop_pct": 1.2}, ["--crop-pct: must be in (0, 1], got 1.2"]),
+        ("RUN", {"image_size": 0}, ["--image-size: must be from 1 to 1048576 pixels"]),
+        ("RUN", {"crop_pct": 1.2}, ["--crop-pct: must be in [0.01, 1], got 1.2"]),
         ("RUN", {"checkpoint": "best", "ema": False}, ["--no-ema takes the raw weights"]),
     ],
 )
