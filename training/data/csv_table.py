@@ -6,6 +6,7 @@ import csv
 import itertools
 import logging
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,10 @@ logger = logging.getLogger(__name__)
 # Where the config names no column: the first, or else the only one there is of the others.
 PATH_COLUMNS = ("path", "filename", "file", "image", "filepath", "file_name", "image_path")
 LABEL_COLUMNS = ("label", "class", "target", "category", "class_name", "labels")
+
+
+# int() would take 1_2 for 12, and does not read thousands of digits.
+_WHOLE = re.compile(r"[+-]?[0-9]{1,1000}")
 
 
 class Row(NamedTuple):
@@ -233,7 +238,7 @@ def _lines(file: Path, where: str) -> Iterator[tuple[list[str], int]]:
     reader = None
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:  # spreadsheets put a mark in front
-            first = text.readline()
+            first = next((line for line in text if line.strip()), "")
             text.seek(0)
             reader = csv.reader(text, delimiter=_separator(file, first), strict=True, skipinitialspace=True)
             for cells in reader:
@@ -266,10 +271,9 @@ def _column(header: Sequence[str], key: str, given: str | None, usual: Sequence[
         if not candidates:
             raise ConfigError(f"data.{key}: {where.partition(': ')[2]} has no column {given!r}{nearest(given, header)}")
     else:
-        lower = {name.lower(): name for name in header}
-        candidates = [lower[name] for name in usual if name in lower]
-        if candidates and candidates[0].lower() == usual[0]:
-            candidates = candidates[:1]
+        candidates = [name for word in usual for name in dict.fromkeys(header) if name.lower() == word]
+        first = [name for name in candidates if name.lower() == usual[0]]
+        candidates = [usual[0]] if usual[0] in first else first or candidates
         if len(candidates) != 1:
             which = f"several columns that may be meant, {', '.join(map(repr, candidates))}" if candidates else "none"
             raise ConfigError(
@@ -283,10 +287,9 @@ def _column(header: Sequence[str], key: str, given: str | None, usual: Sequence[
 def _classes(table: Table) -> list[str]:
     """The labels, sorted; as numbers where all are whole numbers."""
     labels = sorted(table.label_names)
-    try:
-        numbers = {label: int(label) for label in labels}
-    except ValueError:
+    if not all(map(_WHOLE.fullmatch, labels)):
         return labels
+    numbers = {label: int(label) for label in labels}
     shared = Counter(numbers.values())
     same = [label for label in labels if shared[numbers[label]] > 1]
     if same:

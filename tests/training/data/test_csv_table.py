@@ -72,6 +72,7 @@ def test_data_are_known_wherever_the_tables_lie(pets: Path, tmp_path: Path) -> N
         ("tabs.tsv", "path\tlabel\nimages/cat1.png\tcat\nimages/dog1.png\tdog\n"),
         ("tabs.csv", "path\tlabel\nimages/cat1.png\tcat\nimages/dog1.png\tdog\n"),
         ("semicolons.csv", "path;label\nimages/cat1.png;cat\nimages/dog1.png;dog\n"),
+        ("below.csv", "\n ;\npath;label\nimages/cat1.png;cat\nimages/dog1.png;dog\n"),
         ("more.csv", "id,label,path\n1,cat,images/cat1.png\n2,dog,images/dog1.png\n"),
         ("usual.csv", "filename,class\nimages/cat1.png,cat\nimages/dog1.png,dog\n"),
         ("both.csv", "file,path,label\nx,images/cat1.png,cat\nx,images/dog1.png,dog\n"),
@@ -109,6 +110,12 @@ def test_columns_by_name(pets: Path) -> None:
     write(pets / "train.csv", "a,b,cat", header="file,image,label")
     with fails("found several columns that may be meant, 'file', 'image'; say which by data.path_column"):
         table(pets)
+    write(pets / "train.csv", "a,b,cat", header="path,Class,CLASS")
+    with fails("found several columns that may be meant, 'Class', 'CLASS'; say which by data.label_column"):
+        table(pets)
+    write(pets / "train.csv", "images/cat1.png,cat,1", "images/dog1.png,dog,1", header="path,label,Label")
+    train = {"dataset": "csv", "train_file": str(pets / "train.csv")}
+    assert class_names_of_data(data_section(**train)) == ["cat", "dog"], "not of the last one"
     write(pets / "train.csv", "a,b,cat", header="path,path,label")
     with fails("train.csv' has two columns 'path'"):
         table(pets)
@@ -127,6 +134,9 @@ def test_numbers_are_sorted_as_numbers(pets: Path) -> None:
         table(pets)
     write(pets / "train.csv", *rows, "images/cat7.png,x")
     assert table(pets).class_names == ["-1", "10", "9", "x"], "texts, where one is none"
+    write(pets / "train.csv", "images/cat1.png,1_2", "images/cat2.png,12", "images/cat3.png,2")
+    write(pets / "val.csv", "images/cat9.png,12")
+    assert table(pets).class_names == ["12", "1_2", "2"], "texts, though Python reads 1_2 as 12"
 
 
 MISTAKES: dict[str, tuple[str, list[str]]] = {
