@@ -213,7 +213,8 @@ def draw_study(study: BlockStudy, path: Path) -> None:
     places = list(range(len(rows)))
     top1 = [row.metrics["top1"] for row in rows]
     few = len(rows) <= _MOST_NAMES
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
+    # the name of a run's folder may hold a $
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(max(5.5, 2.2 + 0.42 * len(rows)) if few else 18.0, 5.6), dpi=130, layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
         if study.wanted.kind == "greedy":

@@ -33,7 +33,7 @@ class TableWriter:
     def __init__(self, file: IO[str], plan: Plan) -> None:
         self.file = file
         self.path_width = min(_WIDEST_PATH, max(len("image"), *(len(_printable(path)) for path in plan.paths)))
-        self.class_width = min(_WIDEST_CLASS, max(len(name) for name in plan.class_names))
+        self.class_width = min(_WIDEST_CLASS, max(len(_printable(name)) for name in plan.class_names))
         heads = [f"{'class' if k == 0 else f'{k + 1}.':<{self.class_width}}  {'%':>5}" for k in range(plan.topk)]
         self._line("image", heads)
 
@@ -41,11 +41,14 @@ class TableWriter:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         self._line(
             _printable(prediction.path),
-            [f"{_cut(name, self.class_width):<{self.class_width}}  {100 * value:>5.1f}" for name, value in pairs],
+            [f"{self._class(name):<{self.class_width}}  {100 * value:>5.1f}" for name, value in pairs],
         )
 
     def end(self) -> None:
         pass
+
+    def _class(self, name: str) -> str:
+        return _cut(_printable(name), self.class_width)
 
     def _line(self, path: str, cells: Sequence[str]) -> None:
         self.file.write(f"{path:<{self.path_width}}  {'   '.join(cells)}".rstrip() + "\n")
@@ -93,9 +96,9 @@ def open_writer(fmt: Format, file: IO[str], plan: Plan) -> Writer:
     return _WRITERS[fmt](file, plan)
 
 
-def _printable(path: str) -> str:
-    """A path on one line, whatever is in it."""
-    return path if path.isprintable() else ascii(path)
+def _printable(text: str) -> str:
+    """A path or the name of a class on one line, whatever is in it."""
+    return text if text.isprintable() else ascii(text)
 
 
 def _cut(text: str, length: int) -> str:

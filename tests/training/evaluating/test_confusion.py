@@ -31,3 +31,10 @@ def test_a_class_without_samples_is_no_fault(tmp_path: Path) -> None:
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="cannot be written"):
         draw_confusion(torch.eye(2, dtype=torch.int64), ["a", "b"], tmp_path / "no" / "c.png", title="m")
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_no_formulas_and_need_no_letters_that_the_font_lacks(tmp_path: Path) -> None:
+    names = ["$\\frac$", "$x^2$", "line\nbreak", "tab\there", "\u65e5\u672c"]
+    draw_confusion(torch.eye(5, dtype=torch.int64), names, tmp_path / "c.png", title="runs/$\\q$ \u65e5")
+    assert (tmp_path / "c.png").exists()

@@ -47,3 +47,11 @@ def test_json(count: int) -> None:
     for told, row in zip(found, ROWS, strict=False):
         pairs = zip(row.classes, row.probabilities, strict=True)
         assert told["predictions"] == [{"class": name, "probability": value} for name, value in pairs]
+
+
+def test_names_of_classes_stay_on_one_line() -> None:
+    file = io.StringIO()
+    names = ["line\nbreak", "tab\there"]
+    open_writer("table", file, Plan(["a.png"], names, 2, [])).row(Prediction("a.png", names, [0.75, 0.25]))
+    _, row = file.getvalue().splitlines()
+    assert r"'line\nbreak'" in row and r"'tab\there'" in row
