@@ -119,7 +119,8 @@ class Mean(Metric):
 class Predictions(Gathering):
     """The most likely class of each sample and its probability, counted per class and per bin of confidence.
 
-    Batches leave three numbers per sample on the device; all else is done once, in `merge`.
+    Batches leave three numbers per sample on the device; all else is done once, in `merge`. A sample whose largest logit
+    is not finite has no prediction: it is a sample of its class and no hit, and stands in no bin and no cell.
 
     Args:
         confusion: Keep the confusion matrix too.
@@ -177,8 +178,10 @@ class Predictions(Gathering):
             torch.cat(part).cpu() for part in (zip(*self.parts, strict=True) if self.parts else [[empty]] * 3)
         )
         predicted, targets = predicted.long(), targets.long()
+        samples, known = targets, confidence.isfinite()
+        confidence, predicted, targets = confidence[known], predicted[known], targets[known]
         right = predicted == targets
-        per_class = torch.stack([part.bincount(minlength=classes) for part in (targets, predicted, targets[right])])
+        per_class = torch.stack([part.bincount(minlength=classes) for part in (samples, predicted, targets[right])])
         edges = torch.linspace(0, 1, self.BINS + 1)[1:-1]
         place = torch.bucketize(confidence, edges)  # the first edge that is not below it
         weights = (torch.ones_like(confidence), right, confidence)
@@ -253,11 +256,11 @@ def calibration_error(predictions: Predictions) -> float:
 
 
 def among_top(count: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Counts the samples whose class is among the `count` with the largest logits."""
+    """Counts the samples whose class is among the `count` with the largest logits, of which the largest must be finite."""
 
     def hits(logits: Tensor, targets: Tensor) -> Tensor:
-        top = logits.topk(min(count, logits.shape[1]), dim=1).indices  # (B, count)
-        return (top == targets[:, None]).sum()
+        largest, top = logits.topk(min(count, logits.shape[1]), dim=1)  # (B, count); NaN is the largest of all
+        return ((top == targets[:, None]) & largest[:, :1].isfinite()).sum()
 
     return hits
 

@@ -209,3 +209,14 @@ def test_a_new_metric_is_one_entry(tmp_path: Path) -> None:
     # and without the metric the run cannot go on
     with pytest.raises(ConfigError, match="unknown column 'val_spread'"):
         RunFolder(tmp_path / "run").check_metrics()
+
+
+def test_a_sample_whose_logits_are_not_finite_is_mistaken() -> None:
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[nan, nan, nan], [nan, 1, 0], [0, inf, 0], [-inf, -inf, -inf], [3, 1, -inf], [0, 1, 3]])
+    values, predictions = measured(logits, torch.tensor([0, 0, 1, 0, 0, 2]), [6])
+    assert values["top1"] == pytest.approx(100 * 2 / 6) and values["top5"] == values["top1"]
+    assert predictions.recall().tolist() == [0.25, 0.0, 1.0]
+    assert values["balanced"] == pytest.approx(100 * 1.25 / 3)
+    assert predictions.confusion is not None and predictions.confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
+    assert predictions.predicted.tolist() == [1, 0, 1] and predictions.bins[0].sum() == 2

@@ -85,7 +85,7 @@ def _attempt(work: Callable[[], list[Any]], what: str, notes: list[str]) -> list
 def _pairs(per_sample: PerSample, targets: Sequence[int], classes: int) -> list[list[int]]:
     """[label, prediction, samples] of all pairs that occur."""
     seen, prediction = per_sample.table[:, :2].T.numpy()
-    keys = (np.asarray(targets, dtype=np.int64) * classes + prediction.astype(np.int64))[seen > 0]
+    keys = (np.asarray(targets, dtype=np.int64) * classes + prediction.astype(np.int64))[(seen > 0) & (prediction >= 0)]
     keys, counts = np.unique(keys, return_counts=True)
     return [[key // classes, key % classes, count] for key, count in zip(keys.tolist(), counts.tolist(), strict=True)]
 

@@ -40,7 +40,8 @@ class PerSample(Metric):
         count: Samples of the part that is evaluated.
 
     Attributes:
-        table: (count, 4) in float64: seen, prediction, its probability, the label's probability.
+        table: (count, 4) in float64: seen, prediction (-1: none, of logits that are not finite), its probability, the
+            label's probability.
     """
 
     def __init__(self, count: int) -> None:
@@ -61,6 +62,7 @@ class PerSample(Metric):
     def update(self, logits: Tensor, targets: Tensor) -> None:
         probabilities = logits.softmax(dim=1)  # (B, K)
         top, prediction = probabilities.max(dim=1)  # (B,)
+        prediction = torch.where(top.isnan(), -1, prediction)
         of_label = probabilities.gather(1, targets[:, None])[:, 0]  # (B,)
         self.parts.append((self.indices, torch.stack([prediction.float(), top, of_label])))  # exact up to 2^24 classes
 
@@ -83,6 +85,6 @@ class PerSample(Metric):
         """
         seen, prediction, top, of_label = self.table.T.numpy()
         labels = np.asarray(targets)
-        wrong = np.flatnonzero((seen > 0) & (prediction != labels))
+        wrong = np.flatnonzero((seen > 0) & (prediction >= 0) & (prediction != labels))
         order = wrong[np.lexsort((wrong, -top[wrong], of_label[wrong].round(6)))]  # equal as they are written
         return [Mistake(int(i), int(labels[i]), int(prediction[i]), float(top[i]), float(of_label[i])) for i in order]

@@ -96,6 +96,8 @@ def verdict(run: Run) -> str:
         return "Nothing has been validated yet: there is nothing to judge."
     course = course_of(run)
     which = "" if run.finished else f"After {run.epochs} of {in_words(run.setting('optim', 'epochs'))} epochs: "
+    if _diverged(run):
+        return f"{which}{format_percent(run.final_top1)} top-1{_range(run)}, of a model whose outputs are not finite."
     fit = {
         "few": "too few validations to tell of overfitting",
         "overfits": f"overfitting since epoch {course.lowest:.0f}",
@@ -112,6 +114,14 @@ def verdict(run: Run) -> str:
     return f"{which}{format_percent(run.final_top1)} top-1{_range(run)}, {fit}{end[course.trend]}."
 
 
+def _diverged(run: Run) -> bool:
+    """Whether the last validation has a top-1, but no finite loss."""
+    last = [
+        loss for top1, loss in zip(run.metrics["val_top1"], run.metrics["val_loss"], strict=True) if is_known([top1])
+    ]
+    return bool(last) and not is_known(last[-1:])
+
+
 def _range(run: Run) -> str:
     if not run.val_samples:
         return ""
@@ -123,6 +133,12 @@ def decisions(run: Run) -> list[Decision]:
     """The questions a reader has, with what the numbers say."""
     if not is_known([run.final_top1]):
         return []
+    if _diverged(run):
+        answer = (
+            "No: its validation loss is no finite number, and images without a finite output count as mistaken. "
+            "A lower learning rate, a longer warm-up or optim.clip_grad keeps a run from that."
+        )
+        return [Decision("Good enough?", answer)]
     course = course_of(run)
     told = [
         ("Good enough?", _good_enough(run)),

@@ -133,3 +133,13 @@ def test_a_signal_ends_it() -> None:
     signals = StopSignals()
     signals.ask("SIGTERM")
     assert measure(build_tiny(), signals=signals) is None
+
+
+def test_a_model_without_finite_outputs_has_no_predictions() -> None:
+    setup = build_tiny()
+    with torch.no_grad():
+        for parameter in setup.model.parameters():
+            parameter.fill_(float("nan"))
+    found = measured(setup)
+    assert found["samples"] == 360 and found["pairs"] == [] and found["mistakes"] == []
+    assert not torch.tensor(found["bins"]).any()

@@ -44,3 +44,12 @@ def test_what_was_not_read_is_no_mistake() -> None:
     per_sample = measured([0, 5], [2])
     assert per_sample.value() == 3
     assert [m.index for m in per_sample.mistakes(TARGETS)] == [5, 2]
+
+
+def test_what_has_no_prediction_is_no_sure_mistake() -> None:
+    per_sample = PerSample(2)
+    per_sample.indices = torch.tensor([0, 1])
+    per_sample.update(torch.tensor([[float("nan"), 0.0], [0.0, 2.0]]), torch.tensor([1, 0]))
+    per_sample.merge(ALONE)
+    assert [mistake.index for mistake in per_sample.mistakes([1, 0])] == [1]
+    assert per_sample.table[:, 1].tolist() == [-1, 1]

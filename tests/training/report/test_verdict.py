@@ -121,3 +121,10 @@ def test_a_finished_run_says_so_and_names_its_weakest_class(run: Path) -> None:
     told = dict(decisions(data))["Good enough?"]
     assert "Always naming the most frequent class gives 10.0\u00a0%; the model beats it." in told
     assert "The weakest class is 0: 35 of 36 recognised (97.2\u00a0%)." in told
+
+
+def test_a_model_that_has_diverged_is_not_good(course) -> None:
+    run = course(30, falling, lambda e: 0.5 if e < 20 else float("nan"), lambda e: 90.0 if e < 20 else 50.0)
+    assert verdict(run).endswith("of a model whose outputs are not finite.")
+    (told,) = decisions(run)
+    assert told.question == "Good enough?" and told.answer.startswith("No: its validation loss is no finite number")
