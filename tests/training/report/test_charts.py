@@ -49,3 +49,24 @@ def test_heat_map_shows_the_rate_of_each_block_at_each_step() -> None:
     assert values is not None and values.shape == (3, 200)
     assert values[2, 0] == pytest.approx(0.4) and values[1, 0] == pytest.approx(0.2)
     assert values[2, 50] == pytest.approx(0.4 * (1 - 50 / 99)) and not values[:, 100:].any()
+
+
+def test_ticks_of_a_single_epoch_are_epochs() -> None:
+    _, svg = charts.draw_chart("one", lambda axes: charts._line(axes, [1.0], [0.5]))
+    ticks = [text for text in re.findall(r">([^<>]+)</text>", svg) if text.replace(".", "").isdigit()]
+    assert "1" in ticks and not any(text.startswith(("0.9", "1.0")) for text in ticks)
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_the_font_lacks_are_left_to_the_reader_s_fonts() -> None:
+    _, svg = charts.draw_chart("one", lambda axes: None, xlabel="\u65e5\u672c")
+    assert "\u65e5\u672c" in svg
+
+
+def test_a_metric_without_a_value_has_no_chart(run: Path, page_of, write_csv) -> None:
+    assert "Validation: ECE in %" in page_of(run).text
+    text = (run / "metrics.csv").read_text().splitlines()
+    place = text[0].split(",").index("val_ece")
+    rows = [[cell if i != place else "nan" for i, cell in enumerate(line.split(","))] for line in text[1:]]
+    write_csv(run / "metrics.csv", tuple(text[0].split(",")), rows)
+    assert "Validation: ECE in %" not in page_of(run).text
