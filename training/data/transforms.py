@@ -142,12 +142,25 @@ class ValTransform:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(C, H, W) in uint8 to the model's size."""
+        pixels = _middle(pixels)
         height, width = pixels.shape[1:]
         if self.height * width >= self.width * height:
             size = [self.height, self.height * width // height]
         else:
             size = [self.width * height // width, self.width]
         return v2.functional.center_crop(resized(pixels, size, self.interpolation), list(self.size))
+
+
+_LONGEST = 64  # times the short side
+
+
+def _middle(pixels: Tensor) -> Tensor:
+    """An image, or the middle of one that is very long: resized as a whole it would take gigabytes to be cropped from."""
+    height, width = pixels.shape[1:]
+    # as many rows or columns are left out on either side, so that the middle stays where it is
+    down = max(0, height - _LONGEST * width) // 2
+    right = max(0, width - _LONGEST * height) // 2
+    return pixels[:, down : height - down, right : width - right]
 
 
 def to_tensor_steps() -> list[Any]:

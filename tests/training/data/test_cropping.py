@@ -75,6 +75,8 @@ def test_boxes_lie_in_the_image_and_end_with_its_middle() -> None:
     assert crop_box([0.99] * CROP_DRAWS, 10, 100, scale=(1.0, 1.0), ratio=RATIO) == (0, 43, 10, 13)
     assert crop_box([0.99] * CROP_DRAWS, 100, 10, scale=(1.0, 1.0), ratio=RATIO) == (43, 0, 13, 10)
     assert crop_box([0.0] * CROP_DRAWS, 1, 1, scale=(1e-9, 1e-9), ratio=RATIO) == (0, 0, 1, 1)
+    assert crop_box([0.99] * CROP_DRAWS, 9, 1, scale=(1.0, 1.0), ratio=(3, 4)) == (4, 0, 1, 1)
+    assert crop_box([0.99] * CROP_DRAWS, 1, 9, scale=(1.0, 1.0), ratio=(0.2, 0.3)) == (0, 4, 1, 1)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from tests.training.data.parts import COLOUR, EVERYTHING, GREY, POLICIES, augment_section, folder, paths
 from training.config import AugmentSection
@@ -14,7 +15,7 @@ from training.data import augment as augment_module
 from training.data import draws as draws_module
 from training.data import transforms
 from training.data.cropping import crop_box, resized
-from training.data.transforms import TRAIN_DRAWS, ImageSpec, TrainTransform
+from training.data.transforms import TRAIN_DRAWS, ImageSpec, TrainTransform, ValTransform
 
 
 def test_validation_images_are_those_of_timm(image_root: Path) -> None:
@@ -38,6 +39,18 @@ def test_validation_images_are_those_of_timm(image_root: Path) -> None:
 def test_oblong_validation_images_are_covered(image_root: Path) -> None:
     for size in ((12, 20), (20, 12)):
         assert folder(image_root, ImageSpec((3, *size), COLOUR.mean, COLOUR.std)).val[0][0].shape == (3, *size)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 331), (6, 400), (331, 5), (7, 700)])
+def test_of_a_very_long_image_the_middle_is_resized(height: int, width: int) -> None:
+    spec = ImageSpec((3, 14, 14), COLOUR.mean, COLOUR.std)
+    pixels = (torch.arange(height * width * 3).reshape(3, height, width) * 37 % 251).to(torch.uint8)
+    scale = 16 / min(height, width)
+    whole = resized(pixels, [int(scale * height), int(scale * width)], spec.interpolation)
+    found = ValTransform(spec)(pixels)
+    assert (found.int() - v2.functional.center_crop(whole, [14, 14]).int()).abs().max() <= 2
+    line = torch.zeros(1, 1, 80_000_000, dtype=torch.uint8).expand(3, -1, -1)  # 61 GB as a whole, 16 pixels high
+    assert ValTransform(spec)(line).shape == (3, 14, 14)
 
 
 def test_grey_models_get_grey_images(image_root: Path) -> None:
