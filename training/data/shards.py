@@ -377,7 +377,7 @@ def _folders(data: DataSection, train: Sequence[Shard]) -> list[Path]:
 def _listed(file: Path, label: str) -> list[str] | None:
     """The classes in a file; None where it does not say them."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # editors put a mark in front
         if file.suffix == ".txt":
             names = [line.strip() for line in text.splitlines() if line.strip()]
         else:

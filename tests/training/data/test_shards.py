@@ -147,7 +147,7 @@ def test_classes_of_the_labels(labels: list[object], expected: list[str], target
 
 LISTS = {
     "classes.txt": "cat\ndog\n\nowl\n",
-    "classnames.txt": "cat\ndog\nowl",
+    "classnames.txt": "\ufeffcat\ndog\nowl",
     "dataset_info.json": json.dumps({"features": {"image": {}, "cls": {"names": ["cat", "dog", "owl"]}}}),
     "_info.json": json.dumps({"class_names": ["cat", "dog", "owl"], "splits": {}}),
 }
