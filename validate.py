@@ -7,17 +7,29 @@ wait_passively()  # before torch loads
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from files.errors import ConfigError, run_command
-from training.evaluating.block_tables import describe_study, write_study
+from files.outputs import is_same
+from training.data.section import DataSection
+from training.evaluating.block_tables import STUDY_FILES, describe_study, write_study
 from training.evaluating.blocks import parse_wanted, study_blocks
 from training.evaluating.corruptions import parse_corruptions
 from training.evaluating.mc import MonteCarlo
 from training.evaluating.options import add_compute_options, add_weights_options, choice_of, compute_of, split_words
 from training.evaluating.part import WantedData
-from training.evaluating.results import ResultsFile, check_folder, describe, folder_in, folder_of, write_details
-from training.evaluating.validation import Request, validate
+from training.evaluating.results import (
+    DETAILS,
+    ResultsFile,
+    check_folder,
+    describe,
+    folder_in,
+    folder_of,
+    folders_of,
+    write_details,
+)
+from training.evaluating.validation import Request, files_given, validate
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,11 +101,15 @@ def evaluate(args: argparse.Namespace) -> int:
     results = ResultsFile(args.results) if args.results else None
     alone = len(request.models) == 1 and len(request.corruptions) <= 1 and request.mc is None
 
-    def check() -> None:
+    def check(sections: Sequence[DataSection]) -> None:
+        kept = files_given(request, sections)
         if results is not None:
-            results.check()
+            results.check(kept)
         if args.output is not None:
-            check_folder(args.output)
+            files = [folder / name for folder in folders_of(args.output, request, alone=alone) for name in DETAILS]
+            if args.results is not None and any(is_same(args.results, file) for file in files):
+                raise ConfigError(f"--results {args.results}: is one of the files of --output as well; name two places")
+            check_folder(args.output, files, kept)
 
     for evaluation in validate(request, check=check):
         print(describe(evaluation), flush=True)
@@ -109,14 +125,18 @@ def drop_blocks(args: argparse.Namespace, request: Request) -> int:
     if args.results is not None:
         raise ConfigError("--results: holds whole models; what --drop-blocks measures goes to --output")
 
-    def check() -> None:
+    def folder_of_study(text: str) -> Path:
+        return args.output if len(request.models) == 1 else folder_in(args.output, text)
+
+    def check(sections: Sequence[DataSection]) -> None:
         if args.output is not None:
-            check_folder(args.output)
+            files = [folder_of_study(text) / name for text in request.models for name in STUDY_FILES]
+            check_folder(args.output, files, files_given(request, sections))
 
     for study in study_blocks(request, parse_wanted(args.drop_blocks), check=check):
         print(describe_study(study), flush=True)
         if args.output is not None:
-            write_study(study, args.output if len(request.models) == 1 else folder_in(args.output, study.text))
+            write_study(study, folder_of_study(study.text))
     return 0
 
 

@@ -7,6 +7,7 @@ there when NAME is missing. Reading never unpickles code: `torch.load(weights_on
 import glob
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -391,6 +392,15 @@ def _weights_in(folder: Path, named: Path) -> str:
     place = next((f for f in below if f.is_dir() and (_weight_files(f) or (f / HUB_WEIGHTS[0]).is_file())), None)
     hint = f"; did you mean {str(named / place.relative_to(folder))!r}?" if place else ""
     raise ConfigError(f"{named}: there is no {WEIGHTS} in this folder{hint}")
+
+
+def files_read(path: Path) -> list[Path]:
+    """The files that `load_weights` may read from a path, there or not."""
+    if not os.path.isdir(path) and path.name not in (WEIGHTS, *HUB_WEIGHTS):
+        return [path]
+    folder = path if os.path.isdir(path) else path.parent
+    parts = _weight_files(folder) if os.path.isdir(folder) else []
+    return [folder / name for name in (CONFIG, WEIGHTS, *HUB_WEIGHTS, *parts)]
 
 
 def _weight_files(folder: Path) -> list[str]:

@@ -106,6 +106,30 @@ def test_mistakes_cost_a_line_or_three_and_exit_with_2(
     assert said.out == "" and said.err.startswith("error: ") and told in said.err and len(said.err.splitlines()) <= 3
 
 
+def test_what_was_given_is_not_written_over(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*measuring(weights, photos, tmp_path / "out"), "--results", str(tmp_path / "r.csv")]) == 0
+    mistakes = tmp_path / "out" / "mistakes.csv"  # a table that data may be read from
+    before = mistakes.read_bytes()
+    data = ["data.dataset=csv", f"data.train_file={mistakes}", f"data.val_file={mistakes}", f"data.root={photos}"]
+    words = [str(weights), *data, "--device", "cpu", "--workers", "0", "--split", "train"]
+    for given, told in (
+        (
+            ["--output", str(tmp_path / "out")],
+            f"--output: {mistakes}: is what data.train_file names; name another place",
+        ),
+        (["--output", str(tmp_path / "out"), "--drop-blocks", "one"], ""),
+        (["--results", str(weights / "model.safetensors")], "is a file of the model's weights"),
+        (["--results", str(tmp_path / "x" / "metrics.json"), "--output", str(tmp_path / "x")], "of --output as well"),
+    ):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        capsys.readouterr()
+        code, said = main([*words, *given]), capsys.readouterr()
+        assert (code, mistakes.read_bytes()) == ((2, before) if told else (0, before)), said.err
+        assert told in said.err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

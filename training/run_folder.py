@@ -67,6 +67,13 @@ class RunFolder:
         """Whether a run was started here."""
         return os.path.exists(self.config)  # false, no error, behind a folder that may not be entered
 
+    def own_files(self) -> list[Path]:
+        """The files that a run is made of, there or not; what else lies in the folder is somebody else's."""
+        files = [path for path in vars(self).values() if path != self.path]
+        for folder in (self.checkpoints, self.best, self.tensorboard):
+            files += [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+        return files
+
     def read_data(self) -> dict[str, Any] | None:
         """The identity of the data that the run began with (`training.data.identity`); None where it is not told."""
         try:

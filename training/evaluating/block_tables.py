@@ -134,6 +134,10 @@ def _speed(row: Row) -> str:
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
+STUDY_FILES = ("blocks.json", "blocks.csv", "blocks.png")
+"""What `write_study` writes."""
+
+
 def write_study(study: BlockStudy, folder: Path) -> None:
     """blocks.json, blocks.csv and blocks.png, each replacing the one of before.
 

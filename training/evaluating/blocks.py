@@ -23,7 +23,7 @@ from stochastic_depth.blocks import find_blocks
 from stochastic_depth.compute import count_macs
 from stochastic_depth.removal import ResidualBlock, removed
 from training.evaluating.part import Part
-from training.evaluating.validation import Bench, Request, for_each_model
+from training.evaluating.validation import Bench, Check, Request, for_each_model
 from training.evaluation import evaluate_each
 from training.metrics import evaluation_metrics
 
@@ -149,7 +149,9 @@ class BlockStudy:
         return self.selected_on == self.split
 
 
-def study_blocks(request: Request, wanted: Wanted, *, check: Any = None, rounds: int = ROUNDS) -> Iterator[BlockStudy]:
+def study_blocks(
+    request: Request, wanted: Wanted, *, check: Check | None = None, rounds: int = ROUNDS
+) -> Iterator[BlockStudy]:
     """Removes blocks of each model in turn; arguments and errors as of `validate`.
 
     Args:

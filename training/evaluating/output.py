@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from files.durable import sync_folder
 from files.errors import ConfigError, Failure
+from files.outputs import Kept, is_same, refuse_overwriting
 from training.evaluating.prediction import NoPrediction, Predictor, PredictRequest
 from training.evaluating.results import check_writable
+from training.evaluating.subject import files_of
 from training.evaluating.tables import FORMATS, Format, open_writer
 
 
@@ -74,7 +76,9 @@ def predict(request: PredictRequest, wanted: Wanted) -> int:
         from training.evaluating.contact_sheet import ContactSheet  # needs matplotlib
 
         sheet = ContactSheet(wanted.contact_sheet, len(plan.paths))
-    _refuse_to_overwrite(wanted.output, [] if sheet is None else sheet.planned, plan.paths)
+    kept: list[Kept] = [(image, "is one of the images") for image in plan.paths]
+    kept += files_of(request.model, request.choice)
+    _refuse_to_overwrite(wanted.output, [] if sheet is None else sheet.planned, kept)
     unread = 0
     try:
         with _opened(wanted.output) as file:
@@ -103,33 +107,18 @@ def predict(request: PredictRequest, wanted: Wanted) -> int:
     return 1 if unread else 0
 
 
-def _refuse_to_overwrite(output: Path | None, pages: Sequence[Path], images: Sequence[str]) -> None:
-    """Refuses to write where an image lies, by whatever name, or twice to one place.
+def _refuse_to_overwrite(output: Path | None, pages: Sequence[Path], kept: Sequence[Kept]) -> None:
+    """Refuses to write where something lies that was given, by whatever name, or twice to one place.
 
     Raises:
         ConfigError: Naming the file.
     """
     outputs = [] if output is None else [("--output", output)]
     for option, path in (*outputs, *(("--contact-sheet", page) for page in pages)):
-        try:
-            there = os.stat(path)
-        except OSError:  # nothing yet
-            continue
-        for image in images:
-            with contextlib.suppress(OSError):  # told of when it is read
-                if os.path.samestat(there, os.stat(image)):
-                    raise ConfigError(f"{option} {path}: is one of the images; name another file")
+        refuse_overwriting(f"{option} {path}", path, kept)
     for page in pages:
-        if output is not None and _is_same(output, page):
+        if output is not None and is_same(output, page):
             raise ConfigError(f"--output {output}: is a page of the contact sheet as well; name two files")
-
-
-def _is_same(a: Path, b: Path) -> bool:
-    """Whether two names are of one file, there or not."""
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return os.path.realpath(a) == os.path.realpath(b)
 
 
 def _lines(stdin: IO[str]) -> Iterable[str]:

@@ -8,7 +8,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torchvision
 
 from files.durable import save_text
 from files.errors import ConfigError, Failure
-from training.evaluating.validation import Evaluation
+from files.outputs import Kept, refuse_overwriting
+from training.evaluating.corruptions import Corruption
+from training.evaluating.validation import Evaluation, Request
 from training.metrics import evaluation_metrics
 
 # In metrics.csv and the line of an epoch a shorter name serves.
@@ -36,6 +39,9 @@ COLUMNS: tuple[str, ...] = (
 _KEY = ("model", "img_size", "crop_pct", "weights", "dataset", "split", "flip", "corruption", "precision")
 
 MOST_CLASSES_IN_PICTURE = 1000
+
+DETAILS = ("metrics.json", "per_class.csv", "mistakes.csv", "confusion.csv", "confusion.png")
+"""Files of an evaluation's folder."""
 
 
 def result_row(evaluation: Evaluation) -> dict[str, Any]:
@@ -101,13 +107,17 @@ class ResultsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def check(self) -> None:
+    def check(self, kept: Sequence[Kept] = ()) -> None:
         """Finds out now whether rows can be added.
+
+        Args:
+            kept: What it must not be.
 
         Raises:
             ConfigError: It cannot be written, or holds something else.
         """
         check_writable(self.path, "--results")
+        refuse_overwriting(f"--results {self.path}", self.path, kept)
         self._rows()
 
     def add(self, evaluation: Evaluation) -> None:
@@ -119,7 +129,8 @@ class ResultsFile:
         new = {key: str(value) for key, value in result_row(evaluation).items()}
         rows = [row for row in self._rows() if any(row[key] != new[key] for key in _KEY)] + [new]
         rows.sort(key=lambda row: -float(row["top1"]))
-        save_text(self.path, csv_text(COLUMNS, [[row[key] for key in COLUMNS] for row in rows]))
+        path = Path(os.path.realpath(self.path))  # of a link, what it names is replaced
+        save_text(path, csv_text(COLUMNS, [[row[key] for key in COLUMNS] for row in rows]))
 
     def _rows(self) -> list[dict[str, str]]:
         if not self.path.exists():
@@ -131,8 +142,11 @@ class ResultsFile:
         except (OSError, ValueError, csv.Error) as error:
             raise ConfigError(f"--results {self.path}: cannot be read: {error}") from None
         if reader.fieldnames is not None and tuple(reader.fieldnames) != COLUMNS:
-            other = next((c for c in reader.fieldnames if c not in COLUMNS), None) or "others than these"
-            raise ConfigError(f"--results {self.path}: is another table (columns: {other}); name another file")
+            unknown = [c for c in reader.fieldnames if c not in COLUMNS]
+            missing = [c for c in COLUMNS if c not in reader.fieldnames]
+            columns = f"columns: {', '.join(unknown)}" if unknown else f"lacks columns: {', '.join(missing)}"
+            told = textwrap.shorten(columns if unknown or missing else "its columns are in another order", 300)
+            raise ConfigError(f"--results {self.path}: is another table ({told}); name another file")
         whole = all(isinstance(value, str) for row in rows for value in row.values())
         if not whole or not all(_is_number(row["top1"]) for row in rows):
             raise ConfigError(f"--results {self.path}: has a row that is no result; name another file")
@@ -162,7 +176,7 @@ def check_writable(path: Path, option: str) -> None:
         with path.open("ab"):
             pass
         if not existed:
-            path.unlink()
+            os.unlink(os.path.realpath(path))  # a link to nothing stays one
             probe = path.with_name(f".tmp-{path.name}")  # what a file written durably begins as
             with probe.open("ab"):
                 pass
@@ -174,12 +188,19 @@ def check_writable(path: Path, option: str) -> None:
 # ---- the folder of details ----------------------------------------------------------------------------------------
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, files: Iterable[Path] = (), kept: Sequence[Kept] = ()) -> None:
     """Makes the folder and finds out now whether it can be written.
 
+    Args:
+        folder: Of `--output`.
+        files: What is to be written in it.
+        kept: What none of them must be.
+
     Raises:
-        ConfigError: It cannot.
+        ConfigError: It cannot, or one of the files lies where one lies that was given.
     """
+    for file in files:
+        refuse_overwriting(f"--output: {file}", file, kept)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -189,10 +210,25 @@ def check_folder(folder: Path) -> None:
 
 def folder_of(output: Path, evaluation: Evaluation, *, alone: bool) -> Path:
     """Where an evaluation's details go: the folder itself, or one in it where there are several evaluations."""
+    passes = None if evaluation.mc is None else evaluation.mc.passes
+    return output if alone else _folder_of(output, evaluation.subject.text, evaluation.corruption, passes)
+
+
+def folders_of(output: Path, request: Request, *, alone: bool) -> list[Path]:
+    """Where the details of all evaluations go that are asked for, see `folder_of`."""
     if alone:
-        return output
-    parts = [evaluation.subject.text, *([] if evaluation.corruption is None else [str(evaluation.corruption)])]
-    parts += [] if evaluation.mc is None else [f"mc{evaluation.mc.passes}"]
+        return [output]
+    passes = [None] if request.mc is None else [None, request.mc.passes]
+    return [
+        _folder_of(output, text, corruption, each)
+        for text in request.models
+        for corruption in request.corruptions or [None]
+        for each in passes
+    ]
+
+
+def _folder_of(output: Path, text: str, corruption: Corruption | None, passes: int | None) -> Path:
+    parts = [text, *([] if corruption is None else [str(corruption)]), *([] if passes is None else [f"mc{passes}"])]
     return folder_in(output, "-".join(parts))
 
 

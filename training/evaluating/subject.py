@@ -14,13 +14,14 @@ import torch
 
 from files.durable import nearest_beside, settled
 from files.errors import ConfigError
+from files.outputs import Kept
 from models.config import MOST, MetaFormerConfig
 from models.export import count_classes
 from models.factory import create_model, model_facts, set_class_names
 from models.loading import known_section, trained_config, trained_foreign
 from models.registry import is_model, is_path
 from models.timm_facts import is_foreign
-from models.weights import CONFIG, WEIGHTS, load_weights, misfits
+from models.weights import CONFIG, WEIGHTS, files_read, load_weights, misfits
 from training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from training.config import TrainConfig, load_config
 from training.data.transforms import ImageSpec
@@ -145,6 +146,19 @@ def find_subject(text: str, choice: Choice) -> Subject:
         option = "--no-ema" if not choice.ema else f"--checkpoint {choice.checkpoint}"
         raise ConfigError(f"{text}: is no run folder, so that {option} has no effect; leave it out")
     return _of_weights(text, path, choice)
+
+
+def files_of(text: str, choice: Choice) -> list[Kept]:
+    """Files that what the user means consists of, which nothing may be written over; there or not. Arguments as above."""
+    path = Path(text).expanduser()
+    kept: list[Kept] = [(file, "is a file of the model's weights") for file in files_read(path)]
+    for folder in (path, *list(path.absolute().parents)[:2]):  # the run, its best or a checkpoint, a file in best
+        if RunFolder(folder).holds_run():
+            kept += [(file, f"is the run's own file, of {folder}") for file in RunFolder(folder).own_files()]
+    for name in (text, choice.model):
+        if name is not None and is_path(name):
+            kept.append((name, "is the model's YAML"))
+    return kept
 
 
 def _named(text: str, path: Path, choice: Choice) -> Subject:

@@ -8,6 +8,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from files.errors import Failure
+from files.outputs import Kept
 from models.counting import count_parameters
 from training.data.build import class_names_of_data
 from training.data.section import DataSection
@@ -27,7 +30,7 @@ from training.evaluating.mc import DropRates, McDropPath, MonteCarlo, set_rates
 from training.evaluating.part import Part, WantedData, build_part, find_data
 from training.evaluating.per_sample import PerSample
 from training.evaluating.reading import ModelInput, build_loader
-from training.evaluating.subject import Choice, Subject, find_subject, image_spec
+from training.evaluating.subject import Choice, Subject, files_of, find_subject, image_spec
 from training.evaluation import evaluate_each
 from training.metrics import Predictions, evaluation_metrics
 from training.precision import evaluation_dtype
@@ -39,6 +42,7 @@ logger = logging.getLogger(__name__)
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Result = TypeVar("Result")
+Check = Callable[[Sequence[DataSection]], None]
 
 
 @dataclass(frozen=True)
@@ -158,12 +162,13 @@ class Evaluated(nn.Module):
         return logits if self.columns is None else logits[:, self.columns.to(logits.device)]
 
 
-def validate(request: Request, *, check: Any = None) -> Iterator[Evaluation]:
+def validate(request: Request, *, check: Check | None = None) -> Iterator[Evaluation]:
     """Evaluates each model in turn, alone or as one of the processes that torchrun started.
 
     Args:
         request: What to do.
-        check: Called by the main process before anything is evaluated: raises what else is wrong.
+        check: Called by the main process with the data of each model, before anything is evaluated: raises what else is
+            wrong.
 
     Yields:
         One evaluation for each model and corruption, with `mc` two; on the main process only.
@@ -175,11 +180,28 @@ def validate(request: Request, *, check: Any = None) -> Iterator[Evaluation]:
     return for_each_model(request, _evaluate_one, check=check)
 
 
+def files_given(request: Request, sections: Sequence[DataSection]) -> list[Kept]:
+    """Files that were given, which nothing may be written over; there or not.
+
+    Args:
+        request: What to do.
+        sections: The data of each model.
+    """
+    kept = [file for text in request.models for file in files_of(text, request.choice)]
+    if request.data.config is not None:
+        kept.append((request.data.config, "is what --config names"))
+    for section in sections:
+        for key in ("train_file", "val_file", "test_file"):
+            if (table := getattr(section, key)) is not None:
+                kept.append((Path(table).expanduser(), f"is what data.{key} names"))
+    return kept
+
+
 def for_each_model(
     request: Request,
     measure: Callable[[Bench], Iterator[Result]],
     *,
-    check: Callable[[], None] | None = None,
+    check: Check | None = None,
     look: Callable[[Any], object] | None = None,
 ) -> Iterator[Result]:
     """Measures each model in turn.
@@ -208,7 +230,7 @@ def for_each_model(
             logging.disable(logging.INFO)
             logging.getLogger("models").setLevel(logging.ERROR)
         if check is not None:
-            on_main(world, check)
+            on_main(world, partial(check, sections))
         if len(subjects) > 1:
             for subject, data in zip(subjects, sections, strict=True):
                 _check(subject, data, request, look)

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from files.errors import ConfigError, run_command
+from files.outputs import refuse_overwriting
 from training.report.page import write_comparison, write_report
+from training.run_folder import RunFolder
 
 COMPARISON = Path("comparison.html")
 
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     def write() -> int:
+        _refuse_to_overwrite(given.output, given.runs)
         if len(given.runs) == 1:
             print(write_report(given.runs[0], given.output))
         else:
@@ -37,6 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     return run_command(write)
+
+
+def _refuse_to_overwrite(output: Path | None, runs: Sequence[Path]) -> None:
+    """Refuses a page in the place of a file that a run is made of; its old page may be replaced.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    if output is not None:
+        folders = [RunFolder(run) for run in runs]
+        kept = [
+            (file, f"is the run's own file, of {f.path}") for f in folders for file in f.own_files() if file != f.report
+        ]
+        refuse_overwriting(f"--output {output}", output, kept)
 
 
 def _check_different(runs: Sequence[Path]) -> None:

@@ -86,9 +86,37 @@ def test_an_image_is_not_written_over(name: str, option: str, image: Path, timm_
     before, path = image.read_bytes(), tmp_path / name
     wanted = Wanted(output=path) if option == "output" else Wanted(contact_sheet=path)
     for given in (image, image.parent):
-        with pytest.raises(ConfigError, match=r"--\S+ .*: is one of the images; name another file"):
+        with pytest.raises(ConfigError, match=r"--\S+ .*: is one of the images; name another place"):
             predict(request(timm_weights, given), wanted)
     assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "told"),
+    [
+        ("", "config.yaml", "is the run's own file, of "),
+        ("", "metrics.csv", "is the run's own file, of "),
+        ("", "best/model.safetensors", "is the run's own file, of "),
+        ("best", "summary.json", "is the run's own file, of "),
+        ("checkpoints/{step}", "checkpoints/{step}/manifest.json", "is the run's own file, of "),
+        ("best", "best/config.json", "is a file of the model's weights"),
+        ("best/model.safetensors", "best/config.json", "is a file of the model's weights"),
+    ],
+)
+def test_the_model_is_not_written_over(model: str, name: str, told: str, digits_run: Path, image: Path) -> None:
+    step = max((digits_run / "checkpoints").iterdir()).name
+    path = digits_run / name.format(step=step)
+    before = path.read_bytes()
+    for wanted in (Wanted("csv", path), Wanted(output=path)):
+        with pytest.raises(ConfigError, match=f"--output .*{path.name}: {told}"):
+            predict(request(digits_run / model.format(step=step), image), wanted)
+    assert path.read_bytes() == before
+
+
+def test_predictions_may_lie_in_the_run_folder(digits_run: Path, image: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    for _ in range(2):  # the second time in place of the first
+        assert predict(request(run, image), Wanted(output=run / "predictions.csv")) == 0
 
 
 def test_no_page_of_a_contact_sheet_is_written_over_an_image(

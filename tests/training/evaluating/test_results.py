@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,17 @@ from PIL import Image
 
 from files.errors import ConfigError
 from training.evaluating.corruptions import Corruption
+from training.evaluating.mc import MonteCarlo
 from training.evaluating.part import WantedData
 from training.evaluating.results import (
     COLUMNS,
+    DETAILS,
     ResultsFile,
     check_folder,
     check_writable,
     describe,
     folder_of,
+    folders_of,
     result_row,
     write_details,
 )
@@ -63,8 +67,11 @@ def test_the_table_holds_the_best_first_and_each_evaluation_once(found: list[Eva
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("a,b\n1,2\n", "is another table (columns: a)"),
-        (",".join(TIMMS) + "\n", "is another table"),
+        ("a,b\n1,2\n", "is another table (columns: a, b)"),
+        (",".join(TIMMS) + "\n", f"is another table (lacks columns: {COLUMNS[len(TIMMS)]}, "),
+        (",".join(reversed(COLUMNS)) + "\n", "is another table (its columns are in another order)"),
+        (",".join(f"column {i}" for i in range(99)) + "\n", "[...])"),
+        ('"a\nb",c\n', "(columns: a b, c)"),
         (",".join(COLUMNS) + "\nm,1\n", "has a row that is no result"),
         (",".join(COLUMNS) + "\n" + "x," * 20 + "x\n", "has a row that is no result"),
         (b"\xff\xfe\x00", "cannot be read"),
@@ -76,7 +83,7 @@ def test_another_file_is_not_overwritten(content: str | bytes, told: str, tmp_pa
     before = path.read_bytes()
     with pytest.raises(ConfigError) as caught:
         ResultsFile(path).check()
-    assert told in str(caught.value) and path.read_bytes() == before
+    assert told in str(caught.value) and "\n" not in str(caught.value) and path.read_bytes() == before
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
@@ -95,13 +102,32 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "x" and len(list(tmp_path.iterdir())) == 1, "nothing is left behind"
 
 
+def test_a_link_to_nothing_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link.csv").symlink_to("r.csv")
+    check_writable(tmp_path / "link.csv", "--output")
+    assert os.readlink(tmp_path / "link.csv") == "r.csv" and not (tmp_path / "r.csv").exists()
+
+
+def test_a_row_goes_behind_a_link(found: list[Evaluation], tmp_path: Path) -> None:
+    (tmp_path / "link.csv").symlink_to("r.csv")
+    for evaluation in found:
+        ResultsFile(tmp_path / "link.csv").add(evaluation)
+    assert (tmp_path / "link.csv").is_symlink() and len(rows(tmp_path / "r.csv")) == len(found)
+
+
+def test_folders_are_known_before_the_evaluations(found: list[Evaluation], tmp_path: Path) -> None:
+    request = Request(["digits", "other"], corruptions=[Corruption("contrast", 5)], mc=MonteCarlo(3, 0.5))
+    names = {folder.name for folder in folders_of(tmp_path, request, alone=False)}
+    assert names == {f"{model}-contrast_5{mc}" for model in ("digits", "other") for mc in ("", "-mc3")}
+    assert folders_of(tmp_path, request, alone=True) == [tmp_path]
+
+
 def test_the_folder_of_details(found: list[Evaluation], tmp_path: Path) -> None:
     evaluation = found[0]
     out = folder_of(tmp_path / "out", evaluation, alone=True)
     write_details(evaluation, out)
     write_details(evaluation, out)  # again, in place of the first
-    names = {"metrics.json", "per_class.csv", "confusion.csv", "confusion.png", "mistakes.csv"}
-    assert {path.name for path in out.iterdir()} == names
+    assert {path.name for path in out.iterdir()} == set(DETAILS)
     facts = json.loads((out / "metrics.json").read_text())
     targets = evaluation.part.source.targets
     predictions = evaluation.per_sample.table[:, 1].int().tolist()

@@ -44,6 +44,15 @@ def test_a_report_may_go_elsewhere(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").is_file() and not (run / "report.html").exists()
 
 
+def test_a_page_is_not_written_over_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "config.yaml").read_text()
+    assert report_main.main([str(run), "--output", str(run / "config.yaml")]) == 2
+    assert "config.yaml: is the run's own file, of" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == before
+    for _ in range(2):
+        assert report_main.main([str(run), "--output", str(run / "report.html")]) == 0
+
+
 def test_command_writes_the_report_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_main.main([str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
