@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from files.errors import ConfigError, run_command
+from files.outputs import Kept, refuse_overwriting
 from files.strict_yaml import Document, annotation_at, set_overrides
 from models.config import MetaFormerConfig
 from models.export import (
@@ -27,9 +28,9 @@ from models.factory import create_model, model_facts, set_class_names
 from models.loading import trained_config, trained_foreign
 from models.metaformer import MetaFormer
 from models.pruning import blocks_of, chosen_blocks, named_blocks, without_blocks
-from models.registry import model_config, published_config
+from models.registry import is_path, model_config, published_config
 from models.timm_facts import is_foreign
-from models.weights import CONFIG, load_weights
+from models.weights import CONFIG, files_read, load_weights
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,12 +64,14 @@ def main(argv: list[str] | None = None) -> int:
 def export(args: argparse.Namespace) -> int:
     """Builds the model, writes it, and says what was written."""
     check_output(args.format, args.output, force=args.force)  # before the weights are read
+    refuse_own_source(args)
     wanted = None if args.drop_blocks is None else named_blocks(args.drop_blocks)
-    model = build(args)
+    overrides = parse_overrides(args.overrides)
+    model = build(args, overrides)
     dropped = [] if wanted is None else chosen_blocks(wanted, blocks_of(model))
     if dropped:
         model = without_blocks(model, dropped)
-    if args.checkpoint is None and not parse_overrides(args.overrides).get("pretrained"):
+    if args.checkpoint is None and not overrides.get("pretrained"):
         print("warning: no --checkpoint, no pretrained=true: the weights are freshly initialised", file=sys.stderr)
     exported = export_model(model, args.format, args.output, force=args.force)
     print(describe(args.output, exported))
@@ -84,10 +87,25 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def build(args: argparse.Namespace) -> MetaFormer | Any:
+def refuse_own_source(args: argparse.Namespace) -> None:
+    """Refuses to replace what the export is made from.
+
+    Raises:
+        ConfigError: Naming the output.
+    """
+    kept: list[Kept] = []
+    if args.checkpoint is not None:
+        kept += [(file, "holds the weights that --checkpoint names") for file in files_read(args.checkpoint)]
+    if args.model is not None and is_path(args.model):
+        kept.append((args.model, "holds the YAML that --model names"))
+    for file in [args.output, *(args.output.iterdir() if args.output.is_dir() else ())]:
+        refuse_overwriting(f"--output {args.output}", file, kept)
+
+
+def build(args: argparse.Namespace, overrides: dict[str, Any]) -> MetaFormer | Any:
     """The model to export, with its weights and no classifier but theirs."""
-    overrides = parse_overrides(args.overrides)
-    names = overrides.pop("class_names", None)  # create_model would replace the classifier where they differ
+    names = overrides.get("class_names")  # create_model would replace the classifier where they differ
+    overrides = {key: value for key, value in overrides.items() if key != "class_names"}
     source, described = args.model, {}
     if args.checkpoint is not None:
         state, saved = load_weights(args.checkpoint)

@@ -4,6 +4,7 @@ into weights.
 Every export is written beside its place, read back, run, compared with the model, and only then moved to its name.
 """
 
+import contextlib
 import glob
 import importlib.util
 import io
@@ -96,7 +97,7 @@ def export_model(model: MetaFormer | Any, fmt: Format, output: Path, *, force: b
             untouched.
     """
     check_output(fmt, output, force=force)
-    output = output.resolve()
+    output = Path(os.path.realpath(output))
     if not isinstance(model, MetaFormer):
         _refuse_foreign(model, fmt)
     elif fmt in ("zoo", "timm", "folded") and not model.head.global_pool:
@@ -108,6 +109,7 @@ def export_model(model: MetaFormer | Any, fmt: Format, output: Path, *, force: b
         keys = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
         where = f"its weights are not, first {keys[0]}" if keys else "its weights are, so they are too large"
         raise ExportError(f"{output}: not written: the model's own logits are not finite; {where}")
+    _check_room(model, output)
     temp = output.with_name(f".tmp-{output.name}")
     try:
         make_folder(output.parent)
@@ -141,7 +143,8 @@ def check_output(fmt: Format, output: Path, *, force: bool) -> None:
     """Refuses an output that must not be written, before anything is built.
 
     Raises:
-        ConfigError: It is there already, has another format's ending, or the format's packages are missing.
+        ConfigError: It is there already, has another format's ending, or cannot be written; or the format's packages are
+            missing.
     """
     suffix = _SUFFIX[fmt]
     if suffix and output.suffix != suffix:
@@ -161,6 +164,37 @@ def check_output(fmt: Format, output: Path, *, force: bool) -> None:
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
         if missing:
             raise ConfigError(f"format onnx needs {', '.join(missing)}: pip install -e '.[export]'")
+    _check_place(Path(os.path.realpath(output)), told=output)
+
+
+def _check_place(output: Path, *, told: Path) -> None:
+    """Finds out whether something can be written beside an output, and leaves nothing behind."""
+    missing = [folder for folder in output.parents if not os.path.lexists(folder)]
+    temp = output.with_name(f".tmp-{output.name}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.path.lexists(temp):  # which a kill may have left
+            temp.mkdir()
+            temp.rmdir()
+    except OSError as error:
+        reason = "not all of its folders are folders" if isinstance(error, FileExistsError) else error.strerror
+        raise ConfigError(f"--output {told}: cannot be written: {reason}") from None
+    finally:
+        for folder in missing:  # the innermost first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _check_room(model: torch.nn.Module, output: Path) -> None:
+    """Finds out before an export is computed whether its weights alone are more than the disk has room for.
+
+    Raises:
+        ExportError: They are.
+    """
+    there = next(folder for folder in output.parents if folder.exists())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    if size > (free := shutil.disk_usage(there).free):
+        raise ExportError(f"{output}: not written: no room: needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
 
 
 def _refuse_foreign(model: Any, fmt: Format) -> None:

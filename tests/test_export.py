@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -222,10 +224,40 @@ def test_a_folded_export_is_not_exported_again(best, tmp_path: Path) -> None:
     assert code == 2 and "is an export (folded)" in err
 
 
-def test_an_unwritable_place_is_a_failure(best, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [("file/out", "not all of its folders are folders"), ("n" * 255, "File name too long")],
+)
+def test_an_unwritable_place_is_told_before_the_weights_are_read(output: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    code, _, err = run("--checkpoint", best[0], "--format", "folded", "--output", "file/out", cwd=tmp_path)
-    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
+    code, _, err = run("--checkpoint", "nowhere", "--format", "folded", "--output", output, cwd=tmp_path)
+    assert (code, err) == (2, f"error: --output {output}: cannot be written: {told}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_missing_folders_are_made_only_for_an_export(best, tmp_path: Path) -> None:
+    words = ("--format", "folded", "--output", "a/b/out")
+    assert run("--checkpoint", "nowhere", *words, cwd=tmp_path)[0] == 2 and not (tmp_path / "a").exists()
+    assert run("--checkpoint", best[0], *words, cwd=tmp_path)[0] == 0 and (tmp_path / "a" / "b" / "out").is_dir()
+
+
+def test_what_an_export_is_made_from_is_not_replaced(best, tmp_path: Path) -> None:
+    folder, _ = best
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "link").symlink_to("best")
+    shutil.copy(folder / "model.safetensors", tmp_path / "w.pt2")
+    os.link(tmp_path / "w.pt2", tmp_path / "w.bin")
+    shutil.copytree(folder, tmp_path / "zoo")
+    (tmp_path / "zoo" / "model.yaml").write_text((ROOT / "configs/models/poolformer_n4.yaml").read_text())
+    for words in (
+        ("--checkpoint", "best", "--format", "zoo", "--output", "best"),
+        ("--checkpoint", "best/model.safetensors", "--format", "folded", "--output", "link"),
+        ("--checkpoint", "w.bin", "--model", "caformer_n4", "--format", "torch", "--output", "w.pt2"),
+        ("--checkpoint", "best", "--model", "zoo/model.yaml", "--format", "zoo", "--output", "zoo"),
+    ):
+        code, _, err = run(*words, "--force", cwd=tmp_path)
+        assert (code == 2 and "holds the weights that" in err) or "holds the YAML that" in err, err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("arguments", [[], ["--format", "pickle", "--output", "out"], ["--format", "torch"]])

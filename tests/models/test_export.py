@@ -4,9 +4,11 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -357,6 +359,17 @@ def test_speed_is_measured_of_both() -> None:
     calls: list[int] = []
     before, after = compare_speed(built("caformer_n4"), lambda x: calls.append(len(x)) or x, batch=2, rounds=3)
     assert before > 0 and after > 0 and calls == [2] * 5
+
+
+def test_a_disk_without_room_is_told_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(model: MetaFormer, draft: Path):
+        raise AssertionError
+
+    monkeypatch.setitem(export._WRITERS, "torch", write)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ExportError, match=r"not written: no room: needs \d+\.\d MB, 0\.0 MB are free"):
+        export_model(built("caformer_n4"), "torch", tmp_path / "new" / "out.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_told_where_torch_s_writer_would_abort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
