@@ -58,7 +58,8 @@ def train(
         signals: Of the caller, who takes them from before this begins until after it ends; `None`: its own.
 
     Returns:
-        The content of summary.json; with the key `stopped_by` when a signal ended the run early.
+        The content of summary.json and `report_made`, whether this process made report.html; with the key `stopped_by`
+        instead when a signal ended the run early.
 
     Raises:
         NonFiniteError: See `train_step`.
@@ -140,8 +141,7 @@ def train(
     if not metrics:  # resumed when nothing was left to do
         metrics = validate(setup)
     summary = _write_results(setup, folder, progress, metrics)
-    write_report(setup, folder, progress, signals=signals)
-    return summary
+    return summary | {"report_made": write_report(setup, folder, progress, signals=signals)}
 
 
 def train_step(

@@ -15,19 +15,23 @@ from training.setup import Setup
 from training.state import Progress
 
 
-def write_report(setup: Setup, folder: RunFolder, progress: Progress, *, signals: StopSignals) -> None:
+def write_report(setup: Setup, folder: RunFolder, progress: Progress, *, signals: StopSignals) -> bool:
     """evaluation.json and report.html, where the config wants them; every process calls it.
 
     A run that a signal ended has no time left: its page shows what is there.
+
+    Returns:
+        Whether the page was made, by this process.
     """
     if not setup.config.log.report:
-        return
+        return False
     main = setup.world.is_main
     if not setup.world.any(signals.received is not None):
         _attempt(lambda: _measure(setup, folder, progress, signals), "the report shows no predictions", say=main)
     if main:
         again = f"; to make it: python -m training.report {shlex.quote(str(folder.path))}"
-        _attempt(lambda: _draw(folder), "no report", again)
+        return _attempt(lambda: _draw(folder), "no report", again)
+    return False
 
 
 def _measure(setup: Setup, folder: RunFolder, progress: Progress, signals: StopSignals) -> None:
@@ -44,11 +48,13 @@ def _draw(folder: RunFolder) -> None:
     write_report(folder.path)
 
 
-def _attempt(work: Callable[[], None], what: str, rest: str = "", *, say: bool = True) -> None:
-    """Does it, or says on the main process in a line why not."""
+def _attempt(work: Callable[[], None], what: str, rest: str = "", *, say: bool = True) -> bool:
+    """Does it, or says on the main process in a line why not; returns whether it was done."""
     try:
         work()
+        return True
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         if say:
             print(f"warning: {what}: {reason}{rest}", file=sys.stderr)
+        return False

@@ -59,8 +59,9 @@ def run(
         claimed: The caller holds the lock of `folder`, which is there; `resume` must be given then.
 
     Returns:
-        The content of summary.json and `folder`, the path; with `stopped_by` where a signal ended the run early, and
-        nothing else where that was before the first step. Empty on all processes but the main one.
+        The content of summary.json, `folder`, the path, and `report_made`, whether its page was made; with `stopped_by`
+        instead of that where a signal ended the run early, and nothing else where that was before the first step. Empty on
+        all processes but the main one.
 
     Raises:
         ConfigError: Whatever was given that cannot work, or another run is going on in the folder; nothing has been
@@ -284,7 +285,9 @@ def describe_result(summary: dict[str, Any]) -> str:
     if not summary or "stopped_by" in summary:
         return ""
     folder = RunFolder(summary["folder"])
-    told = f"report: {folder.report}" if folder.report.exists() else f"run: {folder.path}"
+    told = f"report: {folder.report}" if summary.get("report_made") else f"run: {folder.path}"
+    if not summary.get("report_made") and folder.report.exists():
+        told += f", whose {folder.report.name} is of an earlier time"
     lines = [
         f"final top-1 {summary['final_top1']:.2f}, best {summary['best_top1']:.2f}, {summary['seconds']:.1f} s; {told}"
     ]

@@ -89,7 +89,7 @@ class RunFolder:
             fresh: A new run begins: refuse a folder with anything in it.
 
         Raises:
-            ConfigError: It is not empty, is not a folder, or cannot be written.
+            ConfigError: It is not empty, is not a folder, or cannot be written, nor can one of the run's own in it.
         """
         if fresh and self.holds_run():
             raise ConfigError(
@@ -103,11 +103,29 @@ class RunFolder:
             probe = self.path / ".writable"
             probe.touch()
             probe.unlink()
+            self._check_own()
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}; choose another --output") from None
         except UnicodeEncodeError:
             shown = ascii(str(self.path))
             raise ConfigError(f"cannot write to {shown}: the name is not UTF-8; choose another --output") from None
+
+    def _check_own(self) -> None:
+        """Refuses what a run going on could not write to.
+
+        Raises:
+            ConfigError: One of its folders is a file, or one of its files a folder, or no checkpoint can be written.
+        """
+        folders = (self.checkpoints, self.best, self.tensorboard)
+        for path in vars(self).values():
+            if path == self.path or not os.path.exists(path):
+                continue
+            wanted = "folder" if path in folders else "file"
+            if os.path.isdir(path) != (wanted == "folder"):
+                raise ConfigError(f"{path} is no {wanted}, as a run needs it; move it away, or choose another --output")
+        effective = os.access in os.supports_effective_ids
+        if self.checkpoints.is_dir() and not os.access(self.checkpoints, os.W_OK, effective_ids=effective):
+            raise ConfigError(f"cannot write to {self.checkpoints}; choose another --output")
 
     def probe(self, *, fresh: bool) -> None:
         """Finds out what `make` would, and leaves nothing behind.

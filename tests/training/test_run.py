@@ -52,8 +52,23 @@ def test_a_config_and_a_folder_give_a_summary(finished: tuple, capsys) -> None:
     assert RunFolder(folder).holds_run() and not is_initialized()
     assert describe_result(summary).startswith(f"final top-1 {summary['final_top1']:.2f}, best ")
     assert describe_result(summary | {"stopped_by": "SIGTERM"}) == describe_result({}) == ""
+    assert summary["report_made"] and describe_result(summary).endswith(f"; report: {folder / 'report.html'}")
     skipped = summary | {"skipped_images": {"train": 2, "val": 1}}
     assert "2 for training, replaced, and 1 for validation" in describe_result(skipped).splitlines()[1]
+
+
+@pytest.mark.parametrize("failing", [True, False])
+def test_a_report_that_was_not_made_is_not_named(
+    failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> None:
+        raise ImportError("No module named 'matplotlib'")
+
+    monkeypatch.setattr(page, "write_report", fail)
+    summary = run(short(f"log.report={failing}"), tmp_path / "run")
+    assert describe_result(summary).endswith(f" s; run: {tmp_path / 'run'}")
+    (tmp_path / "run" / "report.html").write_text("of an earlier time")
+    assert describe_result(summary).endswith(f" s; run: {tmp_path / 'run'}, whose report.html is of an earlier time")
 
 
 def test_without_a_folder_a_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -130,6 +130,40 @@ def test_a_folder_without_permission(tmp_path: Path, monkeypatch, mode: int, fre
         (tmp_path / "locked").chmod(0o755)
 
 
+@ATTEMPTS
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("best", "folder"),
+        ("checkpoints", "folder"),
+        ("tensorboard", "folder"),
+        ("metrics.csv", "file"),
+        ("skipped.csv", "file"),
+    ],
+)
+def test_a_file_for_a_folder_or_a_folder_for_a_file(tmp_path: Path, name: str, told: str, attempt) -> None:
+    path = started(tmp_path / "run") / name
+    path.write_text("x") if told == "folder" else path.mkdir()
+    with pytest.raises(ConfigError, match=f"{path} is no {told}, as a run needs it"):
+        attempt(RunFolder(tmp_path / "run"), fresh=False)
+    path.unlink() if told == "folder" else path.rmdir()
+    path.mkdir() if told == "folder" else path.write_text("x")
+    attempt(RunFolder(tmp_path / "run"), fresh=False)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(["config.yaml", name])
+
+
+@ATTEMPTS
+def test_checkpoints_that_could_not_be_written_are_told_at_once(tmp_path: Path, monkeypatch, attempt) -> None:
+    folder = started(tmp_path / "run")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints").chmod(0o555)
+    for each in (tmp_path, folder):
+        each.chmod(0o777)
+    monkeypatch.chdir(tmp_path)
+    with nobody(), pytest.raises(ConfigError, match=r"cannot write to run/checkpoints; choose another --output"):
+        attempt(RunFolder(Path("run")), fresh=False)
+
+
 # ---- data.json ------------------------------------------------------------------------------------------------------
 
 
