@@ -38,6 +38,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(text: str) -> str:
+    """The text on one line, with what no terminal shows as Python writes it: for the names of files in messages."""
+    return printable(text).replace("\n", "\\n")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`'; did you mean X?'` for the closest known word, or an empty string."""
     match = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from files.durable import CheckpointError
-from files.errors import ConfigError, Failure, LastingStream, lasting_output, nearest, printable, run_command
+from files.errors import ConfigError, Failure, LastingStream, lasting_output, nearest, one_line, printable, run_command
 from models.export import ExportError
 
 
@@ -63,6 +63,7 @@ def test_ctrl_c_costs_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_messages_hold_nothing_a_terminal_would_obey(text: str, shown: str) -> None:
     assert printable(text) == str(ConfigError(text)) == str(Failure(text)) == shown
+    assert one_line(text) == shown.replace("\n", "\\n")
     shown.encode()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from files.errors import Failure
+from files.errors import Failure, one_line
 from training.data.draws import REPLACE, SAMPLE, global_generators_kept, hash_words
 from training.data.normalise import Normalise, RandomErase
 from training.data.source import Pipeline, Source, place
@@ -68,7 +68,7 @@ class Unreadable:
     replaced: bool = False
 
     def __str__(self) -> str:
-        return f"cannot read image '{self.place}': {self.reason}"
+        return f"cannot read image '{one_line(self.place)}': {self.reason}"
 
 
 class ReadError(Failure):
@@ -184,12 +184,14 @@ def _attempt(make: Callable[[], Tensor], dataset: TrainDataset | ValDataset, ind
     try:
         return make()
     except Exception as error:  # a worker's exception would reach the loop as the text of a traceback
-        kind, text = type(error).__name__, " ".join(str(error).split())
-        where = place(dataset.source, index)
+        kind, text, where = type(error).__name__, str(error), place(dataset.source, index)
         known = f"cannot read image '{where}': "
-        reason = text.removeprefix(known).replace(f" {where!r}", "") if text.startswith(known) else f"{kind}: {text}"
+        reason = text.removeprefix(known) if text.startswith(known) else f"{kind}: {text}"
+        reason = (
+            reason.replace(f": {where!r}", "").replace(f" {where!r}", "").removeprefix(f"{where!r}: ")
+        )  # told already
         part = "train" if isinstance(dataset, TrainDataset) else "val"
-        return Unreadable(part, where, textwrap.shorten(reason, 300) or kind)
+        return Unreadable(part, where, one_line(textwrap.shorten(reason, 300)).strip(": ") or kind)
 
 
 def _readable(sample: Sample | Unreadable) -> Sample:

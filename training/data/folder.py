@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from files.errors import ConfigError, nearest
+from files.errors import ConfigError, nearest, one_line
 from training.data.images import image_extensions
 from training.data.names import Names
 from training.data.source import Sources
@@ -198,7 +198,7 @@ class LeftOut:
         parts = []
         for counts, what in ((self.files, "file"), (self.folders, "folder")):
             if total := counts.total():
-                kinds = [f"{count:,} {kind}" for kind, count in counts.most_common(8)]
+                kinds = [f"{count:,} {one_line(kind)}" for kind, count in counts.most_common(8)]
                 kinds += [f"{len(counts) - 8} more kinds"] if len(counts) > 8 else []
                 parts.append(f"{total:,} {what}{'s' * (total > 1)} ({', '.join(kinds)})")
         if self.links:

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from files.errors import ConfigError
+from files.errors import ConfigError, one_line
 from training.data.cropping import stacked
 from training.data.dataset import DataBundle
 from training.data.decoding import DecoderName, decode_plain_jpeg, is_plain_jpeg, pixels_of
@@ -258,7 +258,7 @@ def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
         bar.close()
     if damaged:
         sample, reason = damaged[0]
-        first = place(*sample)
+        first = one_line(place(*sample))
         count = f"{len(damaged):,} of {total:,} images" if len(damaged) > 1 else f"1 of {total:,} images"
         if len(damaged) <= allowed:
             logger.warning(
@@ -280,7 +280,7 @@ def _damage(source: Source, index: int) -> str | None:
             return "the file is empty"
         read_image(raw, 3)
     except Exception as error:  # Pillow raises half a dozen types for a damaged file
-        return str(error) or type(error).__name__
+        return one_line(str(error)) or type(error).__name__
     return None
 
 

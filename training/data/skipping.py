@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+from files.csv_rows import csv_row
 from training.data.dataset import MAX_REPLACEMENTS, ReadError, Sample, Unreadable
 from training.data.source import name_below
 
@@ -127,11 +127,9 @@ class SkipList:
         """Adds a row, on disk when this returns, by one write: several processes may do so at once."""
         if self.path is None:
             return
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([row] if self.path.exists() else [("part", "name", "reason"), row])
+        rows = [row] if self.path.exists() else [("part", "name", "reason"), row]
         with self._open("a") as file:
-            file.write(text.getvalue())
+            file.write("".join(map(csv_row, rows)))
             file.flush()
             os.fsync(file.fileno())
 

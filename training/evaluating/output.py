@@ -14,7 +14,7 @@ from typing import IO
 from tqdm import tqdm
 
 from files.durable import sync_folder
-from files.errors import ConfigError, Failure
+from files.errors import ConfigError, Failure, one_line
 from files.outputs import Kept, is_same, refuse_overwriting
 from training.evaluating.prediction import NoPrediction, Predictor, PredictRequest
 from training.evaluating.results import check_writable
@@ -101,7 +101,10 @@ def predict(request: PredictRequest, wanted: Wanted) -> int:
     if sheet is not None:
         sheet.end()
         more = f"; {sheet.left_out:,} images beyond the last page are left out" if sheet.left_out else ""
-        print(f"contact sheet: {', '.join(map(str, sheet.pages)) or 'nothing to draw'}{more}", file=sys.stderr)
+        print(
+            f"contact sheet: {', '.join(one_line(str(page)) for page in sheet.pages) or 'nothing to draw'}{more}",
+            file=sys.stderr,
+        )
     if unread:
         print(f"error: {unread:,} of {len(plan.paths):,} images could not be read", file=sys.stderr)
     return 1 if unread else 0

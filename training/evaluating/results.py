@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import io
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import timm
 import torch
 import torchvision
 
+from files.csv_rows import csv_row
 from files.durable import save_text
 from files.errors import ConfigError, Failure
 from files.outputs import Kept, refuse_overwriting
@@ -316,9 +316,6 @@ def _mistakes(evaluation: Evaluation) -> tuple[Sequence[str], list[list[Any]]]:
 
 def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    text = "".join(map(csv_row, (header, *rows)))
     # names of files may be any bytes
-    return text.getvalue().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from typing import IO, Literal, Protocol, get_args
 
+from files.csv_rows import csv_row
 from training.evaluating.prediction import Plan, Prediction
 
 Format = Literal["table", "csv", "json"]
@@ -58,13 +58,14 @@ class CsvWriter:
     """path, class_1, probability_1, class_2, ...: a row per image."""
 
     def __init__(self, file: IO[str], plan: Plan) -> None:
-        self.writer = csv.writer(file, lineterminator="\n")
+        self.file = file
         numbers = range(1, plan.topk + 1)
-        self.writer.writerow(["path", *(f"{what}_{k}" for k in numbers for what in ("class", "probability"))])
+        file.write(csv_row(["path", *(f"{what}_{k}" for k in numbers for what in ("class", "probability"))]))
 
     def row(self, prediction: Prediction) -> None:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
-        self.writer.writerow([prediction.path, *(cell for name, value in pairs for cell in (name, f"{value:.6g}"))])
+        cells = (cell for name, value in pairs for cell in (name, f"{value:.6g}"))
+        self.file.write(csv_row([prediction.path, *cells]))
 
     def end(self) -> None:
         pass

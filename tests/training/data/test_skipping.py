@@ -112,6 +112,27 @@ def test_the_list_of_a_run_counts_a_file_once(image_root: Path, tmp_path: Path) 
     assert all(row[2] for row in rows[1:])
 
 
+@pytest.mark.parametrize("name", ["a\rb.png", "a\nb\r\nc.png", "\x1b[31m.png", "a  b.png", 'q"uo,te.png', "ends:.png"])
+def test_any_name_is_listed_once_and_told_on_one_line(
+    name: str, image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = Path(paths(skipping(image_root)[0].val)[0])
+    path = before.rename(before.with_name(name))
+    bundle, skips = skipping(image_root)
+    wanted = "val" if str(path) in paths(bundle.val) else "train"
+    path.unlink()
+    for skip_list in (skips, skipping(image_root)[1]):  # and after a resume
+        skip_list.path = tmp_path / "skipped.csv"
+        list(skip_list.read(loaders(bundle)[wanted]))
+        assert skip_list.count(wanted) == 1
+    with (tmp_path / "skipped.csv").open(newline="") as file:
+        _, (part, listed, reason) = csv.reader(file)
+    assert (part, listed) == (wanted, os.path.relpath(path, image_root))
+    assert reason == "[Errno 2] No such file or directory"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(line.isprintable() and "No such file or directory; " in line for line in said)
+
+
 def test_the_ceiling_is_of_the_whole_run(image_root: Path, tmp_path: Path) -> None:
     bundle, skips = skipping(image_root, max_skipped=2)
     damage(bundle.train, 1, 2)
