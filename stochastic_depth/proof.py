@@ -11,7 +11,7 @@ what does not agree then is masked. Nothing is installed that has not agreed exa
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -61,7 +61,14 @@ def verify_skip(model: nn.Module, images: "Tensor | Call", *, seed: int = 0) -> 
     Returns:
         The deviation, about 1e-6 in float32 where skipping is right; infinite where one form gives a tensor no gradient
         or not as many outputs, NaN where the other numbers cannot be compared.
+
+    Raises:
+        ValueError: There is nothing to verify: no drop-path module drops in mode `skip` or `batch`, or there are no
+            images.
+        TypeError: The model returns no tensor, nor a list, tuple, dict or dataclass with one in it.
     """
+    if nothing := _nothing_to_verify(model):
+        raise ValueError(f"verify_skip: nothing to verify in {type(model).__name__}: {nothing}")
     call = images if isinstance(images, Call) else Call((images,), {})
     model = copy.deepcopy(model)
     results = []
@@ -77,11 +84,27 @@ def verify_skip(model: nn.Module, images: "Tensor | Call", *, seed: int = 0) -> 
     pairs = [(a, b) for a, b in zip(got, expected, strict=True) if a is not None and b is not None]
     if any(a.shape != b.shape for a, b in pairs):
         return math.nan
-    pairs = [(a, b) for a, b in pairs if b.numel()]
+    pairs = [(_numbers(a), _numbers(b)) for a, b in pairs if b.numel()]
     # a gradient that is 0 but for rounding (of a key's bias, say) is compared with what rounding amounts to
     noise = 0.01 * max(float(b.abs().max()) for _, b in pairs)
     found = [(float((a - b).abs().max()), float(b.abs().max()) + noise) for a, b in pairs]
     return float(torch.tensor([off / size if off else 0.0 for off, size in found]).max())  # of NaN: NaN
+
+
+def _nothing_to_verify(model: nn.Module) -> str:
+    """Why skipping and masking cannot differ in a model, and what to do; an empty text where they can."""
+    modules = [m for m in model.modules() if isinstance(m, DropPath)]
+    if not modules:
+        return 'it holds no DropPath; call set_drop_path(model, rate, mode="skip") first'
+    if not any(m.training for m in modules):
+        return "its drop-path modules are in evaluation, where nothing is dropped; call model.train() first"
+    if all(m.mode == "mask" for m in modules):
+        return "its drop-path modules are in mode 'mask'; call set_drop_path(model, rate, mode=\"skip\") first"
+    if not any(m.training and m.mode != "mask" and m.rate > 0.0 for m in modules):
+        return (
+            "the rate of its drop-path modules is 0 where they are in training and mode 'skip' or 'batch'; set a rate"
+        )
+    return ""
 
 
 def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> dict[str, Plan]:
@@ -242,6 +265,7 @@ def _disagreement(
         skipped = entries is None or slot in entries
         module.choose = _none if nothing and skipped else _two_of_three  # instead of the method
         module.mode, module.role, module.drop_prob, module.break_even = "skip", "mask", 0.5, 0.0
+        module.multiplier = 1.0  # a schedule may be at 0, where nothing would be dropped and all agree
         module.takes_nothing = nothing and skipped
     known = beside_samples(call.args, call.kwargs)
     if entries is None:
@@ -261,23 +285,42 @@ def _disagreement(
 
 
 def _run(module: nn.Module, call: Call) -> list[Tensor | None]:
-    """Output, and the gradients of a fixed random projection of it, of inputs and parameters."""
+    """All tensors of the output, and the gradients of a fixed random projection of them, of inputs and parameters."""
     args, kwargs = clone(call.args, grad=True), clone(call.kwargs, grad=True)
     with torch.enable_grad():
-        returned = module(*args, **kwargs)
-        outs = [out for out in (returned if isinstance(returned, (tuple, list)) else [returned]) if _has_gradient(out)]
+        outs = _tensors(module(*args, **kwargs))
         if not outs:
-            raise TypeError("the block returns no tensor")
+            raise TypeError(f"verify_skip: {type(module).__name__} returns no tensor")
+        if not any(out.numel() for out in outs):
+            raise ValueError(f"verify_skip: {type(module).__name__} returns no number; give some images")
         generator = torch.Generator().manual_seed(1)
-        projected = [(out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outs]
+        projected = [
+            (out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outs if out.requires_grad
+        ]
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
         inputs += [p for p in module.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(torch.stack(projected).sum(), inputs, allow_unused=True)
+        gradients = torch.autograd.grad(torch.stack(projected).sum(), inputs, allow_unused=True) if projected else ()
     return [*(out.detach() for out in outs), *gradients]
 
 
-def _has_gradient(value: object) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+def _numbers(tensor: Tensor) -> Tensor:
+    """Truth values and whole numbers as floats, of which there are differences."""
+    return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.double()
+
+
+def _tensors(value: object) -> list[Tensor]:
+    """The tensors in what a module returned: alone, or in containers and dataclasses, in one another too."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, (tuple, list)):
+        parts = list(value)
+    elif is_dataclass(value):
+        parts = [getattr(value, f.name) for f in fields(value)]
+    else:
+        return []
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _install(owner: Owner, plan: Plan, call: Call | None) -> None:

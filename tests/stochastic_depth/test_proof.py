@@ -3,13 +3,18 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 import math
+import re
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from layers.drop_path import DropPath, Mode
+from layers.schedule import DropPathSchedule
 from models import create_model
 from stochastic_depth.blocks import find_blocks
 from stochastic_depth.graft import graft, grafted
@@ -370,5 +375,78 @@ def test_a_plan_made_below_a_break_even_rate_is_a_proof_too() -> None:
     """Trials skip whatever break-even rate an earlier call has set."""
     model = Stack(Stubborn(), Stubborn()).train()
     set_drop_path(model, 0.1, mode="mask", break_even=0.9, input_size=(3, 4, 4))
+    result = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 4, 4))
+    assert "neither branches nor block agree" in result.notes[0]
+
+
+@dataclass
+class Outputs:
+    logits: Tensor
+    count: int
+
+
+class Returning(nn.Module):
+    """A branch that must not skip, and what is made of its result."""
+
+    def __init__(self, make: Callable[[Tensor], Any], *, mixes: bool) -> None:
+        super().__init__()
+        self.fc, self.make, self.mixes = nn.Linear(8, 8), make, mixes
+        self.drop_path = DropPath(0.5, mode="skip")
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(self.drop_path.residual(x, lambda h: self.fc(h) - (self.fc(h).mean(0) if self.mixes else 0.0)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda out: {"logits": out},
+        lambda out: {"count": 3, "detached": out.detach(), "other": torch.ones(1)},
+        lambda out: (torch.zeros(2), [None, {"deep": out}]),
+        lambda out: Outputs(out, 3),
+        lambda out: (out > 0, (out * 10).long()),
+    ],
+)
+def test_all_tensors_that_are_returned_are_compared(make: Callable[[Tensor], Any]) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 8)
+    assert verify_skip(Returning(make, mixes=False), images) < 1e-5
+    assert verify_skip(Returning(make, mixes=True), images) > 0.05
+
+
+def test_what_cannot_be_verified_is_refused() -> None:
+    images = torch.randn(4, 8)
+    model = Returning(lambda out: out, mixes=False)
+    assert verify_skip(model, images) < 1e-5
+    for settings, words in (
+        ({"multiplier": 0.0}, "rate of its drop-path modules is 0"),
+        ({"drop_prob": 0.0}, "rate of its drop-path modules is 0"),
+        ({"mode": "mask"}, "in mode 'mask'; call set_drop_path"),
+        ({"training": False}, "in evaluation, where nothing is dropped; call model.train()"),
+    ):
+        model = Returning(lambda out: out, mixes=False)
+        vars(model.drop_path).update(training=settings.pop("training", True))
+        for key, value in settings.items():
+            setattr(model.drop_path, key, value)
+        with pytest.raises(ValueError, match=f"nothing to verify in Returning: .*{re.escape(words)}"):
+            verify_skip(model, images)
+    for untouched in (nn.Linear(8, 8), build("vit_tiny_patch16_224", drop_path_rate=0.2)):
+        with pytest.raises(ValueError, match="it holds no DropPath; call set_drop_path"):
+            verify_skip(untouched, images)
+    with pytest.raises(ValueError, match="returns no number; give some images"):
+        verify_skip(Returning(lambda out: out, mixes=False), images[:0])
+    with pytest.raises(TypeError, match="Returning returns no tensor"):
+        verify_skip(Returning(lambda out: None, mixes=False), images)
+
+
+def test_a_schedule_at_0_proves_nothing_of_a_block() -> None:
+    class Mixing(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.mlp(x)
+            return x + self.drop_path(h - h.mean(0))
+
+    model = Stack(Mixing(nn.Identity())).train()
+    late = DropPathSchedule(kind="late", cutoff=5)
+    set_drop_path(model, 0.5, profile="constant", mode="mask", schedule=late, input_size=(3, 4, 4))
     result = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 4, 4))
     assert "neither branches nor block agree" in result.notes[0]
