@@ -135,12 +135,13 @@ class DropPath(nn.Module):
         # The effective rate lives in a plain 0-dim CPU tensor: compiled code reads it as an input, so changing it
         # recompiles nothing (a Python float would), and it is no buffer, so state_dict, casts, meta construction,
         # EMA and export never see it.
-        self._rate = torch.zeros((), dtype=torch.float64, device="cpu")
         # Sample counts for the report. Tensors for the same reason; `_kept_by_mask` sits where the mask is drawn.
-        self._seen = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._kept = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._kept_by_mask = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._computed = torch.zeros((), dtype=torch.int64, device="cpu")
+        with torch.inference_mode(False):  # all of them are changed in place, in any mode
+            self._rate = torch.zeros((), dtype=torch.float64, device="cpu")
+            self._seen = torch.zeros((), dtype=torch.int64, device="cpu")
+            self._kept = torch.zeros((), dtype=torch.int64, device="cpu")
+            self._kept_by_mask = torch.zeros((), dtype=torch.int64, device="cpu")
+            self._computed = torch.zeros((), dtype=torch.int64, device="cpu")
         self._multiplier = 1.0
         self._drop_prob = check_drop_prob(drop_prob)
         self.kind = kind

@@ -70,7 +70,8 @@ def verify_skip(model: nn.Module, images: "Tensor | Call", *, seed: int = 0) -> 
     if nothing := _nothing_to_verify(model):
         raise ValueError(f"verify_skip: nothing to verify in {type(model).__name__}: {nothing}")
     call = images if isinstance(images, Call) else Call((images,), {})
-    model = copy.deepcopy(model)
+    with torch.inference_mode(False):  # a copy of which gradients can be taken
+        model = copy.deepcopy(model)
     results = []
     for masks in (True, False):
         for module in model.modules():
@@ -286,8 +287,8 @@ def _disagreement(
 
 def _run(module: nn.Module, call: Call) -> list[Tensor | None]:
     """All tensors of the output, and the gradients of a fixed random projection of them, of inputs and parameters."""
-    args, kwargs = clone(call.args, grad=True), clone(call.kwargs, grad=True)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        args, kwargs = clone(call.args, grad=True), clone(call.kwargs, grad=True)
         outs = _tensors(module(*args, **kwargs))
         if not outs:
             raise TypeError(f"verify_skip: {type(module).__name__} returns no tensor")

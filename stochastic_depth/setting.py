@@ -1,9 +1,11 @@
 """Stochastic depth of a whole model: setting its rates, following a schedule, and reporting what really happened."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from layers.drop_path import BREAK_EVEN, MODES, DropPath, Mode
@@ -76,14 +78,15 @@ def set_drop_path(
 
     Raises:
         ValueError: A setting is wrong or cannot be reached, the model has no block to set (`NoBlocksError`), or a module
-            where stochastic depth is expected does something else. The model is as it was then.
+            where stochastic depth is expected does something else, or a foreign model is on the meta device, where modes
+            `skip` and `batch` cannot be tried out. The model is as it was then.
     """
     rate, profile = check_request(rate, profile, rate_is)
     if mode is not None and mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if schedule is not None and not callable(schedule):
         raise ValueError(f"schedule must be a DropPathSchedule, got {schedule!r}")
-    with _restored_on_error(unwrap(model)):
+    with torch.inference_mode(False), _restored_on_error(unwrap(model)):  # trials need gradients
         blocks = _prepare(model, input_size)
         macs, total = None, None
         if rate_is == "expected_macs":
@@ -91,6 +94,7 @@ def set_drop_path(
             macs, total = [counted.block(b) for b in blocks], counted.total
         rates = drop_path_rates(rate, stage_depths(model, blocks), profile, rate_is, block_macs=macs, total_macs=total)
         if any((mode or m.mode) != "mask" and not m.tried for m in grafted(unwrap(model))):
+            _refuse_without_numbers(unwrap(model))
             _try_out(convert_to_skip, unwrap(model), input_size)
         thresholds = _break_even_by_kind(blocks, break_even)
         for block, block_rate in zip(blocks, rates, strict=True):
@@ -131,6 +135,19 @@ def _prepare(model: nn.Module, input_size: Sequence[int] | None) -> list[Block]:
                     "there are no samples to drop; put nn.Identity under another name there"
                 )
     return blocks
+
+
+def _refuse_without_numbers(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: The model is on the meta device, so that no trial of it would tell anything.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    if on_meta := next((name for name, tensor in tensors if tensor.is_meta), None):
+        raise ValueError(
+            f"{type(model).__name__}: {on_meta} is on the meta device, where blocks cannot be tried out for mode 'skip' or "
+            "'batch'; give it numbers first (model.to_empty(device=...), then its weights), or set mode='mask'"
+        )
 
 
 @contextmanager

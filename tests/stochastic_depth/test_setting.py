@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from layers.drop_path import BREAK_EVEN, MODES
@@ -14,6 +15,7 @@ from layers.rates import PROFILES, drop_path_rates
 from layers.schedule import DropPathSchedule
 from models import create_model
 from stochastic_depth.blocks import find_blocks
+from stochastic_depth.proof import verify_skip
 from stochastic_depth.report import drop_path_report
 from stochastic_depth.setting import break_even_of, set_drop_path
 from tests.stochastic_depth.parts import (
@@ -26,6 +28,7 @@ from tests.stochastic_depth.parts import (
     build,
     drop_paths,
     poolformer,
+    quiet_norms,
     rates_of,
     settings_of,
     size_of,
@@ -258,3 +261,39 @@ def test_an_interruption_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(KeyboardInterrupt):
         set_drop_path(model, 0.3, mode="skip", input_size=SIZE)
     assert installed and traces(model) == before
+
+
+@pytest.mark.parametrize("built_there", [False, True])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_inference_mode_changes_nothing(name: str, built_there: bool) -> None:
+    model = None if built_there else build(name)
+    with torch.inference_mode():
+        model = model or build(name)
+        notes = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=size_of(name)).notes
+        assert verify_skip(quiet_norms(model.train()), torch.randn(4, *size_of(name))) < 1e-4
+    assert notes == set_drop_path(build(name), 0.5, profile="constant", mode="skip", input_size=size_of(name)).notes
+    set_drop_path(model, 0.4, profile="constant")
+    if not built_there:  # else its weights cannot be trained
+        model(torch.randn(5, *size_of(name))).sum().backward()
+    assert {m.samples_seen for m in drop_paths(model)} == {0 if built_there else 5}
+    with torch.inference_mode():
+        ours = poolformer(drop_path_mode="skip")
+    set_drop_path(ours, 0.3)
+    assert {m.mode for m in drop_paths(ours)} == {"skip"}
+
+
+@pytest.mark.parametrize("mode", ["skip", "batch"])
+def test_a_model_without_numbers_is_not_tried_out(mode: Any) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet18", num_classes=3)
+    before = traces(model)
+    with pytest.raises(ValueError, match=r"ResNet: conv1.weight is on the meta device, .* or set mode='mask'"):
+        set_drop_path(model, 0.2, mode=mode, input_size=(3, 32, 32))
+    assert traces(model) == before
+    set_drop_path(model, 0.2, mode="mask", input_size=(3, 32, 32))
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    for buffer in model.buffers():
+        buffer.fill_(1)
+    assert "8 drop-path modules: skips per branch" in set_drop_path(model, 0.2, mode=mode, input_size=(3, 32, 32)).notes
