@@ -18,6 +18,7 @@ from models.registry import model_config
 from models.timm_facts import foreign_facts, is_foreign
 from models.timm_models import adapted_by_library, build_foreign, check_saved_as, load_foreign, saved_by_timm
 from models.weights import load_weights
+from stochastic_depth.blocks import NoBlocksError
 from stochastic_depth.setting import set_drop_path
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def create_model(
         in_chans: Input channels. Default: the config's, 3 in all published models. Where it is given and differs from
             the weights', their first convolution is adapted as timm does.
         drop_path_rate: Rate of the last block, rising linearly from 0; `None` means 0.
-        drop_path_mode: `mask`, `skip` or `batch`; see `layers.drop_path.DropPath`.
+        drop_path_mode: `mask`, `skip` or `batch`; see `layers.drop_path.DropPath`. It holds for rates set later too.
         class_names: Names of the classes in their order, see `set_class_names`; their number is the default of
             `num_classes`. Where the weights' classes are known by other names or in another order, the classifier is
             replaced, whatever their number. Default: the weights', where their classifier is kept.
@@ -93,11 +94,12 @@ def create_model(
             lines = _load_foreign(model, Path(str(checkpoint)), class_names, replace, adapt)
         else:
             lines = _load(name, model, checkpoint, overrides, class_names, (replace, adapt))
-    if foreign and drop_path_rate:
+    if foreign and (drop_path_rate or drop_path_mode != "mask"):  # at rate 0 the mode is for rates set later
         try:
             set_drop_path(model, drop_path_rate, mode=drop_path_mode)
         except ValueError as error:
-            raise ConfigError(f"model {name}: {error}") from None
+            if drop_path_rate or not isinstance(error, NoBlocksError):
+                raise ConfigError(f"model {name}: {error}") from None
     for i, line in enumerate(lines):
         # the first says what was loaded; others are seen in plain Python too, where nobody has asked for messages
         logger.log(logging.WARNING if i else logging.INFO, line)
@@ -140,7 +142,7 @@ def saved_config(model: MetaFormer | Any) -> dict[str, Any]:
 
 
 def _checked_rate(name: object, rate: float | None, mode: str) -> float:
-    """The rate of a foreign model, which is given its rate and mode only after it was built, and neither at rate 0.
+    """The rate of a foreign model, which is given its rate and mode only after it was built.
 
     Raises:
         ConfigError: One of them is wrong.

@@ -39,13 +39,15 @@ class ImageFacts(Section):
         return self
 
 
-# Arguments of timm.create_model that would give something else than a classifier, and what does it here.
+# Arguments of timm.create_model and torchvision's that would give something else than a classifier, or be overruled
+# without a word, and what does it here.
 _ELSEWHERE = {
     "features_only": "only classifiers are built here; timm.create_model gives features",
     "out_indices": "only classifiers are built here; timm.create_model gives features",
     "checkpoint_path": "did you mean 'checkpoint'?",
     "pretrained_cfg": "weights are chosen by a tag behind the name, facts by image_size, mean, std, crop_pct, interpolation",
     "pretrained_cfg_overlay": "facts are given by image_size, mean, std, crop_pct, interpolation",
+    "stochastic_depth_prob": "the rate of stochastic depth is drop_path_rate of create_model, and drop_path.rate in a config",
     "weights": "weights are chosen by a tag behind the name, and loaded with pretrained=True",
 }
 

@@ -69,6 +69,7 @@ def test_every_name_has_facts() -> None:
         ({"image_size": "a"}, "image_size: expected"),
         ({"img_size": 32, "image_size": 64}, "img_size is 32, but image_size is 64"),
         ({"features_only": True}, "only classifiers"),
+        ({"stochastic_depth_prob": 0.2}, "stochastic_depth_prob: the rate of stochastic depth is drop_path_rate"),
         ({"checkpoint_path": "x"}, "did you mean 'checkpoint'"),
         ({"mean": [0.1, 0.2]}, "mean: must have one value"),
         ({"crop_pct": 2.0}, "crop_pct"),

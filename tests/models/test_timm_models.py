@@ -137,6 +137,22 @@ def test_a_rate_can_be_given_after_building_at_rate_0() -> None:
     assert rates[0] == 0.0 and rates[-1] == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("rate", [None, 0.0])
+def test_a_mode_given_at_rate_0_holds_for_rates_set_later(rate: float | None) -> None:
+    model = create_model(
+        "timm/vit_tiny_patch16_224", depth=2, image_size=32, drop_path_rate=rate, drop_path_mode="skip"
+    )
+    result = set_drop_path(model, 0.5)
+    assert result.notes == ["4 drop-path modules: skips per branch"]
+    assert create_model("timm/vgg11", num_classes=3, drop_path_rate=rate, drop_path_mode="skip").num_classes == 3
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "efficientnet_b0", "resnet18"])
+def test_torchvisions_word_for_the_rate_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"model torchvision/{name}: stochastic_depth_prob: .* drop_path_rate of"):
+        create_model(f"torchvision/{name}", stochastic_depth_prob=0.2)
+
+
 @pytest.mark.parametrize("rate", [None, 0.0, 0.1])
 def test_a_wrong_mode_is_refused_at_every_rate(rate: float | None) -> None:
     with pytest.raises(ConfigError, match="model timm/resnet18: mode must be one of mask, skip, batch, got 'skpi'"):
