@@ -158,7 +158,7 @@ def _argument_error(name: str, base: str, library: str, error: BaseException) ->
     unknown = re.search(r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", said)
     if not unknown:
         return ConfigError(f"model {name}: cannot be built so: {type(error).__name__}: {said}")
-    known = [*ImageFacts.model_fields, *_arguments_of(unknown[1], _entry(library, base))]
+    known = [*ImageFacts.model_fields, "drop_path_rate", *_arguments_of(unknown[1], _entry(library, base))]
     return ConfigError(f"model {name}: unknown argument {unknown[2]!r}{nearest(unknown[2], known)}")
 
 

@@ -212,8 +212,14 @@ def unknown_modules(model: nn.Module) -> dict[str, str]:
         for key, child in owner.slots.items():
             if child is not None and not isinstance(child, DropPath) and not is_identity(child) and not drop_law(child):
                 unknown[f"{owner.name}.{key}".lstrip(".")] = type(child).__name__
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if PLACE.fullmatch(key) and callable(value) and not isinstance(value, (nn.Module, type)):
-                unknown[f"{name}.{key}".lstrip(".")] = getattr(value, "__name__", type(value).__name__)
-    return unknown
+    return unknown | functions(model)
+
+
+def functions(model: nn.Module) -> dict[str, str]:
+    """Functions and other callables without parts in places for stochastic depth: by name, what it is."""
+    return {
+        f"{name}.{key}".lstrip("."): getattr(value, "__name__", type(value).__name__)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if PLACE.fullmatch(key) and callable(value) and not isinstance(value, (nn.Module, type))
+    }

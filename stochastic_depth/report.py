@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,6 +19,7 @@ from stochastic_depth.places import (
     class_attention_blocks,
     find_owners,
     foreign_rate,
+    functions,
     is_foreign,
     misplaced,
     unknown_modules,
@@ -144,7 +145,8 @@ def drop_path_report(
         try:
             blocks = find_blocks(model)
         except NoBlocksError as error:
-            return DropPathReport([], 0.0, 0.0, [], [str(error)])
+            return DropPathReport([], 0.0, 0.0, _refused(functions(inner)), [str(error)])
+        problems = _refused(functions(inner))
     try:
         macs = macs or count_macs(model, input_size)
     except ValueError as error:
@@ -180,12 +182,17 @@ def _share_left_out(module: DropPath, block: Sequence[DropPath]) -> float:
     return module.drop_prob if module.skips else 0.0
 
 
+def _refused(unknown: Mapping[str, str]) -> list[str]:
+    """What is said of modules and functions that stand in places for stochastic depth: by name, what it is."""
+    return [
+        f"{name}: {kind} is not known to drop whole samples; set_drop_path refuses it" for name, kind in unknown.items()
+    ]
+
+
 def _foreign_blocks(model: nn.Module) -> tuple[list[Block], list[str]]:
     """What a model's own drop-path modules say, as blocks of modules of ours that are not in the model."""
     owners, unknown = find_owners(model), unknown_modules(model)
-    problems = [
-        f"{name}: {kind} is not known to drop whole samples; set_drop_path refuses it" for name, kind in unknown.items()
-    ]
+    problems = _refused(unknown)
     blocks: dict[str, Block] = {}
     for owner, name in zip(owners, block_names(owners), strict=True):
         block = blocks.setdefault(name, Block(name, {}))

@@ -14,7 +14,7 @@ from layers.schedule import DropPathSchedule
 from stochastic_depth.blocks import Block, NoBlocksError, find_blocks, model_input_size, stage_depths, unwrap
 from stochastic_depth.compute import count_macs
 from stochastic_depth.graft import GraftedDropPath, graft, grafted, is_applied
-from stochastic_depth.places import is_foreign
+from stochastic_depth.places import functions, is_foreign
 from stochastic_depth.probe import mark_applied
 from stochastic_depth.proof import convert_to_skip
 from stochastic_depth.report import foreign_notes
@@ -118,7 +118,7 @@ def _prepare(model: nn.Module, input_size: Sequence[int] | None) -> list[Block]:
         ValueError: There is one that is given something else than samples.
     """
     inner = unwrap(model)
-    if is_foreign(inner):
+    if is_foreign(inner) or functions(inner):  # which are refused
         graft(inner)
         _try_out(mark_applied, inner, input_size)
     blocks = find_blocks(model)

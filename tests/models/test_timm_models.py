@@ -182,6 +182,7 @@ def test_torchvisions_have_a_classifier_that_can_be_replaced(name: str) -> None:
     ("name", "arguments", "words"),
     [
         ("timm/convnext_atto", {"kernel_size": 3}, "unknown argument 'kernel_size'; did you mean 'kernel_sizes'"),
+        ("torchvision/swin_t", {"drop_path_prob": 0.3}, "'drop_path_prob'; did you mean 'drop_path_rate'"),
         ("timm/vit_tiny_patch16_224", {"num_head": 3}, "unknown argument 'num_head'; did you mean 'num_heads'"),
         ("torchvision/resnet18", {"wdth": 3}, "unknown argument 'wdth'"),
         ("timm/convnext_atto", {"depths": "a"}, "cannot be built so: TypeError"),

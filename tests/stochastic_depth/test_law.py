@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from layers.drop_path import Mode
+from layers.drop_path import DropPath, Mode
 from stochastic_depth.graft import GraftedDropPath
 from stochastic_depth.law import full_precision
 from stochastic_depth.places import foreign_rate
@@ -194,6 +194,17 @@ def test_what_is_called_drop_path_and_does_something_else_is_refused_by_name(kin
     assert (
         f"blocks.2.{attribute}: {name} is not known to drop whole samples; set_drop_path refuses it" in report.warnings
     )
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_it_is_refused_beside_modules_of_ours_too(kind: str) -> None:
+    model = Net(Residual(DropPath(0.1)), Residual(UNKNOWN[kind]()), Residual(DropPath(0.2)))
+    before = traces(model)
+    with pytest.raises(ValueError, match=rf"^blocks\.1\.drop_path \({kind}\): .*put layers.drop_path.DropPath or nn"):
+        set_drop_path(model, 0.3, input_size=Net.size)
+    assert traces(model) == before
+    warned = f"blocks.1.drop_path: {kind} is not known to drop whole samples; set_drop_path refuses it"
+    assert warned in drop_path_report(model, input_size=Net.size).warnings
 
 
 @pytest.mark.parametrize("build_module", [NoRate, lambda: Tokens(name="tokens")])
