@@ -12,7 +12,8 @@ from layers.draw import Draw
 from layers.drop_path import DropPath, Mode
 from layers.samples import replace_samples
 from stochastic_depth.law import bounded, drop_law
-from stochastic_depth.places import branch_ends, find_owners, is_identity, misplaced, unknown_modules
+from stochastic_depth.places import Owner, branch_ends, find_owners, is_identity, misplaced, unknown_modules
+from stochastic_depth.standing import Standing
 
 Role = Literal["mask", "branch", "block", "silent"]
 
@@ -151,17 +152,23 @@ class Around:
     row for each sample than it was in its trial (`known`), such as a mask of attention, its branch masks in this call.
     """
 
-    def __init__(self, drop_path: GraftedDropPath, *, windows: bool, known: Collection[int | str]) -> None:
+    def __init__(
+        self, block: nn.Module, drop_path: GraftedDropPath, *, windows: bool, known: Collection[int | str]
+    ) -> None:
+        self.block = block
         self.drop_path = drop_path
+        self.standing = Standing(block, [drop_path])
         self.windows = windows
         self.known = known
         self.runs = False
+        self.replaced = False
         self.masks = False  # in this call
 
     def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The block begins; where its branch begins with windows of samples, how many samples there are is noted."""
         if self.drop_path.training:
-            self.runs = True
+            self.replaced = self.standing.replaced()
+            self.runs = not self.replaced
             self.masks = is_given_more(self.known, args, kwargs)
         if self.windows:
             self.drop_path.batch_around = args[0].shape[0]
@@ -173,6 +180,8 @@ class Around:
     def selects(self) -> bool:
         """Whether a call of the branch's first module is the block's own, or that of a checkpoint inside it, which a
         backward pass runs again without the block."""
+        if self.replaced:
+            return False
         return self.runs or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -200,7 +209,8 @@ class KeepStatistics:
     Not a flag set from the beginning of the branch to its end, which an exception would leave behind.
     """
 
-    def __init__(self, drop_path: GraftedDropPath) -> None:
+    def __init__(self, block: nn.Module, drop_path: GraftedDropPath) -> None:
+        self.block = block
         self.drop_path = drop_path
         self.held = False
 
@@ -225,6 +235,7 @@ class SelectKept:
 
     def __init__(self, around: Around, parts: Parts, *, windows: bool = False) -> None:
         self.around = around
+        self.block = around.block
         self.drop_path = around.drop_path
         self.parts = parts
         self.windows = windows
@@ -244,6 +255,7 @@ class SkipModule:
 
     def __init__(self, around: Around, parts: Parts, *, windows: bool = False) -> None:
         self.select = SelectKept(around, parts, windows=windows)
+        self.block = around.block
         self.drawn: Draw | None = None
         self.groups = 1  # rows of a sample
 
@@ -266,13 +278,18 @@ class SkipModule:
 
 
 class ApplyAfter:
-    """Forward hook of a branch's last module, in a block that has no place of its own for stochastic depth."""
+    """Forward hook of a branch's last module, in a block that has no place of its own for stochastic depth.
 
-    def __init__(self, drop_path: GraftedDropPath) -> None:
-        self.drop_path = drop_path
+    It calls what stands in the place that the block was given, whatever that is.
+    """
+
+    def __init__(self, block: nn.Module, place: str) -> None:
+        self.block = block
+        self.place = place
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
-        return self.drop_path(out)
+        drop_path = self.block._modules.get(self.place)
+        return out if drop_path is None else drop_path(out)
 
 
 class BlockSkip:
@@ -280,6 +297,8 @@ class BlockSkip:
 
     def __init__(self, drop_paths: Sequence[GraftedDropPath], parts: Parts, known: Collection[int | str]) -> None:
         self.drop_paths = list(drop_paths)  # the first draws for all
+        self.block = parts.block
+        self.standing = Standing(parts.block, drop_paths)
         self.parts = parts
         self.known = known  # as in `Around`
         self.inputs: list[Tensor] = []
@@ -291,6 +310,10 @@ class BlockSkip:
         self.inputs.clear()
         if not self.drop_paths[0].training:
             return self.drop_paths[0].forget_pending()
+        if self.standing.replaced():
+            for module in self.drop_paths:
+                module.forget_pending()
+            return None
         if not args or not isinstance(args[0], Tensor):
             return None
         first, *others = self.drop_paths
@@ -334,6 +357,7 @@ def graft(model: nn.Module) -> None:
     for owner in find_owners(model):
         if misplaced(owner):
             owner.module.drop_path = None  # type: ignore[assignment]
+        new = False
         for key, child in owner.slots.items():
             if isinstance(child, DropPath):
                 continue
@@ -348,8 +372,33 @@ def graft(model: nn.Module) -> None:
             holder.__dict__.pop(attribute, None)
             grafted.train(child.training if child is not None else owner.module.training)
             setattr(holder, attribute, grafted)
+            new = True
             if end := key.removeprefix("drop_path_") if branch_ends(owner.module) else "":
-                owner.module.get_submodule(end).register_forward_hook(ApplyAfter(grafted))
+                last = owner.module.get_submodule(end)
+                if not any(isinstance(hook, ApplyAfter) for hook in last._forward_hooks.values()):
+                    last.register_forward_hook(ApplyAfter(owner.module, key))
+        if new:
+            take_off_hooks(owner)
+
+
+def take_off_hooks(owner: Owner) -> None:
+    """Takes off that by which a block skips, where one of its drop-path modules is new, so that it is tried anew."""
+    kinds = (Around, SelectKept, SkipModule, BlockSkip, KeepStatistics)
+    for module in owner.module.modules():
+        pre, post = module._forward_pre_hooks, module._forward_hooks
+        for hooks, more in (
+            (pre, (module._forward_pre_hooks_with_kwargs,)),
+            (post, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+        ):
+            for number, hook in [*hooks.items()]:
+                itself = getattr(hook, "__self__", hook)
+                if isinstance(itself, kinds) and itself.block is owner.module:
+                    for found in (hooks, *more):
+                        found.pop(number, None)
+    for slot in map(owner.module.get_submodule, owner.slots):
+        if isinstance(slot, GraftedDropPath):
+            slot.forget_pending()
+            slot.role, slot.begins, slot.reason, slot.tried, slot.has_batch_norm = "mask", (), "", False, False
 
 
 @dataclass(frozen=True)
@@ -374,7 +423,7 @@ def hook_branch(
 ) -> None:
     """Hooks that skip one slot's branches; `known` names arguments that held a row for each sample when that was tried."""
     drop_path.role, drop_path.begins = "branch", tuple(entries)
-    around = Around(drop_path, windows=any(entry.windows for entry in entries), known=known)
+    around = Around(owner, drop_path, windows=any(entry.windows for entry in entries), known=known)
     owner.register_forward_pre_hook(around.before, with_kwargs=True)
     owner.register_forward_hook(around.after, always_call=True)
     for entry in entries:
@@ -407,7 +456,7 @@ def _keep_statistics(owner: nn.Module, names: Collection[str], drop_path: Grafte
     """Hooks behind those that draw: a batch norm may be the first module of a branch, or its last."""
     for name, module in owner.named_modules():
         if name in names and takes_batch_statistics(module):
-            keep = KeepStatistics(drop_path)
+            keep = KeepStatistics(owner, drop_path)
             module.register_forward_pre_hook(keep.before)
             module.register_forward_hook(keep.after, always_call=True)
 

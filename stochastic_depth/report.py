@@ -176,7 +176,7 @@ def drop_path_report(
 def _share_left_out(module: DropPath, block: Sequence[DropPath]) -> float:
     """Share of its samples that a branch was not run on; before the first training step, in expectation."""
     if role_of(module) == "silent":  # another one of the block draws for it
-        module = next(m for m in block if role_of(m) == "block")
+        module = next((m for m in block if role_of(m) == "block"), module)
     if module.samples_seen:
         return 1.0 - module.samples_computed / module.samples_seen
     return module.drop_prob if module.skips else 0.0
