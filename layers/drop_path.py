@@ -91,7 +91,8 @@ class DropPath(nn.Module):
     gradient, which plain DistributedDataParallel needs. Branches must not mix samples. A batch norm inside one is looked
     for (`layers.branches`): in mode `skip` it sees the kept samples only, which is warned about once, and a single kept
     sample is masked there, as it is where the branch cannot be looked into. With no sample kept it is left as it is,
-    statistics included.
+    statistics included. A branch that changes its input in place, where that is the shortcut, is computed anew for all
+    samples when that is first seen, with a warning, and masked from then on.
 
     Under torch.compile what runs does not depend on rates: mode `skip` masks kinds with a break-even of `MASKED_COMPILED`
     and more, and `skip` and `batch` mask branches with a batch norm (which then sees every batch), branches with
@@ -121,6 +122,7 @@ class DropPath(nn.Module):
     """
 
     least = 0
+    _changes_input = False  # whether the branch was seen to change its input in place
 
     def __init__(
         self,
@@ -209,14 +211,16 @@ class DropPath(nn.Module):
     def skips_here(self) -> bool:
         """`skips` in the code that runs: compiled code decides by the kind of branch alone, eager code by the rate too."""
         if torch.compiler.is_compiling():
-            return self._mode == "batch" or (self._mode == "skip" and self._break_even < MASKED_COMPILED)
+            skips = self._mode == "batch" or (self._mode == "skip" and self._break_even < MASKED_COMPILED)
+            return skips and not self._changes_input
         return self._skips
 
     def _refresh(self) -> None:
         self._rate.fill_(self._drop_prob * self._multiplier)
         # From the nominal rate, not the scheduled one: a run keeps one form of each branch.
         mode = getattr(self, "_mode", "mask")
-        self._skips = mode == "batch" or (mode == "skip" and self._drop_prob >= self._break_even)
+        skips = mode == "batch" or (mode == "skip" and self._drop_prob >= self._break_even)
+        self._skips = skips and not self._changes_input
 
     # ---- counting -------------------------------------------------------------------------------------------------
 
@@ -381,7 +385,7 @@ class DropPath(nn.Module):
         Args:
             x: Input of the branch, (B, ...).
             branch: Callable from (B', ...) to the shortcut's shape but for the batch; called once, with the kept
-                samples only where this module skips.
+                samples only where this module skips. It should leave its input as it is, see the class.
             shortcut: What the branch is added to, (B, ...); default x.
 
         Returns:
@@ -393,10 +397,31 @@ class DropPath(nn.Module):
         if isinstance(x, torch.fx.Proxy):  # a graph is being traced: it holds what the branch computes, for all samples
             return shortcut + self(branch(x)).to(shortcut.dtype)
         draw = self.draw(x, branch, shortcut.dtype)
-        taken, shortcut = draw.split(x) if shortcut is x else (draw.take(x), shortcut)
+        if shortcut is not x:
+            taken = draw.take(x)
+            with left_alone(draw.idle):
+                return draw.add(shortcut, branch(taken))
+        taken, shortcut = draw.split(x)
+        before = _version(taken) if draw.kept is not None else None
         with left_alone(draw.idle):
             out = branch(taken)
+        if before is not None and _version(taken) != before:
+            return self._masked_after_all(x, branch, draw)
         return draw.add(shortcut, out)
+
+    def _masked_after_all(self, x: Tensor, branch: Branch, draw: Draw) -> Tensor:
+        """`residual` of a branch that has turned out to change its input, which is the shortcut of dropped samples too."""
+        assert draw.kept is not None
+        warnings.warn(
+            f"mode {self._mode!r}: this residual branch changes its input in place, which is the shortcut of dropped samples "
+            "too; it is masked from now on. To have it skip, use relu() instead of relu_(), ReLU(inplace=False) and the like",
+            stacklevel=3,
+        )
+        self._changes_input, self._skips = True, False
+        if torch._C._functorch.maybe_current_level() is None:  # type: ignore[attr-defined]
+            self._computed.add_(draw.batch - len(draw.kept))
+        out = branch(x)  # again, since what it makes of the other samples is needed
+        return draw.as_mask().add(x, out)
 
     # ---- what runs on the kept samples ----------------------------------------------------------------------------
 
@@ -456,6 +481,11 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """Settings that differ from timm's are always shown."""
         return f"drop_prob={round(self._drop_prob, 4):.4g}, mode={self._mode}"
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was changed in place; `None` where nobody counts that."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 # TorchScript compiles properties unless they are named here; evaluation reads none.

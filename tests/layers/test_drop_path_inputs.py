@@ -1,0 +1,102 @@
+"""Branches that change their input in place, which `DropPath.residual` can skip only where it is not the shortcut."""
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layers.drop_path import DropPath, Mode
+from stochastic_depth.proof import verify_skip
+
+
+class Method(nn.Module):
+    """A branch by itself, a method whose first operation is in place."""
+
+    def __init__(self, mode: Mode) -> None:
+        super().__init__()
+        self.fc, self.drop_path = nn.Linear(8, 8), DropPath(0.5, mode=mode)
+        self.calls = 0
+
+    def branch(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(x.relu_())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path.residual(x * 1, self.branch)
+
+
+class Module(Method):
+    """The same by modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = nn.Sequential(nn.ReLU(inplace=True), self.fc)
+        return self.drop_path.residual(x * 1, branch)
+
+
+class Beside(Method):
+    """With another shortcut, which the branch leaves alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path.residual(x * 1, self.branch, x)
+
+
+WARNING = "mode 'skip': this residual branch changes its input in place"
+
+
+@pytest.mark.parametrize("kind", [Method, Module])
+def test_a_branch_that_changes_the_shortcut_masks(kind: Callable[[Mode], Method]) -> None:
+    torch.manual_seed(0)
+    model, x = kind("skip"), torch.randn(8, 8)
+    other = copy.deepcopy(model)
+    other.drop_path.masks_all = True  # the same draws, applied as masks
+    for step in range(4):
+        results = []
+        for module in (model, other):
+            torch.manual_seed(step)
+            module.zero_grad()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                out = module(x)
+            assert [str(w.message)[: len(WARNING)] for w in caught] == [WARNING] * (module is model and step == 0)
+            out.square().sum().backward()
+            results.append([out.detach(), *(p.grad for p in module.parameters())])
+        torch.testing.assert_close(*results)
+    assert not model.drop_path.skips
+    assert (model.drop_path.samples_seen, model.drop_path.samples_dropped) == (32, 16)
+    assert model.drop_path.samples_computed == 32
+    with pytest.warns(UserWarning, match=WARNING):
+        assert verify_skip(kind("skip"), x) < 1e-6
+    model.drop_path.drop_prob = 0.3
+    assert not model.drop_path.skips, "nor at another rate"
+    model.drop_path.drop_prob = 0.0
+    torch.testing.assert_close(model(x), model.eval()(x))
+
+
+def test_an_input_that_is_not_the_shortcut_may_be_changed() -> None:
+    torch.manual_seed(0)
+    model, x = Beside("skip"), torch.randn(8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x).sum().backward()
+        assert verify_skip(model, x) < 1e-6
+    assert model.drop_path.skips and model.drop_path.samples_computed == 4 and model.calls == 1
+
+
+def test_with_no_sample_kept_it_is_seen_too() -> None:
+    model, x = Method("batch"), torch.randn(3, 8)
+    model.drop_path.drop_prob = 1.0
+    with pytest.warns(UserWarning, match="mode 'batch': this residual branch"):
+        torch.testing.assert_close(model(x), x.relu())
+
+
+def test_inside_torch_func_and_in_inference_mode() -> None:
+    model, x = Method("skip"), torch.randn(8, 8)
+    weights = dict(model.named_parameters())
+    with torch.inference_mode():
+        assert model(x).shape == x.shape  # nobody counts changes there
+    with pytest.warns(UserWarning, match=WARNING):
+        found = torch.func.grad(lambda w: torch.func.functional_call(model, w, (x,)).sum())(weights)
+    assert all(g.shape == weights[key].shape for key, g in found.items())
