@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from layers.branches import batch_norms, held_modules, left_alone, masked_compiled, samples_to_compute
 from layers.draw import Draw, per_sample
 from layers.mlp import Mlp
-from layers.rates import check_drop_prob
+from layers.rates import check_choice, check_drop_prob
 from layers.token_mixers import TOKEN_MIXERS
 
 Mode = Literal["mask", "skip", "batch"]
@@ -118,7 +118,7 @@ class DropPath(nn.Module):
         least: Samples that a branch is given when none is kept.
 
     Raises:
-        ValueError: A probability outside [0, 1] or an unknown mode.
+        ValueError: A probability outside [0, 1], an unknown mode, or a kind that is no word.
     """
 
     least = 0
@@ -146,8 +146,9 @@ class DropPath(nn.Module):
             self._computed = torch.zeros((), dtype=torch.int64, device="cpu")
         self._multiplier = 1.0
         self._drop_prob = check_drop_prob(drop_prob)
-        self.kind = kind
-        self._break_even = BREAK_EVEN.get(kind, 0.0)
+        if not isinstance(kind, str):
+            raise ValueError(f"kind must be a word, one of {', '.join(BREAK_EVEN)} or another, got {kind!r}")
+        self.kind, self._break_even = kind, BREAK_EVEN.get(kind, 0.0)
         self._looked_into = 0  # id of the code that was last looked into
         self._warned = False
         self.masks_all = False
@@ -188,8 +189,7 @@ class DropPath(nn.Module):
 
     @mode.setter
     def mode(self, value: Mode) -> None:
-        if value not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {value!r}")
+        check_choice(value, MODES, "mode")
         self._mode: Mode = value
         self._refresh()
 

@@ -6,9 +6,10 @@ best for dropout. `rate_is` says what the given rate means, so that profiles can
 timm's, a single block gets the full rate (timm: 0, so the rate is lost).
 """
 
+import difflib
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 ProfileName = Literal["linear", "linear_from_first", "constant", "stagewise", "cosine", "reversed"]
@@ -37,6 +38,28 @@ def check_drop_prob(drop_prob: float | None, name: str = "drop_prob") -> float:
     if number is None or not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must be a number in [0, 1], got {drop_prob!r}")
     return number
+
+
+def check_choice(value: Any, known: Sequence[str], name: str, more: str = "") -> None:
+    """
+    Args:
+        value: What was given.
+        known: What is allowed.
+        name: What it is.
+        more: What else is allowed, in words.
+
+    Raises:
+        ValueError: It is none of them; with the nearest to a mistyped word.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}{more}, got {value!r}{nearest(value, known)}")
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """`'; did you mean X?'` for the known word closest to a mistyped one, or an empty string; as in files.errors, since
+    this package imports torch only."""
+    match = difflib.get_close_matches(word, [*known], n=1, cutoff=0.5) if isinstance(word, str) else []
+    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def drop_path_rates(
@@ -102,16 +125,14 @@ def check_request(rate: float | None, profile: Profile, rate_is: str) -> tuple[f
     Raises:
         ValueError: One of them cannot be met by any model, with the reason.
     """
-    if rate_is not in RATE_IS:
-        raise ValueError(f"rate_is must be one of {', '.join(RATE_IS)}, got {rate_is!r}")
+    check_choice(rate_is, RATE_IS, "rate_is")
     if not isinstance(profile, str):
         values = as_list(profile)
         if values is None:
             raise ValueError(f"profile must be one of {', '.join(PROFILES)} or a list of rates, got {profile!r}")
         rates = [check_drop_prob(r, f"drop-path rate {i} of the list") for i, r in enumerate(values)]
         return None if rate is None else check_drop_prob(rate, "rate"), rates
-    if profile not in PROFILES:
-        raise ValueError(f"profile must be one of {', '.join(PROFILES)} or a list of rates, got {profile!r}")
+    check_choice(profile, PROFILES, "profile", " or a list of rates")
     if as_number(rate) is None:
         raise ValueError(f"rate must be a number in [0, 1], got {rate!r}; a list of rates is given as the profile")
     return check_drop_prob(rate, "rate"), profile
@@ -159,12 +180,16 @@ def _weights(
         return [1.0] * count, float(count)
     if block_macs is None:
         raise ValueError("rate_is 'expected_macs' needs the compute of each block (block_macs)")
-    if len(block_macs) != count or any(not m >= 0 for m in block_macs) or not sum(block_macs) > 0:
-        raise ValueError(f"block_macs must hold {count} numbers >= 0, not all 0, got {list(block_macs)!r}")
-    total = sum(block_macs) if total_macs is None else total_macs
-    if total < sum(block_macs) * (1 - 1e-9):
-        raise ValueError(f"total_macs {total:g} is less than the blocks' own {sum(block_macs):g}")
-    return list(block_macs), total
+    weights = [as_number(m) for m in as_list(block_macs) or ()]
+    known = [m for m in weights if m is not None and 0 <= m < math.inf]
+    if len(known) != len(weights) or len(known) != count or not sum(known) > 0:
+        raise ValueError(f"block_macs must hold {count} numbers >= 0, not all 0, got {block_macs!r}")
+    total = sum(known) if total_macs is None else as_number(total_macs)
+    if total is None or not total < math.inf:
+        raise ValueError(f"total_macs must be a number, got {total_macs!r}")
+    if total < sum(known) * (1 - 1e-9):
+        raise ValueError(f"total_macs {total:g} is less than the blocks' own {sum(known):g}")
+    return known, total
 
 
 def _strength(rates: Sequence[float], rate_is: str, weights: list[float], total: float) -> float:

@@ -8,7 +8,9 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
+
+from layers.rates import as_number, check_choice, nearest
 
 Kind = Literal["constant", "ramp", "early", "late", "cosine", "piecewise"]
 SETTINGS: dict[Kind, tuple[str, ...]] = {
@@ -55,18 +57,21 @@ class DropPathSchedule:
     points: Sequence[tuple[int, float]] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"schedule kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        check_choice(self.kind, KINDS, "schedule kind")
         if self.shape not in ("linear", "constant"):
-            raise ValueError(f"schedule shape must be linear or constant, got {self.shape!r}")
-        if "cutoff" in SETTINGS[self.kind] and (self.cutoff is None or self.cutoff < 1):
+            hint = nearest(self.shape, ("linear", "constant"))
+            raise ValueError(f"schedule shape must be linear or constant, got {self.shape!r}{hint}")
+        if "cutoff" in SETTINGS[self.kind] and not 1 <= (as_number(self.cutoff) or 0) < math.inf:
             raise ValueError(f"schedule {self.kind!r} needs a cutoff of at least 1 step, got {self.cutoff!r}")
         self._refuse_what_has_no_effect()
-        multipliers = [self.start, self.end, *(m for _, m in self.points)]
-        if not all(0.0 <= m <= 1.0 for m in multipliers):
+        points = _pairs(self.points)
+        if points is None:
+            raise ValueError(f"schedule points must be pairs of a step and a multiplier, got {self.points!r}")
+        multipliers = [self.start, self.end, *(m for _, m in points)]
+        if not all(0.0 <= number <= 1.0 for number in (_or_nan(m) for m in multipliers)):
             raise ValueError(f"schedule multipliers must be in [0, 1], got {multipliers}")
         if self.kind == "piecewise":
-            steps = [s for s, _ in self.points]
+            steps = [s for s, _ in points]
             if not steps or steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps)):
                 raise ValueError(f"schedule 'piecewise' needs points at rising steps from 0, got steps {steps}")
 
@@ -77,7 +82,13 @@ class DropPathSchedule:
                 raise ValueError(f"schedule {setting.name} has no effect with kind {self.kind!r}")
 
     def __call__(self, step: int) -> float:
-        """The multiplier at an optimizer step, counted from 0."""
+        """The multiplier at an optimizer step, counted from 0.
+
+        Raises:
+            ValueError: It is no number of at least 0.
+        """
+        if not _or_nan(step) >= 0.0:
+            raise ValueError(f"schedule: a step must be a number of at least 0, got {step!r}")
         if self.kind == "constant":
             return 1.0
         if self.kind == "piecewise":
@@ -104,3 +115,18 @@ class DropPathSchedule:
             if step < right:
                 return a + (b - a) * (step - left) / (right - left)
         return self.points[-1][1]
+
+
+def _pairs(points: Any) -> list[tuple[Any, Any]] | None:
+    """Points as pairs, of which the first are numbers; `None` if they are something else."""
+    try:
+        pairs = [(step, multiplier) for step, multiplier in points]
+    except (TypeError, ValueError):
+        return None
+    return pairs if all(as_number(step) is not None for step, _ in pairs) else None
+
+
+def _or_nan(value: Any) -> float:
+    """A number as a float; NaN for what is none."""
+    number = as_number(value)
+    return math.nan if number is None else number

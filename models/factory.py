@@ -9,7 +9,7 @@ from torch import nn
 
 from files.errors import ConfigError
 from layers.drop_path import MODES, Mode
-from layers.rates import check_drop_prob
+from layers.rates import check_choice, check_drop_prob
 from models.config import MetaFormerConfig, ModelFacts, make_pretrained_cfg, override_config
 from models.loading import check_trained_as, known_section, load_into, published_facts
 from models.metaformer import MetaFormer
@@ -147,9 +147,8 @@ def _checked_rate(name: object, rate: float | None, mode: str) -> float:
     Raises:
         ConfigError: One of them is wrong.
     """
-    if mode not in MODES:
-        raise ConfigError(f"model {name}: mode must be one of {', '.join(MODES)}, got {mode!r}")
     try:
+        check_choice(mode, MODES, "mode")
         return check_drop_prob(rate, "rate")
     except ValueError as error:
         raise ConfigError(f"model {name}: {error}") from None

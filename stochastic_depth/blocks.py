@@ -1,7 +1,9 @@
 """The residual blocks of a model and their drop-path modules, in order."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +25,13 @@ class Block:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile."""
+    """The model inside DistributedDataParallel and torch.compile.
+
+    Raises:
+        ValueError: It is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     while True:
         inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
@@ -66,6 +74,17 @@ def stage_depths(model: nn.Module, blocks: Sequence[Block]) -> list[int]:
             depths.append(1)
         previous = parent
     return depths
+
+
+def check_input_size(size: Any) -> None:
+    """
+    Raises:
+        ValueError: It is neither `None` nor a list or tuple of numbers of at least 1.
+    """
+    if size is None:
+        return
+    if not isinstance(size, (tuple, list)) or not all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in size):
+        raise ValueError(f"input_size must be (C, H, W), whole numbers of at least 1, got {size!r}")
 
 
 def model_input_size(model: nn.Module) -> Sequence[int] | None:

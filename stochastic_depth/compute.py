@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from layers.drop_path import Branch, DropPath
-from stochastic_depth.blocks import Block, model_input_size, unwrap
+from stochastic_depth.blocks import Block, check_input_size, model_input_size, unwrap
 from stochastic_depth.graft import GraftedDropPath
 from stochastic_depth.places import Owner, find_owners
 
@@ -118,6 +118,7 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
         ValueError: No input size is known, or the model does not run on the meta device.
     """
     model = unwrap(model)
+    check_input_size(input_size)
     input_size = input_size or model_input_size(model)
     if input_size is None:
         raise ValueError("counting compute needs input_size=(C, H, W), which this model does not tell")

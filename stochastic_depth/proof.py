@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.drop_path import DropPath
+from stochastic_depth.blocks import unwrap
 from stochastic_depth.graft import Entry, GraftedDropPath, beside_samples, grafted, hook_block, hook_branch
 from stochastic_depth.law import full_precision, undisturbed
 from stochastic_depth.places import Owner, find_owners
@@ -67,7 +68,7 @@ def verify_skip(model: nn.Module, images: "Tensor | Call", *, seed: int = 0) -> 
             images.
         TypeError: The model returns no tensor, nor a list, tuple, dict or dataclass with one in it.
     """
-    if nothing := _nothing_to_verify(model):
+    if nothing := _nothing_to_verify(unwrap(model)):
         raise ValueError(f"verify_skip: nothing to verify in {type(model).__name__}: {nothing}")
     call = images if isinstance(images, Call) else Call((images,), {})
     with torch.inference_mode(False):  # a copy of which gradients can be taken

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from layers.drop_path import DropPath
-from stochastic_depth.blocks import Block, NoBlocksError, find_blocks, unwrap
+from stochastic_depth.blocks import Block, NoBlocksError, check_input_size, find_blocks, unwrap
 from stochastic_depth.compute import Macs, count_macs
 from stochastic_depth.graft import GraftedDropPath, is_applied, role_of
 from stochastic_depth.law import bounded
@@ -134,8 +134,12 @@ def drop_path_report(
 
     Returns:
         The report; of a model in which nothing can be dropped, one without blocks that says so.
+
+    Raises:
+        ValueError: What was given is no model, or input_size no size.
     """
     inner = unwrap(model)
+    check_input_size(input_size)
     problems, notes = [], []
     foreign = is_foreign(inner)
     if foreign:

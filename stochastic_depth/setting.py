@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from layers.drop_path import BREAK_EVEN, MODES, DropPath, Mode
-from layers.rates import Profile, RateIs, check_drop_prob, check_request, drop_path_rates
+from layers.rates import Profile, RateIs, check_choice, check_drop_prob, check_request, drop_path_rates, nearest
 from layers.schedule import DropPathSchedule
-from stochastic_depth.blocks import Block, NoBlocksError, find_blocks, model_input_size, stage_depths, unwrap
+from stochastic_depth.blocks import (
+    Block,
+    NoBlocksError,
+    check_input_size,
+    find_blocks,
+    model_input_size,
+    stage_depths,
+    unwrap,
+)
 from stochastic_depth.compute import count_macs
 from stochastic_depth.graft import GraftedDropPath, graft, grafted, is_applied
 from stochastic_depth.places import functions, is_foreign
@@ -82,9 +90,10 @@ def set_drop_path(
             `skip` and `batch` cannot be tried out. The model is as it was then.
     """
     rate, profile = check_request(rate, profile, rate_is)
-    if mode is not None and mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if schedule is not None and not callable(schedule):
+    if mode is not None:
+        check_choice(mode, MODES, "mode")
+    check_input_size(input_size)
+    if schedule is not None and (isinstance(schedule, type) or not callable(schedule)):
         raise ValueError(f"schedule must be a DropPathSchedule, got {schedule!r}")
     with torch.inference_mode(False), _restored_on_error(unwrap(model)):  # trials need gradients
         blocks = _prepare(model, input_size)
@@ -196,5 +205,6 @@ def _break_even_by_kind(blocks: Sequence[Block], given: float | Mapping[str, flo
         return dict.fromkeys(kinds, check_drop_prob(given, "break_even"))
     unknown = [kind for kind in given if kind not in kinds]
     if unknown:
-        raise ValueError(f"break_even: no branch of kind {unknown[0]!r}; this model has {', '.join(kinds)}")
+        hint = nearest(unknown[0], kinds)
+        raise ValueError(f"break_even: no branch of kind {unknown[0]!r}; this model has {', '.join(kinds)}{hint}")
     return {kind: check_drop_prob(rate, f"break_even of {kind}") for kind, rate in given.items()}

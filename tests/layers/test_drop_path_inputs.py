@@ -1,8 +1,9 @@
-"""Branches that change their input in place, which `DropPath.residual` can skip only where it is not the shortcut."""
+"""What `DropPath` is given: words for its settings, and branches that change their input in place."""
 
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -100,3 +101,15 @@ def test_inside_torch_func_and_in_inference_mode() -> None:
     with pytest.warns(UserWarning, match=WARNING):
         found = torch.func.grad(lambda w: torch.func.functional_call(model, w, (x,)).sum())(weights)
     assert all(g.shape == weights[key].shape for key, g in found.items())
+
+
+@pytest.mark.parametrize("kind", [None, 3, ["mlp"]])
+def test_a_kind_is_a_word(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"kind must be a word, one of pooling, .* or another, got"):
+        DropPath(kind=kind)
+    assert DropPath(0.1, kind="mine", mode="skip").skips
+
+
+def test_a_mistyped_mode_is_told_the_nearest() -> None:
+    with pytest.raises(ValueError, match="mode must be one of mask, skip, batch, got 'skpi'; did you mean 'skip'"):
+        DropPath(mode="skpi")  # type: ignore[arg-type]

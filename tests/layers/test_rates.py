@@ -283,3 +283,23 @@ def test_compute_that_makes_no_sense(block_macs: list[float]) -> None:
 def test_a_model_with_less_compute_than_its_blocks() -> None:
     with pytest.raises(ValueError, match="total_macs 1 is less than the blocks' own 2"):
         drop_path_rates(0.1, [2], "linear", "expected_macs", block_macs=[1.0, 1.0], total_macs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"profile": "revrsed"}, "got 'revrsed'; did you mean 'reversed'"),
+        ({"rate_is": "men"}, "got 'men'; did you mean 'mean'"),
+        ({"rate_is": ["max"]}, r"rate_is must be one of max, mean, expected_macs, got \['max'\]$"),
+        ({"block_macs": "ab"}, "block_macs must hold 2 numbers >= 0, not all 0, got 'ab'"),
+        ({"block_macs": 3}, "block_macs must hold 2 numbers >= 0, not all 0, got 3"),
+        ({"block_macs": ["1", "2"]}, "block_macs must hold 2 numbers >= 0"),
+        ({"block_macs": [True, 2]}, "block_macs must hold 2 numbers >= 0"),
+        ({"block_macs": [1, math.inf]}, "block_macs must hold 2 numbers >= 0"),
+        ({"block_macs": [1, 2], "total_macs": "3"}, "total_macs must be a number, got '3'"),
+        ({"block_macs": [1, 2], "total_macs": math.nan}, "total_macs must be a number, got nan"),
+    ],
+)
+def test_words_and_compute_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        drop_path_rates(0.2, [2], **{"rate_is": "expected_macs", **settings})

@@ -146,3 +146,38 @@ def test_multipliers_outside_the_unit_interval(value: float) -> None:
 def test_points_that_do_not_rise_from_zero(steps: list[int]) -> None:
     with pytest.raises(ValueError, match="schedule 'piecewise' needs points at rising steps from 0, got steps"):
         DropPathSchedule(kind="piecewise", points=[(s, 0.5) for s in steps])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "erly"}, r"schedule kind must be one of .*, got 'erly'; did you mean 'early'\?"),
+        ({"kind": ["ramp"]}, r"schedule kind must be one of .*, got \['ramp'\]"),
+        ({"kind": "early", "cutoff": 3, "shape": "liner"}, "got 'liner'; did you mean 'linear'"),
+        ({"kind": "late", "cutoff": "5"}, "needs a cutoff of at least 1 step, got '5'"),
+        ({"kind": "late", "cutoff": [5]}, r"needs a cutoff of at least 1 step, got \[5\]"),
+        ({"kind": "late", "cutoff": True}, "needs a cutoff of at least 1 step, got True"),
+        ({"kind": "late", "cutoff": math.nan}, "needs a cutoff of at least 1 step, got nan"),
+        ({"kind": "ramp", "cutoff": 5, "start": "0"}, r"multipliers must be in \[0, 1\], got \['0', 1.0\]"),
+        ({"kind": "ramp", "cutoff": 5, "end": None}, r"multipliers must be in \[0, 1\], got \[0.0, None\]"),
+        ({"kind": "ramp", "cutoff": 5, "end": True}, r"multipliers must be in \[0, 1\], got \[0.0, True\]"),
+        ({"kind": "piecewise", "points": [(0, "1")]}, r"multipliers must be in \[0, 1\]"),
+        ({"kind": "piecewise", "points": None}, "points must be pairs of a step and a multiplier, got None"),
+        ({"kind": "piecewise", "points": 3}, "points must be pairs of a step and a multiplier, got 3"),
+        ({"kind": "piecewise", "points": "ab"}, "points must be pairs of a step and a multiplier, got 'ab'"),
+        ({"kind": "piecewise", "points": [0, 1]}, "points must be pairs of a step and a multiplier"),
+        ({"kind": "piecewise", "points": [(0, 1, 2)]}, "points must be pairs of a step and a multiplier"),
+        ({"kind": "piecewise", "points": [("0", 1)]}, "points must be pairs of a step and a multiplier"),
+    ],
+)
+def test_what_is_no_number_is_refused_in_words(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DropPathSchedule(**settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", ["3", None, [1], -1, True, math.nan])
+def test_what_is_no_step_is_refused(kind: str, step: Any) -> None:
+    with pytest.raises(ValueError, match="schedule: a step must be a number of at least 0, got"):
+        EXAMPLES[kind](step)
+    assert EXAMPLES[kind](np.int64(3)) == EXAMPLES[kind](3)  # type: ignore[arg-type]

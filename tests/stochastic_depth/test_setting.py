@@ -297,3 +297,23 @@ def test_a_model_without_numbers_is_not_tried_out(mode: Any) -> None:
     for buffer in model.buffers():
         buffer.fill_(1)
     assert "8 drop-path modules: skips per branch" in set_drop_path(model, 0.2, mode=mode, input_size=(3, 32, 32)).notes
+
+
+@pytest.mark.parametrize("size", [32, "32", (3, "a", 3), (3, 0, 32)])
+def test_what_is_no_size_is_refused(size: Any) -> None:
+    model, foreign = poolformer(), build("resnet18")
+    message = r"input_size must be \(C, H, W\), whole numbers of at least 1, got "
+    for call in (lambda m: set_drop_path(m, 0.2, input_size=size), lambda m: drop_path_report(m, input_size=size)):
+        for given in (model, foreign):
+            with pytest.raises(ValueError, match=message):
+                call(given)
+
+
+def test_what_is_no_model_or_no_schedule_is_refused() -> None:
+    for call in (lambda: set_drop_path("resnet18", 0.2), lambda: drop_path_report("resnet18")):
+        with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, got str"):
+            call()
+    with pytest.raises(ValueError, match="schedule must be a DropPathSchedule, got <class"):
+        set_drop_path(poolformer(), 0.2, schedule=DropPathSchedule)
+    with pytest.raises(ValueError, match=r"no branch of kind 'poling'; .*; did you mean 'pooling'"):
+        set_drop_path(poolformer(), 0.2, break_even={"poling": 0.1})
