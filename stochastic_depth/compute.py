@@ -1,8 +1,9 @@
 """Multiply-accumulates of a model and of each residual branch, counted on the meta device."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from layers.drop_path import Branch, DropPath
 from stochastic_depth.blocks import Block, check_input_size, model_input_size, unwrap
 from stochastic_depth.graft import GraftedDropPath
-from stochastic_depth.places import Owner, find_owners
+from stochastic_depth.places import Owner, block_names, find_owners
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,13 @@ class Macs:
 
     total: float
     branches: dict[int, float]  # by id of the DropPath that adds the branch
+    users: dict[int, int] = field(default_factory=dict)  # by id of a DropPath that serves several blocks: how many
+    around: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by id of a DropPath in others' branches: those
 
     def branch(self, module: DropPath) -> float:
-        """Of the branches that one DropPath adds."""
-        return self.branches.get(id(module), 0.0)
+        """Of the branches that one DropPath adds in a block; of one that serves several blocks, an equal part. What
+        other drop-path modules add inside these branches is theirs."""
+        return self.branches.get(id(module), 0.0) / self.users.get(id(module), 1)
 
     def block(self, block: Block) -> float:
         """Of all branches of a block."""
@@ -53,17 +57,25 @@ class _BranchCounts:
 
     Attributes:
         branches: Multiply-accumulates by id.
+        around: By id of a DropPath of ours that runs in branches of others, the ids of these.
     """
 
     def __init__(self, counter: FlopCounterMode) -> None:
         self.counter = counter
         self.branches: dict[int, float] = {}
+        self.around: dict[int, tuple[int, ...]] = {}
+        self.open: list[int] = []  # ids of the DropPaths of whose branches one runs now
         self._started: dict[int, float] = {}  # by id: the count where a block or branch began at the latest
 
     @property
     def macs(self) -> float:
         """Multiply-accumulates so far."""
         return self.counter.get_total_flops() / 2
+
+    @property
+    def unclaimed(self) -> float:
+        """Those that no branch has got so far."""
+        return self.macs - sum(self.branches.values())
 
     def add(self, module: nn.Module, macs: float) -> None:
         """Adds to the branches of one DropPath."""
@@ -128,9 +140,13 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
 
     def counting(module: DropPath) -> Callable[..., Tensor]:
         def residual(x: Tensor, branch: Branch, shortcut: Tensor | None = None) -> Tensor:
-            before = counts.macs
+            before = counts.unclaimed
+            if counts.open:
+                counts.around[id(module)] = tuple(counts.open)
+            counts.open.append(id(module))
             out = branch(x)
-            counts.add(module, counts.macs - before)
+            counts.open.pop()
+            counts.add(module, counts.unclaimed - before)
             return (x if shortcut is None else shortcut) + out
 
         return residual
@@ -154,4 +170,15 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> Mac
             module.__dict__.pop("residual", None)
         for module, flag in training.items():
             module.training = flag
-    return Macs(counts.macs, counts.branches)
+    return Macs(counts.macs, counts.branches, _users(model), counts.around)
+
+
+def _users(model: nn.Module) -> dict[int, int]:
+    """By id of each drop-path module, in how many blocks it stands."""
+    owners = find_owners(model)
+    places = {
+        (name, id(slot))
+        for name, owner in zip(block_names(owners), owners, strict=True)
+        for slot in owner.slots.values()
+    }
+    return Counter(number for _, number in places)

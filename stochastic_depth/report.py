@@ -157,6 +157,8 @@ def drop_path_report(
         macs = None
         notes.append(f"compute not counted: {error}")
     rows = []
+    all_modules = {id(m): m for block in blocks for m in block.drop_paths.values()}
+    trained = any(m.samples_seen for m in all_modules.values())
     for block in blocks:
         modules = [m for m in block.drop_paths.values() if is_applied(m)]
         drawing = [m for m in modules if role_of(m) != "silent"]
@@ -165,7 +167,12 @@ def drop_path_report(
         share = saved = None
         if macs is not None and macs.total:
             share = macs.block(block) / macs.total
-            saved = sum(_share_left_out(m, modules) * macs.branch(m) for m in modules) / macs.total
+            left_out = {m: _share_left_out(m, modules, trained) for m in modules}
+            for module in modules:  # a branch inside others' is not run where they are not
+                others = (all_modules.get(number) for number in macs.around.get(id(module), ()))
+                outer = [_share_left_out(other, [], trained) for other in others if other is not None]
+                left_out[module] = 1.0 - (1.0 - left_out[module]) * math.prod(1.0 - part for part in outer)
+            saved = sum(left_out[m] * macs.branch(m) for m in modules) / macs.total
         nominal = max((m.drop_prob for m in modules), default=0.0)
         rows.append(BlockReport(block.name, nominal, _describe_mode(modules), realised, share, saved))
     problems += _suspicions(inner, blocks, rows)
@@ -177,13 +184,13 @@ def drop_path_report(
     return DropPathReport(rows, expected_depth, saved_total, problems, notes)
 
 
-def _share_left_out(module: DropPath, block: Sequence[DropPath]) -> float:
-    """Share of its samples that a branch was not run on; before the first training step, in expectation."""
+def _share_left_out(module: DropPath, block: Sequence[DropPath], trained: bool) -> float:
+    """Share of its samples that a branch was not run on; in expectation, unless the model was `trained` on some."""
     if role_of(module) == "silent":  # another one of the block draws for it
         module = next((m for m in block if role_of(m) == "block"), module)
     if module.samples_seen:
         return 1.0 - module.samples_computed / module.samples_seen
-    return module.drop_prob if module.skips else 0.0
+    return module.drop_prob if module.skips and not trained else 0.0
 
 
 def _refused(unknown: Mapping[str, str]) -> list[str]:

@@ -23,6 +23,7 @@ from tests.stochastic_depth.parts import (
     COMPUTED,
     NET_MACS,
     SIZE,
+    Net,
     PlainBlock,
     PlainNet,
     build,
@@ -273,3 +274,65 @@ def test_report_flags_what_is_wrong() -> None:
     first = model.get_submodule("blocks.0")
     first.drop_path1 = block.drop_path1
     assert any("one DropPath serves blocks.0, blocks.2" in w for w in drop_path_report(model).warnings)
+
+
+class Inner(nn.Module):
+    """One linear branch."""
+
+    def __init__(self, drop_path: DropPath | None = None) -> None:
+        super().__init__()
+        self.fc, self.drop_path = nn.Linear(8, 8), drop_path or DropPath(0.5, mode="skip")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path.residual(x, self.fc)
+
+
+class Outer(Inner):
+    """A branch that holds two blocks, beside a linear layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(Inner(), Inner())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path.residual(x, lambda h: self.inner(self.fc(h)))
+
+
+STEM, LINEAR_LAYER = 3 * 8 * 8 * 8, 8 * 8
+
+
+def test_what_is_in_one_another_is_counted_once() -> None:
+    model = Net(Outer()).train()
+    total = STEM + 3 * LINEAR_LAYER
+    report = drop_path_report(model, input_size=Net.size)
+    assert [b.compute_share for b in report.blocks] == pytest.approx([LINEAR_LAYER / total] * 3)
+    # of the inner branches half is left out, and half of the rest
+    assert report.compute_saved == pytest.approx((0.5 + 2 * 0.75) * LINEAR_LAYER / total)
+    model(torch.randn(8, *Net.size))
+    assert drop_path_report(model, input_size=Net.size).compute_saved == pytest.approx(report.compute_saved)
+
+
+def test_a_module_that_several_blocks_share_is_counted_once() -> None:
+    shared = DropPath(0.5, mode="skip")
+    model = Net(*(Inner(shared) for _ in range(4))).train()
+    total = STEM + 4 * LINEAR_LAYER
+    report = drop_path_report(model, input_size=Net.size)
+    assert [b.compute_share for b in report.blocks] == pytest.approx([LINEAR_LAYER / total] * 4)
+    assert report.compute_saved == pytest.approx(0.5 * 4 * LINEAR_LAYER / total)
+    share = 0.25 * 4 * LINEAR_LAYER / total
+    result = set_drop_path(model, share, profile="constant", rate_is="expected_macs", input_size=Net.size)
+    assert result.rates == pytest.approx([0.25] * 4)
+
+
+def test_what_never_ran_in_training_saves_nothing() -> None:
+    class InEvaluation(Inner):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if self.training else super().forward(x)
+
+    model = Net(Inner(), InEvaluation()).train()
+    total = STEM + 2 * LINEAR_LAYER
+    assert drop_path_report(model, input_size=Net.size).compute_saved == pytest.approx(LINEAR_LAYER / total)
+    model(torch.randn(8, *Net.size))
+    report = drop_path_report(model, input_size=Net.size)
+    assert report.compute_saved == pytest.approx(0.5 * LINEAR_LAYER / total)
+    assert report.blocks[1].saved_share == 0.0
