@@ -16,10 +16,12 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ def describe_compiler() -> str | None:
     if compiler is None:
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=10).stdout
+        said = output_of([*compiler, "--version"], seconds=10)
         return said.decode(errors="replace").partition("\n")[0].strip() or None
     return None
 
@@ -137,8 +139,34 @@ def _compile() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="drop-path-zoo-") as folder:
         code, result = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         for step in ([*FLAGS, "-c", SOURCE, "-o", code], ["-shared", code, threads, "-lm", "-o", result]):
-            subprocess.run([*compiler, *step], check=True, capture_output=True, timeout=120)
+            output_of([*compiler, *step], seconds=120)
         return ctypes.CDLL(str(result))
+
+
+def output_of(command: Sequence[str | os.PathLike[str]], *, seconds: float) -> bytes:
+    """What a program writes to its standard output.
+
+    It runs in a session of its own: a compiler may be a script, whose children would outlive it.
+
+    Args:
+        command: The program and its arguments.
+        seconds: After which it is killed, with all that it started.
+
+    Raises:
+        OSError: It cannot be started.
+        subprocess.SubprocessError: It failed, or took longer; with what it wrote to standard error as `stderr`.
+    """
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with subprocess.Popen(command, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True) as process:
+        try:
+            said, complaints = process.communicate(timeout=seconds)
+        except BaseException:  # Ctrl-C too, which does not reach it there
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, said, complaints)
+    return said
 
 
 def _threads_of_torch() -> str | None:

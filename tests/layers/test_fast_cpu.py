@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -332,3 +333,34 @@ def test_the_compiler_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert fast_cpu.describe_compiler() is None and LIBRARY.__wrapped__() is None
+
+
+# it starts another program, says its id, and waits for it
+SCRIPT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open(sys.argv[1], "w").write(str(child.pid))
+child.wait()
+"""
+
+
+def test_a_compiler_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        fast_cpu.output_of([sys.executable, "-c", SCRIPT, tmp_path / "pid"], seconds=3)
+    stat = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    for _ in range(100):
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] == "Z":  # dead, and nobody has asked for it yet
+                return
+        except OSError:
+            return
+        time.sleep(0.05)
+    pytest.fail("its child goes on")
+
+
+def test_a_compiler_that_fails_says_why() -> None:
+    code = "import sys; print('x'); sys.stderr.write('because'); sys.exit(sys.stdin.read() == '')"
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        fast_cpu.output_of([sys.executable, "-c", code], seconds=60)
+    assert caught.value.stderr == b"because"
+    assert fast_cpu.output_of([sys.executable, "-c", "print('x')"], seconds=60) == b"x\n"
