@@ -16,7 +16,7 @@ from tuning import advice_command
 from tuning.config import StudyConfig, dump_study, json_schema, load_study
 from tuning.opening import check_base, check_folder, default_folder, describe_study, open_study, warn
 from tuning.units import forget_failures
-from tuning.worker import end_helpers, finish, share_of_threads, start_helpers, work
+from tuning.worker import end_helpers, finish, share_of_threads, start_helpers, stop_with, work
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json-schema", action="store_true", help="print the JSON schema of a study and stop")
     parser.add_argument("--dry-run", action="store_true", help="check all, print the plan, leave nothing behind")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one that --jobs started
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # by which process
     return parser.parse_intermixed_args(argv)
 
 
@@ -73,6 +74,8 @@ def search(study: StudyConfig, folder: Path, jobs: int, args: argparse.Namespace
         del setup
     opened = open_study(study, folder)
     if args.worker:
+        if args.parent is not None:
+            stop_with(args.parent)
         work(opened, bar=False)
         return 0
     print(plan, flush=True)
@@ -83,7 +86,8 @@ def search(study: StudyConfig, folder: Path, jobs: int, args: argparse.Namespace
         print(f"trying again {again} runs that failed")
     threads = share_of_threads(study, jobs)
     given = [*(["--config", str(args.config)] if args.config else []), *args.overrides]
-    command = [sys.executable, __file__, *given, "--output", str(folder), "--jobs", "1", "--worker"]
+    own = ["--jobs", "1", "--worker", "--parent", str(os.getpid())]
+    command = [sys.executable, __file__, *given, "--output", str(folder), *own]
     helpers = start_helpers(command, jobs - 1, threads=threads)
     stopped = "an error"
     try:

@@ -1,6 +1,7 @@
 """The command: its words, its exit codes, and a real study from one command."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def test_more_processes_than_cores_are_warned_of(config: Path, tmp_path: Path, m
         tune.main(["--config", str(config), "--output", str(tmp_path / "out"), "--jobs", "500", "search.trials=2"]) == 0
     )
     command, count = started
-    assert count == 499 and isinstance(command, list) and command[-1] == "--worker" and "search.trials=2" in command
+    assert count == 499 and isinstance(command, list) and "search.trials=2" in command
+    assert command[-3:] == ["--worker", "--parent", str(os.getpid())]
     assert re.search(r"warning: 500 processes share \d+ cores", capsys.readouterr().err)
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -280,6 +281,23 @@ def start_helpers(command: Sequence[str], count: int, *, threads: int | None) ->
     """
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     return [subprocess.Popen(command, env=environment) for _ in range(count)]
+
+
+def stop_with(parent: int) -> None:
+    """In a helper: it is told to stop, and saves what it does, when the process that started it is gone.
+
+    One that is killed ends nobody, and its helpers would work on, which who starts the study again does not expect.
+
+    Args:
+        parent: Its id.
+    """
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=look, name="parent", daemon=True).start()
 
 
 def end_helpers(helpers: Sequence[subprocess.Popen[bytes]], *, stop: bool) -> int:

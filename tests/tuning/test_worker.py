@@ -2,6 +2,8 @@
 
 import json
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -238,3 +240,26 @@ def test_a_study_in_use_for_long_is_told(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("tuning.opening.WAIT", 0.0)
     with one.alone(), pytest.raises(ConfigError, match="process"), one.alone():
         pass
+
+
+HELPER = """
+import os, sys, time
+from training.console import StopSignals
+from tuning.worker import stop_with
+with StopSignals() as signals:
+    stop_with(int(sys.argv[1]))
+    print("ready", flush=True)
+    while signals.received is None:
+        time.sleep(0.05)
+    print(signals.received, flush=True)
+"""
+MAIN = "import os, sys, time; from subprocess import Popen; Popen([*sys.argv[1:], str(os.getpid())]); time.sleep(60)"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals of POSIX")
+def test_a_helper_is_told_to_stop_when_the_main_process_is_killed() -> None:
+    command = [sys.executable, "-c", MAIN, sys.executable, "-c", HELPER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as main:
+        assert main.stdout is not None and main.stdout.readline() == "ready\n"
+        main.kill()
+        assert main.stdout.read() == "SIGTERM\n", "and its end, which closes the pipe"
