@@ -16,6 +16,9 @@ from layers.mlp import ActName
 from layers.norm import NormName
 from layers.token_mixers import TOKEN_MIXERS, TokenMixerName
 
+OTHER_NAMES = {"input_size": "image_size", "img_size": "image_size"}
+"""Words for our keys that are too far from them to be found as the nearest."""
+
 MOST = 2**20  # channels, positions, classes: above any model, below what overflows
 Size = Annotated[int, Field(ge=1, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -152,8 +155,10 @@ class MetaFormerConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_rates(cls, data: Any) -> Any:
+    def _no_other_keys(cls, data: Any) -> Any:
         for key in data if isinstance(data, dict) else ():
+            if key in OTHER_NAMES:
+                raise FieldError(key, f"unknown key; did you mean {OTHER_NAMES[key]!r}?")
             if key.startswith("drop_path"):
                 raise FieldError(
                     key,

@@ -435,6 +435,9 @@ def test_overrides_merge_into_sections():
     changed = override_config(config, {"head": {"order": "pool_norm"}, "depths": [1, 1, 1, 1]}, "test")
     assert (changed.head.order, changed.head.norm_eps, changed.depths) == ("pool_norm", 1e-3, [1, 1, 1, 1])
     assert config.head.order == "norm_pool"
+    for word in ("input_size", "img_size"):
+        with pytest.raises(ConfigError, match=f"^test: {word}: unknown key; did you mean 'image_size'"):
+            override_config(config, {word: 32}, "test")
     with pytest.raises(ConfigError, match=r"test: head\.ordr: unknown key; did you mean 'head\.order'"):
         override_config(config, {"head": {"ordr": "pool_norm"}}, "test")
 
