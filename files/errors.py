@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -49,10 +50,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine, or its GPU, had no more memory to give."""
+    told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's words on a CPU
+    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, on a GPU
+
+
+def wanted_memory(error: BaseException) -> str:
+    """What an error of `is_out_of_memory` says was asked for, in a line."""
+    if size := re.search(r"tried to allocate (\d+) bytes", str(error)):
+        return f"{int(size[1]) / 1e9:,.1f} GB were asked for at once"
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def run_command(command: Callable[[], int]) -> int:
     """Runs the work of a script and returns its exit code: its own, 2 after a ConfigError, 1 after a Failure.
 
-    Both are printed as `error: ...` to standard error. Any other error is a mistake of ours and passes, traceback and all.
+    Both are printed as `error: ...` to standard error, and so is a machine that is out of memory, which is a failure. Any
+    other error is a mistake of ours and passes, traceback and all.
     Ctrl-C ends it with code 130. Nobody has to listen: where standard output or error is closed, or the pipe's reader
     leaves, as `head` does, what is printed is dropped and the work goes on.
     """
@@ -62,6 +77,12 @@ def run_command(command: Callable[[], int]) -> int:
         except (ConfigError, Failure) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2 if isinstance(error, ConfigError) else 1
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"error: out of memory: {wanted_memory(error)}", file=sys.stderr)
+            print("use a smaller model, image size or batch, or a machine with more", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print("stopped by Ctrl-C", file=sys.stderr)
             return 130

@@ -1,13 +1,14 @@
 """create_model: a registered name or a YAML -> a model, with or without weights."""
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from files.errors import ConfigError
+from files.errors import ConfigError, Failure, is_out_of_memory, wanted_memory
 from layers.drop_path import MODES, Mode
 from layers.rates import check_choice, check_drop_prob
 from models.config import MetaFormerConfig, ModelFacts, make_pretrained_cfg, override_config
@@ -64,6 +65,7 @@ def create_model(
 
     Raises:
         ConfigError: An unknown name or key, a wrong value, or weights that do not fit; says what is allowed.
+        Failure: The model's weights do not fit into memory.
     """
     if pretrained and checkpoint is not None:
         raise ConfigError("pretrained=True and checkpoint are two sources of weights; give one")
@@ -74,15 +76,16 @@ def create_model(
     overrides |= {key: value for key, value in chosen.items() if value is not None}
     foreign = is_foreign(name)
     model: Any
-    if foreign:
-        drop_path_rate = _checked_rate(name, drop_path_rate, drop_path_mode)
-        model = build_foreign(str(name), overrides, pretrained=pretrained)
-    else:
-        config = _config(name, overrides)
-        try:
-            model = MetaFormer(config, 0.0 if drop_path_rate is None else drop_path_rate, drop_path_mode)
-        except ValueError as error:
-            raise ConfigError(f"model {name}: {error}") from None
+    with _memory_in_words(name):
+        if foreign:
+            drop_path_rate = _checked_rate(name, drop_path_rate, drop_path_mode)
+            model = build_foreign(str(name), overrides, pretrained=pretrained)
+        else:
+            config = _config(name, overrides)
+            try:
+                model = MetaFormer(config, 0.0 if drop_path_rate is None else drop_path_rate, drop_path_mode)
+            except ValueError as error:
+                raise ConfigError(f"model {name}: {error}") from None
     if class_names is not None:
         set_class_names(model, class_names)
 
@@ -104,6 +107,19 @@ def create_model(
         # the first says what was loaded; others are seen in plain Python too, where nobody has asked for messages
         logger.log(logging.WARNING if i else logging.INFO, line)
     return model
+
+
+@contextlib.contextmanager
+def _memory_in_words(name: object) -> Iterator[None]:
+    """A model that does not fit into memory as a line that names it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        overflows = "overflow" in str(error)  # sizes whose product is beyond all memory
+        if isinstance(error, Failure) or not (overflows or is_out_of_memory(error)):
+            raise
+        wanted = "more than can be counted" if overflows else wanted_memory(error)
+        raise Failure(f"model {name}: its weights do not fit into memory: {wanted}; use smaller sizes") from error
 
 
 def model_facts(name: str | Path | MetaFormerConfig, **arguments: Any) -> ModelFacts:

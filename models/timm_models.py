@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 from torchvision.ops import StochasticDepth
 
-from files.errors import ConfigError, nearest
+from files.errors import ConfigError, is_out_of_memory, nearest
+from models.config import OTHER_NAMES
 from models.published import through_hub
 from models.timm_facts import ImageFacts, foreign_facts, published_tags, size_argument, split_name
 from models.weights import check_dense, misfits
@@ -61,6 +62,8 @@ def build_foreign(name: str, arguments: Mapping[str, Any], *, pretrained: bool =
             raise _argument_error(name, base, library, error.__cause__) from None
         raise
     except Exception as error:  # somebody's constructor may raise anything
+        if is_out_of_memory(error):  # no argument's fault
+            raise
         raise _argument_error(name, base, library, error) from None
     cfg = facts.pretrained_cfg
     setattr(model, "pretrained_cfg", cfg)  # noqa: B010  (as attributes, pyright takes them for modules)
@@ -159,7 +162,8 @@ def _argument_error(name: str, base: str, library: str, error: BaseException) ->
     if not unknown:
         return ConfigError(f"model {name}: cannot be built so: {type(error).__name__}: {said}")
     known = [*ImageFacts.model_fields, "drop_path_rate", *_arguments_of(unknown[1], _entry(library, base))]
-    return ConfigError(f"model {name}: unknown argument {unknown[2]!r}{nearest(unknown[2], known)}")
+    hint = f"; did you mean {OTHER_NAMES[unknown[2]]!r}?" if unknown[2] in OTHER_NAMES else nearest(unknown[2], known)
+    return ConfigError(f"model {name}: unknown argument {unknown[2]!r}{hint}")
 
 
 def _entry(library: str, base: str) -> Callable[..., Any]:

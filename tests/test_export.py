@@ -317,3 +317,32 @@ def test_blocks_that_cannot_be_dropped(words: str, told: str, best, tmp_path: Pa
     arguments = ("--checkpoint", best[0], "--format", "zoo", "--output", "out", "--drop-blocks", words)
     code, _, err = run(*arguments, cwd=tmp_path)
     assert code == 2 and told in err and len(err.splitlines()) <= 3 and not (tmp_path / "out").exists()
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))  # 69 GB, so that no machine gives more, whatever it has
+import export
+sys.exit(export.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory that is kept")
+@pytest.mark.parametrize("words", [("caformer_n4", "dims=[262144,262144]"), ("timm/test_vit", "embed_dim=262144")])
+def test_a_model_that_does_not_fit_into_memory_costs_a_line(words: tuple[str, str], tmp_path: Path) -> None:
+    name, size = words
+    command = [
+        sys.executable,
+        "-c",
+        LIMITED,
+        "--model",
+        name,
+        size,
+        "--format",
+        "zoo",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    told = f"error: model {name}: its weights do not fit into memory: "
+    assert done.returncode == 1 and done.stderr.startswith(told) and len(done.stderr.splitlines()) == 1, done.stderr

@@ -4,10 +4,8 @@ import errno
 import os
 from pathlib import Path
 
-import torch
-
 from files.durable import CheckpointError
-from files.errors import ConfigError, Failure
+from files.errors import ConfigError, Failure, is_out_of_memory, wanted_memory
 from training.data.dataset import ReadError
 from training.data.skipping import lost_worker
 from training.distributed import World
@@ -42,9 +40,9 @@ def explain(error: Exception, world: World, folder: Path | None) -> Failure | Co
     lost = lost_worker(error) if isinstance(error, RuntimeError) else None
     if lost is not None:
         return ReadError(lost)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return Failure(
-            f"out of memory on {world.device}: {str(error).splitlines()[0][:200] if str(error) else 'MemoryError'}\n"
+            f"out of memory on {world.device}: {wanted_memory(error)}\n"
             f"lower data.batch_size (and raise optim.accumulate as much); {GO_ON}"
         )
     if isinstance(error, ValueError) and str(error).startswith(_ONE_VALUE):
@@ -56,11 +54,6 @@ def explain(error: Exception, world: World, folder: Path | None) -> Failure | Co
         where = f": {error.filename}" if error.filename else ""
         return Failure(f"{error.strerror or error}{where}\n{GO_ON}")
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's words on a CPU
-    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _is_below(name: object, folder: Path | None) -> bool:

@@ -7,7 +7,18 @@ import sys
 import pytest
 
 from files.durable import CheckpointError
-from files.errors import ConfigError, Failure, LastingStream, lasting_output, nearest, one_line, printable, run_command
+from files.errors import (
+    ConfigError,
+    Failure,
+    LastingStream,
+    is_out_of_memory,
+    lasting_output,
+    nearest,
+    one_line,
+    printable,
+    run_command,
+    wanted_memory,
+)
 from models.export import ExportError
 
 
@@ -43,6 +54,27 @@ def test_our_own_mistakes_are_not_hidden() -> None:
 def test_nearest() -> None:
     assert nearest("cosin", ["linear", "cosine"]) == "; did you mean 'cosine'?"
     assert nearest("zzz", ["linear", "cosine"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes."),
+         "4,000.0 GB were asked for at once"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried\nmore"), "CUDA out of memory. Tried"),
+        (MemoryError(), "MemoryError"),
+    ],
+)  # fmt: skip
+def test_a_machine_without_memory_costs_two_lines(
+    error: Exception, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> int:
+        raise error
+
+    assert run_command(fails) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"error: out of memory: {told}" and said[1].startswith("use a smaller model") and len(said) == 2
+    assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("memory")) and wanted_memory(error) == told
 
 
 def test_ctrl_c_costs_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,6 +185,7 @@ def test_torchvisions_have_a_classifier_that_can_be_replaced(name: str) -> None:
         ("torchvision/swin_t", {"drop_path_prob": 0.3}, "'drop_path_prob'; did you mean 'drop_path_rate'"),
         ("timm/vit_tiny_patch16_224", {"num_head": 3}, "unknown argument 'num_head'; did you mean 'num_heads'"),
         ("torchvision/resnet18", {"wdth": 3}, "unknown argument 'wdth'"),
+        ("timm/test_resnet", {"input_size": 32}, "unknown argument 'input_size'; did you mean 'image_size'?"),
         ("timm/convnext_atto", {"depths": "a"}, "cannot be built so: TypeError"),
         ("torchvision/vit_b_16", {"image_size": [32, 64]}, "takes square images only"),
     ],

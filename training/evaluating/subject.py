@@ -13,7 +13,7 @@ import timm
 import torch
 
 from files.durable import nearest_beside, settled
-from files.errors import ConfigError
+from files.errors import ConfigError, is_out_of_memory, wanted_memory
 from files.outputs import Kept
 from models.config import MOST, MetaFormerConfig
 from models.export import count_classes
@@ -276,6 +276,8 @@ def _check_size(model: Any, text: str) -> None:
             model(torch.zeros(1, *shape))
     except Exception as error:  # somebody's model may raise anything
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if is_out_of_memory(error):
+            said = f"out of memory: {wanted_memory(error)}"
         size = " x ".join(map(str, shape[1:]))
         raise ConfigError(f"--image-size: {text} takes no images of {size} pixels: {said}") from None
 
