@@ -131,7 +131,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def nearest_beside(path: Path) -> str:
-    """A suggestion from the names beside a path that does not exist."""
+    """A suggestion from the names beside a path that does not exist; or that it is a link whose target does not."""
+    if os.path.islink(path):
+        return ", only a link that leads nowhere"
     with contextlib.suppress(OSError):
         return nearest(path.name, [entry.name for entry in path.parent.iterdir()])
     return ""

@@ -169,6 +169,8 @@ def check_output(fmt: Format, output: Path, *, force: bool) -> None:
 
 def _check_place(output: Path, *, told: Path) -> None:
     """Finds out whether something can be written beside an output, and leaves nothing behind."""
+    if os.path.islink(output):
+        raise ConfigError(f"--output {told}: cannot be written: a link that leads in a circle")
     missing = [folder for folder in output.parents if not os.path.lexists(folder)]
     temp = output.with_name(f".tmp-{output.name}")
     try:

@@ -226,13 +226,18 @@ def test_a_folded_export_is_not_exported_again(best, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("output", "told"),
-    [("file/out", "not all of its folders are folders"), ("n" * 255, "File name too long")],
+    [
+        ("file/out", "not all of its folders are folders"),
+        ("n" * 255, "File name too long"),
+        ("loop", "a link that leads in a circle"),
+    ],
 )
 def test_an_unwritable_place_is_told_before_the_weights_are_read(output: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
     code, _, err = run("--checkpoint", "nowhere", "--format", "folded", "--output", output, cwd=tmp_path)
     assert (code, err) == (2, f"error: --output {output}: cannot be written: {told}\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 
 def test_missing_folders_are_made_only_for_an_export(best, tmp_path: Path) -> None:

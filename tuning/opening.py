@@ -1,8 +1,10 @@
 """A study before it begins: its folder, what it starts with, and all that can be found wrong before anything is trained."""
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -174,11 +176,12 @@ def check_folder(study: StudyConfig, path: Path) -> None:
     """Refuses a folder that this study cannot go to; writes nothing.
 
     Raises:
-        ConfigError: It holds a study of another config, or something else, or is no folder.
+        ConfigError: It holds a study of another config, or something else, or is no folder, or cannot be written.
     """
     folder = StudyFolder(path)
     try:
         _refuse_other(folder)
+        _refuse_unwritable(path)
     except OSError as error:
         raise ConfigError(f"cannot write to {path}: {error.strerror}; choose another --output") from None
     _check_same(study, folder)
@@ -191,6 +194,16 @@ def _refuse_other(folder: StudyFolder) -> None:
         own = (folder.journal.name, folder.train.name, folder.decisions.name, ".tmp-")
         if not all(name.startswith(own) for name in held):
             raise ConfigError(f"{folder.path} is not empty and holds no study; choose another --output")
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Raises what making the folder and writing to it would; makes nothing, since others may be at work there."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
+    effective = os.access in os.supports_effective_ids
+    if not os.path.isdir(there):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=effective):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _make(folder: StudyFolder) -> None:

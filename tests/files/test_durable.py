@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from files.durable import CheckpointError, publish, save_text, settled, tidy, together, write_durably
+from files.durable import CheckpointError, nearest_beside, publish, save_text, settled, tidy, together, write_durably
 
 
 def names(folder: Path) -> list[str]:
@@ -115,3 +115,11 @@ def test_a_stage_fails_on_all_ranks_when_it_fails_on_one(tmp_path):
     with pytest.raises(CheckpointError, match="another rank failed"), together(lambda failed: True, tmp_path):
         pass
     assert told == [False, True]
+
+
+def test_what_is_beside_a_path_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    assert nearest_beside(tmp_path / "weight.pth") == "; did you mean 'weights.pth'?"
+    assert nearest_beside(tmp_path / "link") == ", only a link that leads nowhere"
+    assert nearest_beside(tmp_path / "no" / "where") == ""

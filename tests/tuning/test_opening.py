@@ -78,6 +78,13 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     for check in (lambda: opened(tmp_path), lambda: check_folder(study(tmp_path), out)):
         with pytest.raises(ConfigError, match=r"cannot write to .*choose another --output"):
             check()
+    (tmp_path / "loop").symlink_to("loop")
+    for place in (out / "a" / "b", tmp_path / "loop"):  # a dry run says what the study would
+        for look in (check_folder, open_study):
+            with pytest.raises(ConfigError, match=r"cannot write to .*choose another --output"):
+                look(study(tmp_path), place)
+    check_folder(study(tmp_path), tmp_path / "new" / "study")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_study_that_was_killed_while_it_was_made_is_made(tmp_path: Path) -> None:
