@@ -49,7 +49,7 @@ def test_standard_input_with_a_path_that_is_gone(
     said = capsys.readouterr()
     assert said.out.startswith("path,class_1,probability_1\n") and said.out.count("\n") == 2
     assert "gone.png': No such file or directory\n" in said.err and said.err.endswith(
-        "1 of 2 images could not be read\n"
+        "1 of 2 images have no prediction\n"
     )
 
 

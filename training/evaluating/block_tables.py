@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from files.durable import save_text
 from files.errors import Failure
 from training.evaluating.blocks import FLOOR, BlockStudy, Row
-from training.evaluating.results import csv_text
+from training.evaluating.results import csv_text, json_text
 from training.metrics import evaluation_metrics
 
 _POINT = 1.0
@@ -105,9 +104,10 @@ def sentence(study: BlockStudy) -> str:
         return f"no block can go for {_POINT:g} point of top-1 on {study.selected_on} or less"
     row = chosen_on[-1]
     words = ",".join(str(next(b.number for b in study.blocks if b.name == name)) for name in row.removed)
+    change = 0.0 - _lost(whole, row)  # and not -0.00
     on = "" if study.optimistic else f" and {_points(row, top1)} on {study.split}"
     return (
-        f"{_count(row)} can go for {_POINT:g} point of top-1 or less ({-_lost(whole, row):+.2f} on {study.selected_on}{on})"
+        f"{_count(row)} can go for {_POINT:g} point of top-1 or less ({change:+.2f} on {study.selected_on}{on})"
         f"{_speed(row)}: --drop-blocks {words}"
     )
 
@@ -168,7 +168,7 @@ def write_study(study: BlockStudy, folder: Path) -> None:
         "warning": optimism(study) or None,
         "notes": list(study.notes),
     }
-    save_text(folder / "blocks.json", json.dumps(facts, indent=2) + "\n")
+    save_text(folder / "blocks.json", json_text(facts))
     flat = [_flat(row) for row in rows]
     save_text(folder / "blocks.csv", csv_text(list(flat[0]), [list(row.values()) for row in flat]))
     draw_study(study, folder / "blocks.png")

@@ -60,7 +60,7 @@ def predict(request: PredictRequest, wanted: Wanted) -> int:
     """Predicts, and writes each row as it comes.
 
     Returns:
-        The exit code: 1 where an image could not be read.
+        The exit code: 1 where an image has no prediction.
 
     Raises:
         ConfigError: Whatever was given that cannot work; nothing was written then.
@@ -106,7 +106,7 @@ def predict(request: PredictRequest, wanted: Wanted) -> int:
             file=sys.stderr,
         )
     if unread:
-        print(f"error: {unread:,} of {len(plan.paths):,} images could not be read", file=sys.stderr)
+        print(f"error: {unread:,} of {len(plan.paths):,} images have no prediction", file=sys.stderr)
     return 1 if unread else 0
 
 

@@ -79,7 +79,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class NoPrediction:
-    """An image that could not be read."""
+    """An image that could not be read, or for which the model gives no finite outputs."""
 
     path: str
     reason: str
@@ -232,6 +232,9 @@ class Predictor:
                         logits = self.model(images)
                     best = logits.float().softmax(dim=1).topk(self.plan.topk, dim=1)
                     for i, classes, values in zip(indices, best.indices.tolist(), best.values.tolist(), strict=True):
+                        if math.isnan(values[0]):
+                            rows[i] = NoPrediction(self.plan.paths[i], "the model's outputs are not finite numbers")
+                            continue
                         names = [self.plan.class_names[c] for c in classes]
                         rows[i] = Prediction(self.plan.paths[i], names, values)
                 yield from (rows[i] for i in sorted(rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import math
 import os
 import re
 import textwrap
@@ -250,7 +251,7 @@ def write_details(evaluation: Evaluation, folder: Path) -> None:
     except OSError as error:
         raise Failure(f"{folder}: cannot be made: {error.strerror}") from None
     per_class = per_class_rows(evaluation)
-    save_text(folder / "metrics.json", json.dumps(_facts(evaluation, per_class), indent=2) + "\n")
+    save_text(folder / "metrics.json", json_text(_facts(evaluation, per_class)))
     header = ("class", "samples", "recall", "precision", "f1")
     save_text(folder / "per_class.csv", csv_text(header, [[row[key] for key in header] for row in per_class]))
     save_text(folder / "mistakes.csv", csv_text(*_mistakes(evaluation)))
@@ -312,6 +313,19 @@ def _mistakes(evaluation: Evaluation) -> tuple[Sequence[str], list[list[Any]]]:
         for m in evaluation.per_sample.mistakes(source.targets)
     ]
     return ("path", "label", "prediction", "probability", "label_probability"), rows
+
+
+def json_text(content: Any) -> str:
+    """Content as JSON, with null for numbers that are not finite: JSON has none."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
 def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -107,8 +107,8 @@ class Evidence(_Part):
 
     @property
     def wrong(self) -> int:
-        """Samples that were not recognised."""
-        return sum(count for label, prediction, count in self.pairs if label != prediction)
+        """Samples that were not recognised; those without a prediction are in no pair."""
+        return self.samples - sum(count for label, prediction, count in self.pairs if label == prediction)
 
     def calibration(self) -> tuple[float, float, float]:
         """ECE, mean confidence and accuracy, in percent; NaN without samples."""

@@ -91,3 +91,8 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(Failure, match="cannot be made"):
         write_study(study("greedy", GREEDY), tmp_path / "file" / "out")
+
+
+def test_nothing_lost_is_no_negative_number() -> None:
+    rows = [row(top1=92.0, selection=93.0), row("a.1", top1=92.0, selection=93.0)]
+    assert "1 point of top-1 or less (+0.00 on val and +0.00 on test)" in sentence(study("greedy", rows))

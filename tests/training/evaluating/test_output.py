@@ -39,7 +39,7 @@ def test_what_cannot_be_read_makes_the_exit_code_1(
     assert predict(request(timm_weights, tmp_path / "bad.png", photos / "aster"), Wanted("csv")) == 1
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 5 and "bad.png" not in said.out
-    assert f"skipped: '{tmp_path / 'bad.png'}': " in said.err and "1 of 5 images could not be read" in said.err
+    assert f"skipped: '{tmp_path / 'bad.png'}': " in said.err and "1 of 5 images have no prediction" in said.err
     assert predict(request(timm_weights, tmp_path / "bad.png"), Wanted("json", contact_sheet=tmp_path / "s.png")) == 1
     said = capsys.readouterr()
     assert json.loads(said.out) == [] and "nothing to draw" in said.err and not (tmp_path / "s.png").exists()

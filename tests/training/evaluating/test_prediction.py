@@ -77,6 +77,15 @@ def test_what_cannot_be_read_is_named_in_its_place(
     assert "no format that Pillow reads" in reasons[0] and reasons[1] == "No such file or directory"
 
 
+def test_outputs_that_are_not_finite_are_no_prediction(timm_weights: Path, photos: Path) -> None:
+    ready = predictor(timm_weights, photos / "aster")
+    with torch.no_grad():
+        for parameter in ready.model.parameters():
+            parameter.fill_(float("nan"))
+    rows = list(ready.predictions())
+    assert rows and all(isinstance(row, NoPrediction) and "not finite" in row.reason for row in rows)
+
+
 def test_more_classes_than_there_are(timm_weights: Path, photos: Path) -> None:
     plan = predictor(timm_weights, photos, topk=9).plan
     assert plan.topk == 3 and plan.class_names == FLOWERS and "--topk 9: the model has 3 classes" in plan.notes[0]

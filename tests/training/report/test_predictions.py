@@ -32,6 +32,11 @@ def test_what_follows_from_the_counts() -> None:
     assert told.calibration() == pytest.approx((100 * (1.0 + 1.5) / 20, 72.5, 60))
 
 
+def test_what_has_no_prediction_is_wrong() -> None:
+    told = Evidence.model_validate(COUNTS | {"samples": 25})
+    assert told.wrong == 13
+
+
 def test_without_samples() -> None:
     told = Evidence.model_validate(COUNTS | {"pairs": [], "bins": [], "samples": 0})
     assert told.per_class() == told.worst_pairs(3) == told.weakest(3) == [] and told.wrong == 0
