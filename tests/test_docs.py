@@ -30,6 +30,7 @@ from training.config import DEFAULT_CONFIG, TrainConfig, load_config
 from training.evaluating.blocks import parse_wanted
 from training.evaluating.corruptions import CORRUPTIONS
 from training.evaluating.part import find_data
+from training.run import COMPARED, FREE_TO_CHANGE
 from tuning import advice_command
 from tuning.config import load_study
 
@@ -345,3 +346,10 @@ def test_names_and_links() -> None:
 PAGE_WORDS = {"num_classes", "in_chans", "drop_path_rate", "drop_path_mode", "img_size", "checkpoint_path", "to_timm",
               "from_timm", "global_pool", "head_dim", "class_names", "label_names", "num_heads",
               "drop_rate", "image_size", "crop_pct", "pretrained_cfg", "set_drop_path"}  # fmt: skip
+
+
+def test_what_may_change_on_a_resume_is_all_told() -> None:
+    (told,) = re.findall(r"\*\*What may change\.\*\*(.*?)\n\nWith ", TEXTS["docs/training.md"], flags=re.DOTALL)
+    keys = {f"{section}.{key}" for section, free in FREE_TO_CHANGE.items() for key in free} - {"data.class_names"}
+    assert keys == set(re.findall(r"`((?:data|runtime|optim|distill|early_stopping)\.\w+)`", told))
+    assert set(TrainConfig.model_fields) - set(COMPARED) == {"checkpoint", "log"}, "sections that are told of"
