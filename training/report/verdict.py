@@ -152,9 +152,12 @@ def decisions(run: Run) -> list[Decision]:
 def _good_enough(run: Run) -> str:
     words = []
     if not math.isnan(run.most_frequent):
-        beats = "beats" if run.final_top1 > run.most_frequent else "does not beat"
+        low = interval(run.final_top1, run.val_samples)[0] if run.val_samples else run.final_top1
+        beats = "beats it" if low > run.most_frequent else "does not beat it"
+        if low <= run.most_frequent < run.final_top1:
+            beats = "is above it by no more than chance may give"
         guess = format_percent(run.most_frequent, 1)
-        words.append(f"Always naming the most frequent class gives {guess}; the model {beats} it.")
+        words.append(f"Always naming the most frequent class gives {guess}; the model {beats}.")
     if run.val_samples:
         low, high = interval(run.final_top1, run.val_samples)
         words.append(f"Runs that differ by less than about {(high - low) / 2:.1f} points cannot be told apart here.")

@@ -128,3 +128,13 @@ def test_a_model_that_has_diverged_is_not_good(course) -> None:
     assert verdict(run).endswith("of a model whose outputs are not finite.")
     (told,) = decisions(run)
     assert told.question == "Good enough?" and told.answer.startswith("No: its validation loss is no finite number")
+
+
+@pytest.mark.parametrize(
+    ("top1", "told"),
+    [(9.0, "does not beat it"), (10.0, "does not beat it"), (12.0, "is above it by no more than chance may give"),
+     (20.0, "beats it")],
+)  # fmt: skip
+def test_what_chance_may_give_is_no_success(course, top1: float, told: str) -> None:
+    run = course(4, falling, lambda e: 2.0, lambda e: top1)
+    assert f"gives 10.0\u00a0%; the model {told}." in dict(decisions(run))["Good enough?"]
