@@ -22,6 +22,7 @@ from training.checkpoint import latest_checkpoint
 from training.config import load_config
 from training.console import StopSignals
 from training.data.dataset import ReadError
+from training.data.loading import end_workers
 from training.distributed import World
 from training.loop import Stepped, dry_run, train, train_step, validate
 from training.non_finite import NonFiniteError
@@ -220,7 +221,11 @@ def run(folder: Path, *overrides: str, resume: bool = False) -> tuple[Setup, dic
     checkpoint = latest_checkpoint(run_folder.checkpoints) if resume else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "write_report", lambda _: None)  # its pictures take longer than all the rest
-        return setup, train(setup, run_folder, checkpoint)
+        try:
+            return setup, train(setup, run_folder, checkpoint)
+        finally:
+            for loader in (setup.train_loader, setup.val_loader):
+                end_workers(loader)  # as run() does; the garbage collector would wait for each
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
