@@ -372,13 +372,32 @@ def graft(model: nn.Module) -> None:
             holder.__dict__.pop(attribute, None)
             grafted.train(child.training if child is not None else owner.module.training)
             setattr(holder, attribute, grafted)
+            _apply_after(owner, key)
             new = True
-            if end := key.removeprefix("drop_path_") if branch_ends(owner.module) else "":
-                last = owner.module.get_submodule(end)
-                if not any(isinstance(hook, ApplyAfter) for hook in last._forward_hooks.values()):
-                    last.register_forward_hook(ApplyAfter(owner.module, key))
         if new:
             take_off_hooks(owner)
+
+
+def apply_again(model: nn.Module) -> None:
+    """Finds the ends of branches again whose last module somebody has replaced, as converting batch norms does."""
+    for owner in find_owners(model):
+        if any([_apply_after(owner, key) for key, slot in owner.slots.items() if isinstance(slot, GraftedDropPath)]):
+            take_off_hooks(owner)
+
+
+def _apply_after(owner: Owner, key: str) -> bool:
+    """Has a slot called behind its branch, in a block without a place of its own for stochastic depth.
+
+    Returns:
+        Whether it was not yet.
+    """
+    if not branch_ends(owner.module):
+        return False
+    last = owner.module.get_submodule(key.removeprefix("drop_path_"))
+    if any(isinstance(hook, ApplyAfter) for hook in last._forward_hooks.values()):
+        return False
+    last.register_forward_hook(ApplyAfter(owner.module, key))
+    return True
 
 
 def take_off_hooks(owner: Owner) -> None:

@@ -21,7 +21,7 @@ from stochastic_depth.blocks import (
     unwrap,
 )
 from stochastic_depth.compute import count_macs
-from stochastic_depth.graft import GraftedDropPath, graft, grafted, is_applied
+from stochastic_depth.graft import GraftedDropPath, apply_again, graft, grafted, is_applied
 from stochastic_depth.places import functions, is_foreign
 from stochastic_depth.probe import mark_applied
 from stochastic_depth.proof import convert_to_skip
@@ -127,6 +127,7 @@ def _prepare(model: nn.Module, input_size: Sequence[int] | None) -> list[Block]:
         ValueError: There is one that is given something else than samples.
     """
     inner = unwrap(model)
+    apply_again(inner)
     if is_foreign(inner) or functions(inner):  # which are refused
         graft(inner)
         _try_out(mark_applied, inner, input_size)

@@ -159,3 +159,21 @@ def test_places_may_be_lists_and_may_be_gone() -> None:
     residual.drop_path = None
     with pytest.warns(UserWarning, match="drop_path of a Residual"):
         assert standing.replaced()
+
+
+@pytest.mark.parametrize("mode", ["mask", "skip"])
+def test_batch_norms_converted_afterwards_are_found_again(mode: str) -> None:
+    """torch puts synchronised batch norms into the place of those that called the drop-path modules."""
+    model = torchvision_model("resnet18").train()
+    set_drop_path(model, 0.5, profile="constant", mode=mode, input_size=SIZE)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for _ in range(2):
+        set_drop_path(model, 0.5, profile="constant", input_size=SIZE)
+        hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+        assert sum(isinstance(hook, ApplyAfter) for hook in hooks) == 8
+    for norm in model.modules():
+        if isinstance(norm, nn.SyncBatchNorm):
+            norm.eval()  # on a CPU it takes no statistics
+    model(torch.randn(8, *SIZE))
+    counts = [(module.samples_seen, module.samples_dropped) for module in grafted(model)]
+    assert len(counts) == 8 and all(seen == 8 for seen, _ in counts) and sum(dropped for _, dropped in counts) > 0
