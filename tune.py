@@ -13,7 +13,7 @@ from pathlib import Path
 
 from files.errors import ConfigError, run_command
 from tuning import advice_command
-from tuning.config import StudyConfig, dump_study, json_schema, load_study
+from tuning.config import MOST_JOBS, StudyConfig, dump_study, json_schema, load_study
 from tuning.opening import check_base, check_folder, default_folder, describe_study, open_study, warn
 from tuning.units import forget_failures
 from tuning.worker import end_helpers, finish, share_of_threads, start_helpers, stop_with, work
@@ -52,8 +52,8 @@ def tune(args: argparse.Namespace) -> int:
         return 0
     study = load_study(args.config, args.overrides)
     jobs = study.tune.jobs if args.jobs is None else args.jobs
-    if not 1 <= jobs <= 1024:
-        raise ConfigError(f"--jobs: must be from 1 to 1024, got {jobs}")
+    if not 1 <= jobs <= MOST_JOBS:
+        raise ConfigError(f"--jobs: must be from 1 to {MOST_JOBS}, got {jobs}")
     folder = args.output or default_folder(study)
     if args.print_config:
         print(dump_study(study.tune), end="")

@@ -1,4 +1,4 @@
-"""What a command is told to write must not lie where something lies that it was given."""
+"""Where a command may write: not where it cannot, nor where something lies that it was given."""
 
 import os
 from collections.abc import Iterable
@@ -31,6 +31,11 @@ def refuse_overwriting(told: str, path: Path, kept: Iterable[Kept]) -> None:
             continue
         if os.path.samestat(there, other):
             raise ConfigError(f"{told}: {what}; name another place")
+
+
+def may_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, as far as its permissions tell."""
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def is_same(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:

@@ -25,7 +25,8 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 Depth = Annotated[int, Field(ge=1, le=10_000)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(ge=-1e6, le=1e6)]
-CropShare = Annotated[float, Field(ge=0.01, le=1)]
+LEAST_CROP = 0.01
+CropShare = Annotated[float, Field(ge=LEAST_CROP, le=1)]
 T = TypeVar("T")
 
 

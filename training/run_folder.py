@@ -20,6 +20,7 @@ import torch
 from files.durable import save_text
 from files.errors import ConfigError, nearest
 from files.lock import LOCK
+from files.outputs import may_write
 from layers.fast_cpu import describe_compiler
 from training.distributed import World
 from training.metrics import METRICS
@@ -63,6 +64,11 @@ class RunFolder:
         self.report = path / "report.html"
         self.wandb = path / "wandb.json"
 
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        """What of it is a folder; all else is a file."""
+        return self.checkpoints, self.best, self.tensorboard
+
     def holds_run(self) -> bool:
         """Whether a run was started here."""
         return os.path.exists(self.config)  # false, no error, behind a folder that may not be entered
@@ -70,7 +76,7 @@ class RunFolder:
     def own_files(self) -> list[Path]:
         """The files that a run is made of, there or not; what else lies in the folder is somebody else's."""
         files = [path for path in vars(self).values() if path != self.path]
-        for folder in (self.checkpoints, self.best, self.tensorboard):
+        for folder in self._folders:
             files += [Path(place, name) for place, _, names in os.walk(folder) for name in names]
         return files
 
@@ -116,15 +122,13 @@ class RunFolder:
         Raises:
             ConfigError: One of its folders is a file, or one of its files a folder, or no checkpoint can be written.
         """
-        folders = (self.checkpoints, self.best, self.tensorboard)
         for path in vars(self).values():
             if path == self.path or not os.path.exists(path):
                 continue
-            wanted = "folder" if path in folders else "file"
+            wanted = "folder" if path in self._folders else "file"
             if os.path.isdir(path) != (wanted == "folder"):
                 raise ConfigError(f"{path} is no {wanted}, as a run needs it; move it away, or choose another --output")
-        effective = os.access in os.supports_effective_ids
-        if self.checkpoints.is_dir() and not os.access(self.checkpoints, os.W_OK, effective_ids=effective):
+        if self.checkpoints.is_dir() and not may_write(self.checkpoints):
             raise ConfigError(f"cannot write to {self.checkpoints}; choose another --output")
 
     def probe(self, *, fresh: bool) -> None:

@@ -38,6 +38,7 @@ from training.section import Section
 
 DEFAULT_CONFIG: Path = CONFIGS / "tune" / "digits.yaml"
 DEFAULT_TRIALS = 12
+MOST_JOBS = 1024
 Number = int | float
 Start = Literal["zero", "published", "advice"]
 
@@ -177,7 +178,7 @@ class TuneConfig(Section):
         description="Where Optuna keeps the trials: any URL it takes, as in postgresql://host/name. Default: a journal "
         "file in the folder of the study.",
     )
-    jobs: int = Field(default=1, ge=1, le=1024, description="Processes on this machine, which share its cores.")
+    jobs: int = Field(default=1, ge=1, le=MOST_JOBS, description="Processes on this machine, which share its cores.")
 
     @field_validator("space")
     @classmethod

@@ -14,6 +14,7 @@ from typing import Any
 from files.durable import save_text
 from files.errors import ConfigError
 from files.lock import LOCK, locked
+from files.outputs import may_write
 from files.strict_yaml import load_yaml, validate
 from training.config import TrainConfig, dump_config
 from training.distributed import init_world
@@ -199,10 +200,9 @@ def _refuse_other(folder: StudyFolder) -> None:
 def _refuse_unwritable(path: Path) -> None:
     """Raises what making the folder and writing to it would; makes nothing, since others may be at work there."""
     there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
-    effective = os.access in os.supports_effective_ids
     if not os.path.isdir(there):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=effective):
+    if not may_write(there):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 

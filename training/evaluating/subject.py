@@ -15,7 +15,7 @@ import torch
 from files.durable import nearest_beside, settled
 from files.errors import ConfigError, is_out_of_memory, wanted_memory
 from files.outputs import Kept
-from models.config import MOST, MetaFormerConfig
+from models.config import LEAST_CROP, MOST, MetaFormerConfig
 from models.export import count_classes
 from models.factory import create_model, model_facts, set_class_names
 from models.loading import known_section, trained_config, trained_foreign
@@ -53,8 +53,8 @@ class Choice:
     def __post_init__(self) -> None:
         if self.image_size is not None and not 1 <= self.image_size <= MOST:
             raise ConfigError(f"--image-size: must be from 1 to {MOST} pixels, got {self.image_size}")
-        if self.crop_pct is not None and not 0.01 <= self.crop_pct <= 1:
-            raise ConfigError(f"--crop-pct: must be in [0.01, 1], got {self.crop_pct:g}")
+        if self.crop_pct is not None and not LEAST_CROP <= self.crop_pct <= 1:
+            raise ConfigError(f"--crop-pct: must be in [{LEAST_CROP}, 1], got {self.crop_pct:g}")
         if self.checkpoint == "best" and not self.ema:
             raise ConfigError("--no-ema takes the raw weights of the newest checkpoint; leave out --checkpoint best")
 
