@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.branches import batch_norms, held_modules, left_alone, masked_compiled, samples_to_compute
+from layers.counts import SampleCounts
 from layers.draw import Draw, per_sample
 from layers.mlp import Mlp
 from layers.rates import check_choice, check_drop_prob
@@ -136,14 +137,10 @@ class DropPath(nn.Module):
         self.scale_by_keep = scale_by_keep
         # The effective rate lives in a plain 0-dim CPU tensor: compiled code reads it as an input, so changing it
         # recompiles nothing (a Python float would), and it is no buffer, so state_dict, casts, meta construction,
-        # EMA and export never see it.
-        # Sample counts for the report. Tensors for the same reason; `_kept_by_mask` sits where the mask is drawn.
-        with torch.inference_mode(False):  # all of them are changed in place, in any mode
+        # EMA and export never see it. Eager code reads the number.
+        with torch.inference_mode(False):  # it is changed in place, in any mode
             self._rate = torch.zeros((), dtype=torch.float64, device="cpu")
-            self._seen = torch.zeros((), dtype=torch.int64, device="cpu")
-            self._kept = torch.zeros((), dtype=torch.int64, device="cpu")
-            self._kept_by_mask = torch.zeros((), dtype=torch.int64, device="cpu")
-            self._computed = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._counts = SampleCounts()  # for the report
         self._multiplier = 1.0
         self._drop_prob = check_drop_prob(drop_prob)
         if not isinstance(kind, str):
@@ -226,61 +223,45 @@ class DropPath(nn.Module):
 
     def reset_counts(self) -> None:
         """Forgets the draws made so far."""
-        self.set_counts(0, 0, 0)
+        self._counts.set(0, 0, 0)
 
     def set_counts(self, seen: int, dropped: int, computed: int) -> None:
         """Goes on from draws that were made elsewhere."""
-        self._kept_by_mask.zero_()
-        for count, value in ((self._seen, seen), (self._kept, seen - dropped), (self._computed, computed)):
-            count.fill_(value)
+        self._counts.set(seen, dropped, computed)
 
     @property
     def samples_seen(self) -> int:
         """Samples drawn for in training since `reset_counts`."""
-        return int(self._seen)
+        return self._counts.samples_seen()
 
     @property
     def samples_dropped(self) -> int:
         """Samples dropped in training since `reset_counts`. On an accelerator, reading it waits for the device."""
-        return int(self._seen) - int(self._kept) - int(self._kept_by_mask)
+        return self._counts.samples_dropped()
 
     @property
     def samples_computed(self) -> int:
         """Samples that the branch ran on in training since `reset_counts`, kept or not: what is masked is computed."""
-        return int(self._computed)
-
-    def _count(self, batch: int, kept: Tensor, computed: int | Tensor | None = None) -> None:
-        """Adds one draw.
-
-        Args:
-            batch: Samples drawn for.
-            kept: A count (0-dim, CPU) or a mask (B,) on the activations' device.
-            computed: Samples that the branch runs on, a number or 0-dim on the CPU; default all.
-        """
-        if torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
-            return  # inside vmap or torch.func.grad a captured tensor must not be written to
-        self._seen.add_(batch)
-        if kept.ndim:
-            if self._kept_by_mask.device != kept.device:
-                self._kept_by_mask = self._kept_by_mask.to(kept.device)
-            self._kept_by_mask.add_(kept.sum())
-        else:
-            self._kept.add_(kept)
-        self._computed.add_(batch if computed is None else computed)
+        return self._counts.samples_computed()
 
     # ---- drawing --------------------------------------------------------------------------------------------------
 
-    def _draw_count(self, batch: int) -> Tensor:
-        """Number of kept samples, a 0-dim int64 tensor on the CPU, with expectation batch * keep_prob exactly."""
-        keep_prob = 1.0 - self._rate
+    def _draw_count(self, batch: int) -> int | Tensor:
+        """Number of kept samples, with expectation batch * keep_prob exactly; compiled, a 0-dim int64 tensor on the CPU."""
         chance = torch.rand((), dtype=torch.float64, device="cpu")
+        if numbers_are_known():
+            keep_prob, number = 1.0 - self.rate, float(chance)
+            if self._mode == "batch":
+                return batch if number < keep_prob else 0
+            # min: in float64 batch + chance may round up to batch + 1
+            return min(math.floor(batch * keep_prob + number), batch)
+        keep = 1.0 - self._rate
         if self._mode == "batch":
-            return (chance < keep_prob).long() * batch
-        # min: in float64 batch + chance may round up to batch + 1
-        return torch.floor(batch * keep_prob + chance).long().clamp(max=batch)
+            return (chance < keep).long() * batch
+        return torch.floor(batch * keep + chance).long().clamp(max=batch)
 
-    def choose(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """How many samples are kept (0-dim, CPU), and a random order of all, of which the first are kept."""
+    def choose(self, batch: int, device: torch.device) -> tuple[int | Tensor, Tensor]:
+        """How many samples are kept, as of `_draw_count`, and a random order of all, of which the first are kept."""
         # argsort and narrow, not randperm(b)[:n]: inductor crashes on the latter
         return self._draw_count(batch), torch.rand(batch, device=device).argsort()
 
@@ -293,26 +274,37 @@ class DropPath(nn.Module):
             dtype: Of the factors; default x's.
             groups: Rows of x, one behind the other, that are one sample.
         """
-        batch, scale = x.shape[0] // groups, self._scale(dtype or x.dtype)
-        off = not torch.compiler.is_compiling() and self._drop_prob * self._multiplier == 0.0
+        batch = x.shape[0] // groups
+        if not torch.compiler.is_compiling() and self.rate == 0.0:
+            return self._draw_nothing(batch, x.device)
+        scale = self._scale(dtype or x.dtype)
         if self._mode == "mask":
             kept = torch.rand(batch, device=x.device) < 1.0 - self._rate
-            self._count(batch, kept)
-            return Draw(batch, None if off else kept * scale)
+            self._counts.add(batch, kept, batch)
+            return Draw(batch, kept * scale)
         count, order = self.choose(batch, x.device)
         if runs is not None and self.skips_here() and not (torch.compiler.is_compiling() and self.masks_compiled(runs)):
             draw = self._draw_to_skip(batch, count, order, scale, runs)
             return draw.as_mask() if self.masks_all else draw
-        self._count(batch, count)
+        self._counts.add(batch, count, batch)
         # the rank of each sample in that order: the same kept set as `order[:count]` when gathering
-        return Draw(batch, None if off else (order.argsort() < count) * scale)
+        return Draw(batch, (order.argsort() < count) * scale)
 
-    def _draw_to_skip(self, batch: int, count: Tensor, order: Tensor, scale: Tensor, runs: Any) -> Draw:
+    def _draw_nothing(self, batch: int, device: torch.device) -> Draw:
+        """A draw at rate 0: the numbers are drawn and counted as at any rate, and nothing is made of them."""
+        if self._mode != "mask":
+            torch.rand((), dtype=torch.float64, device="cpu")  # of the count
+        torch.rand(batch, device=device)
+        self._counts.add(batch, batch, batch)
+        return Draw(batch)
+
+    def _draw_to_skip(self, batch: int, count: int | Tensor, order: Tensor, scale: Tensor, runs: Any) -> Draw:
         least, rounds_up = self.least_on(order.device), self.rounds_up(batch, order.device)
         if torch.compiler.is_compiling():
+            assert isinstance(count, Tensor)
             rows = torch.ceil(batch * (1.0 - self._rate)).long() if rounds_up else count
             rows = rows.clamp(min=least, max=batch)
-            self._count(batch, count, rows)
+            self._counts.add(batch, count, rows)
             computed = int(rows.item())
             torch._check(computed >= least)
             torch._check(computed <= batch)
@@ -327,9 +319,9 @@ class DropPath(nn.Module):
             computed = max(computed, least)
             if rounds_up and norms == [] and not self._warned:
                 computed = max(computed, min(math.ceil(batch * (1.0 - self.rate)), batch))
-            self._count(batch, count, computed)
+            self._counts.add(batch, kept, computed)
             if kept == batch:  # nothing to leave out, nothing to gather
-                return Draw(batch, None if self.rate == 0.0 else scale)
+                return Draw(batch, scale)
             if computed == batch:
                 return Draw(batch, (order.argsort() < kept) * scale, idle=idle)
             if computed == kept and order.device.type == "cpu":  # neighbours stay neighbours, for `layers.samples`
@@ -357,6 +349,8 @@ class DropPath(nn.Module):
         """Factor of the kept samples, a 0-dim CPU tensor: 1 / keep_prob, or 1 where nothing can be kept."""
         if not self.scale_by_keep:
             return torch.ones((), dtype=dtype, device="cpu")
+        if numbers_are_known():
+            return torch.full((), 1.0 / (1.0 - self.rate) if self.rate < 1.0 else 1.0, dtype=dtype, device="cpu")
         keep_prob = 1.0 - self._rate
         return torch.where(keep_prob > 0.0, 1.0 / keep_prob, 1.0).to(dtype)
 
@@ -418,8 +412,7 @@ class DropPath(nn.Module):
             stacklevel=3,
         )
         self._changes_input, self._skips = True, False
-        if torch._C._functorch.maybe_current_level() is None:  # type: ignore[attr-defined]
-            self._computed.add_(draw.batch - len(draw.kept))
+        self._counts.add(0, 0, draw.batch - len(draw.kept))
         out = branch(x)  # again, since what it makes of the other samples is needed
         return draw.as_mask().add(x, out)
 
@@ -434,8 +427,6 @@ class DropPath(nn.Module):
 
         An empty list also where it does not matter: from two kept samples on they are only warned about, once.
         """
-        if self.rate == 0.0:
-            return []
         code = id(getattr(runs, "__code__", runs))  # of a method or lambda, which are other objects at every call
         if count >= 2 and (self._warned or code == self._looked_into):
             return []
@@ -457,11 +448,8 @@ class DropPath(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # Follow .to(device), so that compiled code finds the count where the mask is drawn.
         super()._apply(fn, recurse)
-        device = fn(torch.zeros((), device=self._kept_by_mask.device)).device
-        if device.type != "meta" and device != self._kept_by_mask.device:
-            self._kept_by_mask = self._kept_by_mask.to(device)
+        self._counts.follow(fn(torch.zeros((), device=self._counts.kept_by_mask.device)).device)
         return self
 
     # ---- torch.fx and TorchScript ---------------------------------------------------------------------------------
@@ -481,6 +469,11 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """Settings that differ from timm's are always shown."""
         return f"drop_prob={round(self._drop_prob, 4):.4g}, mode={self._mode}"
+
+
+def numbers_are_known() -> bool:
+    """Whether a number that is drawn is known at once: not in code that is compiled, nor inside vmap or torch.func.grad."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None  # type: ignore[attr-defined]
 
 
 def _version(x: Tensor) -> int | None:

@@ -11,6 +11,7 @@ from layers.branches import batch_norms, takes_batch_statistics, wants_known_bat
 from layers.draw import Draw
 from layers.drop_path import DropPath, Mode
 from layers.samples import replace_samples
+from stochastic_depth.hooks import TrainingHooks, Way
 from stochastic_depth.law import bounded, drop_law
 from stochastic_depth.places import Owner, branch_ends, find_owners, is_identity, misplaced, unknown_modules
 from stochastic_depth.standing import Standing
@@ -31,8 +32,8 @@ class GraftedDropPath(DropPath):
         takes_nothing: Whether the code between begin and end takes an empty batch. Where it does not, one sample is
             computed and multiplied by 0 when none is kept, so that every parameter gets its (zero) gradient.
         has_batch_norm: Whether a batch norm sees the kept samples only.
-        pending: The draw on its way from the beginning of a branch or block to its end.
-        batch_around: Samples of the block around it, where its branch begins with windows of samples.
+        way: What is on its way from the beginning of a branch or block to its end.
+        hooks: By which its branches or its block skip. They are off in evaluation, however that was set.
     """
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, mode: Mode = "mask") -> None:
@@ -46,8 +47,15 @@ class GraftedDropPath(DropPath):
         self.begins: tuple[Entry, ...] = ()
         self.takes_nothing = False
         self.has_batch_norm = False
-        self.pending: Draw | None = None
-        self.batch_around = 0
+        self.way = Way()
+        self.hooks = TrainingHooks()
+        self.hooks.put(self.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training" and "hooks" in self.__dict__:  # by train(), eval(), or whoever restores what was
+            self.hooks.put(value)
+            self.way.draw = None
 
     @property
     def skips(self) -> bool:
@@ -75,27 +83,11 @@ class GraftedDropPath(DropPath):
             parts: What runs until its end; `None`: it masks in this call.
             groups: Rows of x, one behind the other, that are one sample.
         """
-        self.forget_pending()
+        self.way.draw = None  # an exception may have left one
         if not self.training or not self.skips_here() or not x.shape[0]:
             return x
-        self.pending = self.draw(x, parts, groups=groups)
-        return self.pending.take(x, groups)
-
-    def forget_pending(self) -> None:
-        """Forgets a draw that an exception left behind; setting an attribute of a module costs more than this look."""
-        if self.pending is not None:
-            self.pending = None
-
-    def draw(self, x: Tensor, runs: Any = None, dtype: torch.dtype | None = None, groups: int = 1) -> Draw:
-        """As of `DropPath`; at rate 0 the same numbers are drawn and counted, and nothing is made of them."""
-        if torch.compiler.is_compiling() or self.rate != 0.0:
-            return super().draw(x, runs, dtype, groups)
-        batch = x.shape[0] // groups
-        if self.mode != "mask":
-            torch.rand((), dtype=torch.float64, device="cpu")  # of the count
-        torch.rand(batch, device=x.device)
-        self._count(batch, torch.tensor(batch))
-        return Draw(batch)
+        draw = self.way.draw = self.draw(x, parts, groups=groups)
+        return draw.take(x, groups)
 
     def norms_of(self, runs: "Parts", count: int) -> Sequence[nn.Module]:
         """The batch norms that take statistics of what they are given."""
@@ -111,16 +103,13 @@ class GraftedDropPath(DropPath):
         """Multiplies or scatters a branch's output by the draw that was made in front of it, if one was."""
         if self.batch_dim:
             return super().forward_training(x.movedim(self.batch_dim, 0)).movedim(0, self.batch_dim)
-        if self.role == "mask" or self.pending is None:
+        draw = self.way.draw
+        if self.role == "mask" or draw is None:
             return super().forward_training(x)
-        draw = self.pending
         if self.role == "branch":
-            self.pending = None
+            self.way.draw = None
             return draw.put_scaled(x)
         return draw.scaled(x)  # inside a block that is skipped as a whole
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pending": None}
 
 
 # TorchScript compiles properties unless they are named here.
@@ -171,7 +160,7 @@ class Around:
             self.runs = not self.replaced
             self.masks = is_given_more(self.known, args, kwargs)
         if self.windows:
-            self.drop_path.batch_around = args[0].shape[0]
+            self.drop_path.way.batch_around = args[0].shape[0]
 
     def after(self, _module: nn.Module, _args: tuple[Any, ...], _out: object) -> None:
         """The block has ended, or was left by an exception."""
@@ -218,7 +207,7 @@ class KeepStatistics:
         """Puts the batch norm into evaluation for this one call."""
         if torch.compiler.is_compiling():
             return
-        draw = self.drop_path.pending
+        draw = self.drop_path.way.draw
         self.held = module.training and draw is not None and module in draw.idle
         if self.held:
             module.training = False
@@ -242,10 +231,11 @@ class SelectKept:
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self.drop_path.training or not self.around.selects():  # no time to lose in evaluation
-            return self.drop_path.forget_pending()
+            self.drop_path.way.draw = None
+            return None
         if not args or not isinstance(args[0], Tensor):
             return None
-        groups = args[0].shape[0] // self.drop_path.batch_around if self.windows else 1
+        groups = args[0].shape[0] // self.drop_path.way.batch_around if self.windows else 1
         selected = self.drop_path.select(args[0], None if self.around.masks else self.parts, groups)
         return None if selected is args[0] else (selected, *args[1:])
 
@@ -261,11 +251,11 @@ class SkipModule:
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Hands on the kept samples, and leaves a mask of the full batch for the branch's end."""
-        selected, drop_path = self.select(module, args), self.select.drop_path
-        self.drawn = drop_path.pending
+        selected, way = self.select(module, args), self.select.drop_path.way
+        self.drawn = way.draw
         if self.drawn is not None:
             self.groups = args[0].shape[0] // self.drawn.batch
-            drop_path.pending = self.drawn.as_mask()
+            way.draw = self.drawn.as_mask()
         return selected
 
     def after(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor | None:
@@ -309,28 +299,30 @@ class BlockSkip:
         """Keeps the full batch aside and hands on the kept samples."""
         self.inputs.clear()
         if not self.drop_paths[0].training:
-            return self.drop_paths[0].forget_pending()
+            self.drop_paths[0].way.draw = None
+            return None
         if self.standing.replaced():
             for module in self.drop_paths:
-                module.forget_pending()
+                module.way.draw = None
             return None
         if not args or not isinstance(args[0], Tensor):
             return None
         first, *others = self.drop_paths
         masks = is_given_more(self.known, args, kwargs)
         selected = first.select(args[0], None if masks else self.parts)
+        draw = first.way.draw
         for other in others:
-            other.pending = first.pending
-        if first.pending is None or first.pending.kept is None:
+            other.way.draw = draw
+        if draw is None or draw.kept is None:
             return None
         self.inputs.append(args[0])
         return (selected, *args[1:]), kwargs
 
     def after(self, _module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
         """The full batch with the kept samples' results in their places."""
-        draw = self.drop_paths[0].pending
+        draw = self.drop_paths[0].way.draw
         for module in self.drop_paths:
-            module.forget_pending()
+            module.way.draw = None
         if draw is None or draw.kept is None or not self.inputs:
             return None
         x = self.inputs.pop()
@@ -416,7 +408,8 @@ def take_off_hooks(owner: Owner) -> None:
                         found.pop(number, None)
     for slot in map(owner.module.get_submodule, owner.slots):
         if isinstance(slot, GraftedDropPath):
-            slot.forget_pending()
+            slot.hooks.clear()
+            slot.way.draw = None
             slot.role, slot.begins, slot.reason, slot.tried, slot.has_batch_norm = "mask", (), "", False, False
 
 
@@ -443,18 +436,19 @@ def hook_branch(
     """Hooks that skip one slot's branches; `known` names arguments that held a row for each sample when that was tried."""
     drop_path.role, drop_path.begins = "branch", tuple(entries)
     around = Around(owner, drop_path, windows=any(entry.windows for entry in entries), known=known)
-    owner.register_forward_pre_hook(around.before, with_kwargs=True)
-    owner.register_forward_hook(around.after, always_call=True)
+    hooks = drop_path.hooks
+    hooks.add(owner, around.before, before=True, with_kwargs=True)
+    hooks.add(owner, around.after, before=False, always_call=True)
     for entry in entries:
         first = owner.get_submodule(entry.part)
         if entry.alone:
             parts = Parts(owner, [p for p in entry.parts if f"{p}.".startswith(f"{entry.part}.")])
             skip = SkipModule(around, parts, windows=entry.windows)
-            first.register_forward_pre_hook(skip.before)
-            first.register_forward_hook(skip.after)
+            hooks.add(first, skip.before, before=True)
+            hooks.add(first, skip.after, before=False)
         else:
             parts = Parts(owner, entry.parts)
-            first.register_forward_pre_hook(SelectKept(around, parts, windows=entry.windows))
+            hooks.add(first, SelectKept(around, parts, windows=entry.windows), before=True)
         drop_path.has_batch_norm |= bool(parts.norm_names)
     _keep_statistics(owner, {part for entry in entries for part in entry.parts}, drop_path)
 
@@ -466,8 +460,9 @@ def hook_block(owner: nn.Module, drop_paths: Sequence[GraftedDropPath], known: C
     for i, module in enumerate(drop_paths):
         module.role = "block" if i == 0 else "silent"
         module.has_batch_norm = bool(parts.norm_names)
-    owner.register_forward_pre_hook(skip.before, with_kwargs=True)
-    owner.register_forward_hook(skip.after)
+    hooks = drop_paths[0].hooks
+    hooks.add(owner, skip.before, before=True, with_kwargs=True)
+    hooks.add(owner, skip.after, before=False)
     _keep_statistics(owner, names, drop_paths[0])
 
 
@@ -476,8 +471,8 @@ def _keep_statistics(owner: nn.Module, names: Collection[str], drop_path: Grafte
     for name, module in owner.named_modules():
         if name in names and takes_batch_statistics(module):
             keep = KeepStatistics(owner, drop_path)
-            module.register_forward_pre_hook(keep.before)
-            module.register_forward_hook(keep.after, always_call=True)
+            drop_path.hooks.add(module, keep.before, before=True)
+            drop_path.hooks.add(module, keep.after, before=False, always_call=True)
 
 
 def grafted(model: nn.Module) -> Iterator[GraftedDropPath]:
