@@ -73,6 +73,14 @@ class TrainingHooks:
         self.made.clear()
         self.on = on
 
+    def state(self) -> dict[str, Any]:
+        """What there is, for `restore`."""
+        return {key: value.copy() if isinstance(value, list) else value for key, value in vars(self).items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Makes it what it was, when somebody has put back the modules' own hooks."""
+        vars(self).update(state)
+
     def _put_on(self, module: nn.Module, before: bool, hook: Callable[..., Any], options: dict[str, bool]) -> None:
         register = module.register_forward_pre_hook if before else module.register_forward_hook
         self.handles.append(register(hook, **options))  # type: ignore[arg-type]

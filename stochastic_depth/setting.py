@@ -165,9 +165,12 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
     """Puts back modules, hooks and settings of a model if anything goes wrong inside."""
     before = [(module, dict(vars(module)), {k: v.copy() for k, v in vars(module).items() if isinstance(v, dict)})
               for module in model.modules()]  # fmt: skip
-    # rates and counts of drop-path modules are tensors that are changed in place
+    # what drop-path modules hold beside: rates, which are tensors that are changed in place, counts, and hooks
     tensors = [(v, v.clone()) for module, attributes, _ in before if isinstance(module, DropPath)
                for v in attributes.values() if isinstance(v, Tensor)]  # fmt: skip
+    counts = [(module, (module.samples_seen, module.samples_dropped, module.samples_computed))
+              for module, *_ in before if isinstance(module, DropPath)]  # fmt: skip
+    hooks = [(module.hooks, module.hooks.state()) for module in grafted(model)]
     try:
         yield
     except BaseException:
@@ -179,6 +182,10 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
                 attributes[key].update(content)
         for tensor, value in tensors:
             tensor.copy_(value)
+        for module, numbers in counts:
+            module.set_counts(*numbers)
+        for of_module, state in hooks:
+            of_module.restore(state)
         raise
 
 

@@ -139,3 +139,15 @@ def test_hooks_are_put_on_in_their_order_and_cleared() -> None:
     hooks.add(module, lambda *_: calls.append(4), before=True)
     module(torch.zeros(1))
     assert calls[-1] == 4, "they were on when they were cleared"
+
+
+def test_hooks_are_as_before_when_setting_rates_fails() -> None:
+    name = "vit_tiny_patch16_224"
+    model = skipping(name)
+    on = hooks_of(model)
+    model.get_submodule("blocks.0").drop_path1 = nn.Identity()  # tried anew, hooks and all
+    with pytest.raises(ValueError, match="multiplier must be"):
+        set_drop_path(model, 0.3, mode="skip", input_size=size_of(name), schedule=lambda step: 2.0)  # type: ignore[arg-type]
+    assert hooks_of(model) == on
+    assert hooks_of(model.eval()) <= 4, "but those of the module that was replaced by hand"
+    assert hooks_of(model.train()) == on
