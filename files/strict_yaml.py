@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from files.errors import ConfigError, FieldError, nearest, printable
+from files.errors import ConfigError, FieldError, nearest, one_line
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
@@ -144,7 +144,7 @@ def set_overrides(document: Document, words: Iterable[str], *, annotation: Calla
     """
     for word in words:
         key, separator, text = word.partition("=")
-        key, place = key.strip(), f"on the command line: {_cut(word if word.isprintable() else ascii(word))}"
+        key, place = key.strip(), f"on the command line: {_cut(one_line(word))}"
         if not separator or not key:
             raise ConfigError(f"{place}: expected KEY=VALUE, for example {example}")
         try:
@@ -222,7 +222,7 @@ def _no_text(value: Any, key_path: KeyPath) -> Iterator[KeyPath]:
 
 def dotted(key_path: KeyPath) -> str:
     """('profile', 1) -> 'profile[1]'; ('optim', 'lr') -> 'optim.lr'."""
-    names = (f"[{k}]" if isinstance(k, int) else f".{_cut(k) if k.isprintable() else _cut(ascii(k))}" for k in key_path)
+    names = (f"[{k}]" if isinstance(k, int) else f".{_cut(one_line(k))}" for k in key_path)
     return "".join(names).removeprefix(".")
 
 
@@ -434,7 +434,7 @@ def _phrase(item: Any, key_path: KeyPath, model_cls: type[BaseModel]) -> str:
         return f"expected a section with keys of {', '.join(n for n in names if '.' not in n)}"
     if kind in ("value_error", "assertion_error"):
         told, given = str(context["error"]), item["input"]
-        shown = _cut(printable(given).replace("\n", "\\n")) if isinstance(given, str) else ""
+        shown = _cut(one_line(given)) if isinstance(given, str) else ""
         return told.replace(given, shown) if given and shown else told
     return _PHRASES[kind].format(**context) if kind in _PHRASES else item["msg"]
 

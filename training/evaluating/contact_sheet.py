@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from files.errors import Failure
+from files.errors import Failure, one_line
 from training.data.images import read_image
 from training.evaluating.prediction import Prediction
 
@@ -124,7 +124,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int, *, keep_end: bool = False) -> str:
     """A text that is no wider, cut at its end, or in front where its end matters."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
+    text = one_line(text)
     cut = text
     while font.getlength(cut) > width and len(text) > 1:
         text = text[1:] if keep_end else text[:-1]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import IO, Literal, Protocol, get_args
 
 from files.csv_rows import csv_row
+from files.errors import one_line
 from training.evaluating.prediction import Plan, Prediction
 
 Format = Literal["table", "csv", "json"]
@@ -32,15 +33,15 @@ class TableWriter:
 
     def __init__(self, file: IO[str], plan: Plan) -> None:
         self.file = file
-        self.path_width = min(_WIDEST_PATH, max(len("image"), *(len(_printable(path)) for path in plan.paths)))
-        self.class_width = min(_WIDEST_CLASS, max(len(_printable(name)) for name in plan.class_names))
+        self.path_width = min(_WIDEST_PATH, max(len("image"), *(len(one_line(path)) for path in plan.paths)))
+        self.class_width = min(_WIDEST_CLASS, max(len(one_line(name)) for name in plan.class_names))
         heads = [f"{'class' if k == 0 else f'{k + 1}.':<{self.class_width}}  {'%':>5}" for k in range(plan.topk)]
         self._line("image", heads)
 
     def row(self, prediction: Prediction) -> None:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         self._line(
-            _printable(prediction.path),
+            one_line(prediction.path),
             [f"{self._class(name):<{self.class_width}}  {100 * value:>5.1f}" for name, value in pairs],
         )
 
@@ -48,7 +49,7 @@ class TableWriter:
         pass
 
     def _class(self, name: str) -> str:
-        return _cut(_printable(name), self.class_width)
+        return _cut(one_line(name), self.class_width)
 
     def _line(self, path: str, cells: Sequence[str]) -> None:
         self.file.write(f"{path:<{self.path_width}}  {'   '.join(cells)}".rstrip() + "\n")
@@ -95,11 +96,6 @@ _WRITERS = {"table": TableWriter, "csv": CsvWriter, "json": JsonWriter}
 def open_writer(fmt: Format, file: IO[str], plan: Plan) -> Writer:
     """A writer of that format, its header written."""
     return _WRITERS[fmt](file, plan)
-
-
-def _printable(text: str) -> str:
-    """A path or the name of a class on one line, whatever is in it."""
-    return text if text.isprintable() else ascii(text)
 
 
 def _cut(text: str, length: int) -> str:
