@@ -15,6 +15,7 @@ import torch
 from files.errors import ConfigError, run_command
 from files.outputs import Kept, refuse_overwriting
 from files.strict_yaml import Document, annotation_at, set_overrides
+from files.words import counted
 from models.config import MetaFormerConfig
 from models.export import (
     FORMATS,
@@ -121,10 +122,10 @@ def build(args: argparse.Namespace, overrides: dict[str, Any]) -> MetaFormer | A
             published = published_config(config, config.pretrained[0])
         wanted = overrides.get("num_classes")
         trained = model_facts(published).pretrained_cfg["num_classes"] if overrides.get("pretrained") else wanted
-    if wanted and wanted != trained:
+    if wanted and trained is not None and wanted != trained:
         raise ConfigError(
-            f"the weights have {trained} classes, a classifier of {wanted} would be untrained; give num_classes={trained}, "
-            "or num_classes=0 to export the features before it"
+            f"the weights have {counted(trained, 'class')}, a classifier of {wanted} would be untrained; "
+            f"give num_classes={trained}, or num_classes=0 to export the features before it"
         )
     model = create_model(source, checkpoint=args.checkpoint, **overrides)
     if names is not None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from files.errors import ConfigError, run_command
+from files.words import counted
 from tuning import advice_command
 from tuning.config import MOST_JOBS, StudyConfig, dump_study, json_schema, load_study
 from tuning.opening import check_base, check_folder, default_folder, describe_study, open_study, warn
@@ -81,9 +82,9 @@ def search(study: StudyConfig, folder: Path, jobs: int, args: argparse.Namespace
     print(plan, flush=True)
     cores = os.cpu_count() or 1
     if jobs > cores:
-        warn(f"{jobs} processes share {cores} cores; more than one per core gain nothing")
+        warn(f"{jobs} processes share {counted(cores, 'core')}; more than one per core gain nothing")
     if again := forget_failures(opened.folder.units):
-        print(f"trying again {again} runs that failed")
+        print(f"trying again {counted(again, 'run')} that failed")
     threads = share_of_threads(study, jobs)
     given = [*(["--config", str(args.config)] if args.config else []), *args.overrides]
     own = ["--jobs", "1", "--worker", "--parent", str(os.getpid())]

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from files.errors import ConfigError, FieldError, nearest, one_line
+from files.words import counted
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
@@ -396,9 +397,9 @@ _PHRASES = {
     "greater_than_equal": "must be at least {ge:.10g}",
     "less_than": "must be less than {lt:.10g}",
     "less_than_equal": "must be at most {le:.10g}",
-    "too_short": "needs at least {min_length} entries",
-    "too_long": "takes at most {max_length} entries",
-    "string_too_short": "needs at least {min_length} characters",
+    "too_short": "needs at least {entries}",
+    "too_long": "takes at most {entries}",
+    "string_too_short": "needs at least {characters}",
 }
 
 
@@ -436,7 +437,9 @@ def _phrase(item: Any, key_path: KeyPath, model_cls: type[BaseModel]) -> str:
         told, given = str(context["error"]), item["input"]
         shown = _cut(one_line(given)) if isinstance(given, str) else ""
         return told.replace(given, shown) if given and shown else told
-    return _PHRASES[kind].format(**context) if kind in _PHRASES else item["msg"]
+    length = context.get("max_length" if kind == "too_long" else "min_length", 0)
+    lengths = {"entries": counted(length, "entry"), "characters": counted(length, "character")}
+    return _PHRASES[kind].format(**context, **lengths) if kind in _PHRASES else item["msg"]
 
 
 def _key_path(item: Any, data: Any) -> tuple[KeyPath, KeyPath]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from files.errors import ConfigError, nearest, run_command
+from files.words import counted
 from models.config import MetaFormerConfig
 from models.counting import Part, count_parts
 from models.registry import is_path, list_models, model_config
@@ -62,7 +63,7 @@ def stage_table(config: MetaFormerConfig) -> str:
     total = str(sum(config.depths)), _millions(parts, 2), f"{total_macs / 1e9:.2f}", "100.0%"
     rows.append(("total", "", "", "", "", *total))
     size = "x".join(map(str, (config.in_chans, *config.height_width)))
-    return f"{config.name}, images of {size}, {config.num_classes} classes\n" + _aligned(rows, left=(0, 3, 4))
+    return f"{config.name}, images of {size}, {counted(config.num_classes, 'class')}\n" + _aligned(rows, left=(0, 3, 4))
 
 
 def _millions(parts: Sequence[Part], digits: int) -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from files.errors import ConfigError, FieldError
 from files.strict_yaml import load_yaml, validate
+from files.words import counted
 from layers.mlp import ActName
 from layers.norm import NormName
 from layers.token_mixers import TOKEN_MIXERS, TokenMixerName
@@ -197,7 +198,7 @@ class MetaFormerConfig(Section):
         for key in ("dims", "token_mixer", "norm", "layer_scale", "res_scale"):
             value = getattr(self, key)
             if isinstance(value, list) and len(value) != stages:
-                raise FieldError(key, f"has {len(value)} entries, depths has {stages} stages")
+                raise FieldError(key, f"has {counted(len(value), 'entry')}, depths has {counted(stages, 'stage')}")
         mixers = self.per_stage(self.token_mixer)
         for stage, (mixer, dim) in enumerate(zip(mixers, self.dims, strict=True)):
             if mixer == "attention" and dim % self.head_dim:
@@ -211,7 +212,7 @@ class MetaFormerConfig(Section):
         self._check_tokens()
         check_channel_stats(self.in_chans, mean=self.mean, std=self.std)
         if min(self.feature_size(stages - 1)) < 1:
-            message = f"image_size {self.image_size} is too small for {stages} stages of this stem"
+            message = f"image_size {self.image_size} is too small for {counted(stages, 'stage')} of this stem"
             raise FieldError(self._given("image_size", "stem"), message)
         return self
 

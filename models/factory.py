@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from files.errors import ConfigError, Failure, is_out_of_memory, wanted_memory
+from files.words import counted
 from layers.drop_path import MODES, Mode
 from layers.rates import check_choice, check_drop_prob
 from models.config import MetaFormerConfig, ModelFacts, make_pretrained_cfg, override_config
@@ -247,7 +248,9 @@ def set_class_names(model: MetaFormer | Any, names: Sequence[str]) -> None:
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise ConfigError(f"class_names: {twice!r} is given twice")
     if len(names) > model.num_classes:
-        raise ConfigError(f"class_names: {len(names)} names for a model of {model.num_classes} classes")
+        raise ConfigError(
+            f"class_names: {counted(len(names), 'name')} for a model of {counted(model.num_classes, 'class')}"
+        )
     model.pretrained_cfg["label_names"] = list(names)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from files.errors import ConfigError, nearest
 from files.strict_yaml import validate
+from files.words import counted
 from layers.patch_embed import TokenEmbed
 from models.config import MetaFormerConfig, idle_keys, override_config
 from models.layouts import ORIGINALS, StateDict, from_original, from_timm, is_pointwise, original_layout, timm_head
@@ -87,8 +88,8 @@ def load_into(
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         hint = ""
         if len(faults) <= 2 and old is not None and other_classes and "head.fc." in faults[0]:
-            hint = f"\nthe weights have {old.shape[0]} classes: build with num_classes={old.shape[0]}, or name another "
-            hint += "number to replace the classifier"
+            hint = f"\nthe weights have {counted(old.shape[0], 'class')}: build with "
+            hint += f"num_classes={old.shape[0]}, or name another number to replace the classifier"
         elif len(faults) == 1 and conv in state and _differs_in_channels(state[conv], own[conv]):
             hint = f"\nthe weights have {state[conv].shape[1]} input channels: name in_chans to adapt them"
         elif mixer := re.search(r"\.token_mixer\.(fc1|random_matrix).* has shape", faults[0]):
@@ -185,13 +186,13 @@ def _replace_classifier(state: StateDict, model: MetaFormer, own: StateDict) -> 
     if model.num_classes == 0:
         for key in [k for k in state if k.startswith("head.fc.")]:
             del state[key]
-        return [] if old is None else [f"classifier of {old.shape[0]} classes left out"]
+        return [] if old is None else [f"classifier of {counted(old.shape[0], 'class')} left out"]
     new = f"a new one of {model.num_classes}"
     if old is None:
         state |= {k: v for k, v in own.items() if k.startswith("head.fc.")}
         return [f"no classifier in the weights: {new} classes"]
     state |= {k: v for k, v in own.items() if k.startswith(classifier)}
-    return [f"classifier of {old.shape[0]} classes replaced by {new}"]
+    return [f"classifier of {counted(old.shape[0], 'class')} replaced by {new}"]
 
 
 def _differs_in_channels(weight: Tensor, own: Tensor) -> bool:

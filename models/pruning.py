@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from files.errors import ConfigError, nearest
+from files.words import counted
 from layers.patch_embed import PatchEmbed
 from layers.scale import Scale
 from models.metaformer import MetaFormer, MetaFormerBlock, Stage
@@ -117,7 +118,7 @@ def _read(path: Path, count: int | None) -> list[str]:
     if kind != "greedy":
         raise ConfigError(f"{origin}: holds one set, not an order, so that :{count} has no meaning; leave it out")
     if count > len(names):
-        raise ConfigError(f"{origin}: holds an order of {len(names)} blocks, got :{count}")
+        raise ConfigError(f"{origin}: holds an order of {counted(len(names), 'block')}, got :{count}")
     return names[:count]
 
 

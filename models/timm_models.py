@@ -24,6 +24,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from torchvision.ops import StochasticDepth
 
 from files.errors import ConfigError, is_out_of_memory, nearest
+from files.words import counted
 from models.config import OTHER_NAMES
 from models.published import through_hub
 from models.timm_facts import ImageFacts, foreign_facts, published_tags, size_argument, split_name
@@ -233,8 +234,8 @@ def load_foreign(
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         hint = ""
         if old is not None and other_classes and len(faults) <= 2:
-            hint = f"\nthe weights have {old.shape[0]} classes: build with num_classes={old.shape[0]}, or name another "
-            hint += "number to replace the classifier"
+            hint = f"\nthe weights have {counted(old.shape[0], 'class')}: build with "
+            hint += f"num_classes={old.shape[0]}, or name another number to replace the classifier"
         raise ConfigError(f"{origin}: weights do not fit {name}: {faults[0]}{more}{hint}")
     model.load_state_dict(state)
     return lines
@@ -252,7 +253,9 @@ def adapted_by_library(model: Any) -> list[str]:
         old, new = (" x ".join(map(str, pixels)) for pixels in (size, new_size))
         lines.append(f"what belongs to positions resampled from images of {old} to {new}")
     if before["num_classes"] != model.num_classes:
-        lines.append(f"classifier of {before['num_classes']} classes replaced by a new one of {model.num_classes}")
+        lines.append(
+            f"classifier of {counted(before['num_classes'], 'class')} replaced by a new one of {model.num_classes}"
+        )
     return lines
 
 

@@ -29,6 +29,10 @@ NO_SHORTCUT = "no shortcut"
 """Mode of a foreign block that has a place for stochastic depth but no shortcut, so that nothing is dropped."""
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def foreign_notes(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
     """What became of the drop-path modules of a foreign model, a line per kind."""
     notes: dict[str, int] = {}
@@ -46,15 +50,16 @@ def foreign_notes(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
                 else:
                     what = f"skips per {module.role}" + (f", since {module.reason}" if module.reason else "")
                 notes[what] = notes.get(what, 0) + 1
-    lines = [f"{count} drop-path modules: {what}" for what, count in notes.items()]
+    lines = [f"{_counted(count, 'drop-path module')}: {what}" for what, count in notes.items()]
     modules = (m for block in blocks for m in block.drop_paths.values())
     norms = sum(isinstance(m, GraftedDropPath) and m.mode == "skip" and m.skips and m.has_batch_norm for m in modules)
     if norms:
         lines.append(
-            f"{norms} branches hold a batch norm, which sees the kept samples only; a single kept sample is masked there"
+            f"{norms} {'branch holds' if norms == 1 else 'branches hold'} a batch norm, which sees the kept samples "
+            "only; a single kept sample is masked there"
         )
     if untouched := class_attention_blocks(model):
-        lines.append(f"{untouched} class-attention blocks: left alone, as their authors do")
+        lines.append(f"{_counted(untouched, 'class-attention block')}: left alone, as their authors do")
     parts = [m.parts for block in blocks for m in block.drop_paths.values()
              if isinstance(m, GraftedDropPath) and m.applied and m.parts > 1]  # fmt: skip
     if parts:
@@ -116,7 +121,8 @@ class DropPathReport:
             lines.append(f"{b.name:<{width}}  {b.nominal_rate:>7.4f}  {realised:>8}  {share:>7}  {b.mode}")
         saved = "not counted" if self.compute_saved is None else f"{self.compute_saved:.1%}"
         lines.append(
-            f"expected depth {self.expected_depth:.2f} of {len(self.blocks)} blocks; training compute saved {saved}"
+            f"expected depth {self.expected_depth:.2f} of {_counted(len(self.blocks), 'block')}; "
+            f"training compute saved {saved}"
         )
         lines += [f"warning: {w}" for w in self.warnings] + [f"note: {n}" for n in self.notes]
         return "\n".join(lines)

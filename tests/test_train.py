@@ -482,7 +482,7 @@ MISTAKES = {
     "checkpoint": (["model.checkpoint=nowhere"], ["nowhere"]),
     "device": (["runtime.device=cuda:7"], ["cuda:7"]),
     "resume": (["--resume", "nowhere"], ["nowhere"]),
-    "batch": (["data.batch_size=5000"], ["1437"]),
+    "batch": (["data.batch_size=5000"], ["1,437"]),
     "threads": (["runtime.threads=0"], ["runtime.threads", "at least 1"]),
     "sizes": (["data.image_size=32"], ["data.image_size=32", "model.image_size is 16"]),
     "sharp sign": (["data.dataset=folder", "data.root=nowhere #2"], ["nowhere #2"]),

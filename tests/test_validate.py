@@ -158,7 +158,7 @@ def test_an_image_that_cannot_be_read_exits_with_1(
     assert main(words) == 1
     assert "daisy/1.png" in capsys.readouterr().err
     assert main([*words, "data.on_error=skip"]) == 0
-    assert "3 images" in (said := capsys.readouterr().out) and "skipped   1 images" in said
+    assert "3 images" in (said := capsys.readouterr().out) and "skipped   1 image that" in said
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from files.durable import (
     write_durably,
 )
 from files.errors import ConfigError
+from files.words import counted
 from models.weights import read_tensors
 
 FORMAT = 1
@@ -145,7 +146,7 @@ def load_checkpoint(path: Path, *, rank: int = 0, world_size: int | None = 1) ->
     saved = manifest["world_size"]
     changed = world_size not in (None, saved)
     if not changed and not 0 <= rank < saved:
-        raise ConfigError(f"{path}: saved by {processes(saved)}, so there is no rank {rank} in it")
+        raise ConfigError(f"{path}: saved by {counted(saved, 'process')}, so there is no rank {rank} in it")
     wanted = range(saved) if changed else [rank]
     states = tuple(read_tensors(folder / _rank_file(which)) for which in wanted)
     return Checkpoint(
@@ -251,7 +252,7 @@ def _check(folder: Path, *, hashes: bool) -> dict[str, Any]:
     if not numbers or not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
         raise CheckpointError(f"{path}: is not a manifest")
     if len(files) != world_size + 1 or set(files) != set(_expected_files(world_size)):
-        raise CheckpointError(f"{path}: does not list the files of {processes(world_size)}")
+        raise CheckpointError(f"{path}: does not list the files of {counted(world_size, 'process')}")
     for name, facts in files.items():
         file = folder / name
         if not file.is_file():
@@ -303,8 +304,3 @@ def _file_sha256(path: Path) -> str:
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def processes(count: int) -> str:
-    """The number in words."""
-    return "1 process" if count == 1 else f"{count} processes"

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from files.errors import ConfigError
+from files.words import counted
 from models.factory import class_difference, class_names_of, create_model
 from models.loading import trained_config, trained_foreign
 from models.weights import load_weights, weights_sha256
@@ -146,8 +147,8 @@ def build_distillation(
     teacher = _load_teacher(section)
     if teacher.num_classes != student.num_classes:
         raise ConfigError(
-            f"distill.teacher: {section.teacher} has {teacher.num_classes} classes, this run {student.num_classes}; "
-            "fine-tune the teacher on this data first"
+            f"distill.teacher: {section.teacher} has {counted(teacher.num_classes, 'class')}, this run "
+            f"{student.num_classes}; fine-tune the teacher on this data first"
         )
     names = class_names_of(teacher)
     if names is not None and (difference := class_difference(names, list(class_names))):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from files.words import counted
 from training.distributed import World
 from training.recipe import EarlyStoppingSection
 from training.state import Progress
@@ -25,6 +26,6 @@ def stop_reason(section: EarlyStoppingSection, progress: Progress) -> str | None
     """Why a run that is there ends early, in words; None where it goes on."""
     if section.patience is None or progress.bad_epochs < section.patience:
         return None
-    epochs = f"{progress.bad_epochs} epoch{'s' if progress.bad_epochs > 1 else ''}"
+    epochs = counted(progress.bad_epochs, "epoch")
     best = "finite" if progress.best_metric is None else f"better than {progress.best_metric:.6g}"
     return f"stopped early after epoch {progress.epoch}: {section.metric} has not been {best} for {epochs}"

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from torchvision.ops import sigmoid_focal_loss
 
 from files.errors import ConfigError, FieldError
+from files.words import counted
 from training.data.augment import AugmentSection
 from training.section import Fraction, Section
 
@@ -108,7 +109,8 @@ def class_weights(section: LossSection, samples_per_class: Sequence[int], num_cl
     if given != "auto":
         if len(given) != num_classes:
             raise ConfigError(
-                f"loss.class_weights: {len(given)} numbers for {num_classes} classes; one per class is needed, or auto"
+                f"loss.class_weights: {counted(len(given), 'number')} for {counted(num_classes, 'class')}; "
+                "one per class is needed, or auto"
             )
         return torch.tensor(given)
     counts = torch.zeros(num_classes, dtype=torch.float64)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from files.durable import save_text
 from files.errors import Failure
+from files.words import counted
 from training.distributed import World
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ class NonFiniteSteps:
         if own:
             self._append(progress, world.rank, own)
         if progress.non_finite >= self.limit:
-            why = f"{progress.non_finite} steps were left out before it, optim.max_non_finite is {self.limit}"
+            were = "was" if progress.non_finite == 1 else "were"
+            why = f"{counted(progress.non_finite, 'step')} {were} left out before it, "
+            why += f"optim.max_non_finite is {self.limit}"
             raise _error(world, progress.step, ranks, own, why)
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), self._buffers, strict=True):

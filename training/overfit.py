@@ -7,6 +7,7 @@ import time
 import torch
 from torch import nn
 
+from files.words import counted
 from layers.drop_path import DropPath
 from training.data.dataset import ValDataset
 from training.data.skipping import collate
@@ -44,7 +45,7 @@ def overfit(setup: Setup, *, seconds: float = SECONDS) -> str:
         losses = _train(setup, setup.to_device(images), targets.to(setup.world.device), seconds)
     except torch.OutOfMemoryError:
         return "one batch: not learned by heart, because the memory does not hold a copy of the model beside it"
-    said = f"one batch of {len(images)}: loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses) - 1} steps"
+    said = f"one batch of {len(images)}: loss {losses[0]:.4f} to {losses[-1]:.4f} in {counted(len(losses) - 1, 'step')}"
     if len(losses) <= _WARM_UP and math.isfinite(losses[-1]):
         return f"{said}; too few to tell anything, a step takes too long here"
     if not losses[-1] <= _FALLS * losses[0]:

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from files.errors import ConfigError
-from training.checkpoint import Checkpoint, has_checkpoints, processes
+from files.words import counted
+from training.checkpoint import Checkpoint, has_checkpoints
 from training.config import OptimSection, TrainConfig, build_schedule, load_config
 from training.lr_schedule import build_scheduler
 from training.run_folder import RunFolder
@@ -93,7 +94,7 @@ def changes(folder: RunFolder, checkpoint: Checkpoint, setup: Setup) -> list[str
     done = Progress(**checkpoint.rank_state["progress"]).epoch
     noted = folder.count_metrics(done)
     if noted < done:
-        told.append(f"{folder.metrics} tells of {noted} of the {done} epochs done; the others are lost")
+        told.append(f"{folder.metrics} tells of {noted} of the {counted(done, 'epoch')} done; the others are lost")
     return told
 
 
@@ -141,15 +142,15 @@ def _changed_processes(checkpoint: Checkpoint, setup: Setup) -> str:
     before, after = Progress(**checkpoint.rank_state["progress"]), dealt_anew(checkpoint, setup)
     mixed = "; mixup and cutmix draw by the new ranks" if setup.mixer.enabled else ""
     lines = [
-        f"saved by {processes(checkpoint.world_size)}, goes on with {world.size}: the result will not be bit-equal to an "
-        "uninterrupted run's",
+        f"saved by {counted(checkpoint.world_size, 'process')}, goes on with {world.size}: the result will not be "
+        "bit-equal to an uninterrupted run's",
         f"  drop path draws from new random states, seeded by (seed, step, rank){mixed}",
     ]
     seen = before.batch * sampler.batch_size * checkpoint.world_size
     position = after.batch * sampler.batch_size * world.size
     if 0 < after.batch < sampler.batches_per_epoch:
         left_out = f", of which {position - seen} are left out" if position != seen else ""
-        lines.append(f"  epoch {after.epoch + 1} goes on behind its first {position} samples{left_out}")
+        lines.append(f"  epoch {after.epoch + 1} goes on behind its first {counted(position, 'sample')}{left_out}")
     if after.step != before.step:
         lines.append(f"  steps are counted anew: step {before.step} is step {after.step} of {setup.total_steps}")
     lines.append(f"  {_total_batch(checkpoint, setup)}")

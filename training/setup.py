@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from files.errors import ConfigError
+from files.words import counted
 from models.counting import count_parameters
 from models.factory import class_difference, create_model, model_facts
 from stochastic_depth.blocks import NoBlocksError
@@ -358,20 +359,20 @@ def describe(setup: Setup) -> str:
         f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs} GMACs at "
         f"{channels} x {height} x {width}",
         f"data      {config.data.dataset}: {len(setup.data.train)} training and {len(setup.data.val)} validation images, "
-        f"{setup.data.num_classes} classes{', balanced' if config.data.sampler == 'balanced' else ''}",
+        f"{counted(setup.data.num_classes, 'class')}{', balanced' if config.data.sampler == 'balanced' else ''}",
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
         *([f"sizes     {sizes}"] if sizes else []),
-        f"training  {optim.epochs} epochs of {setup.steps_per_epoch} steps, batch {setup.total_batch}, {optim.name}, "
-        f"lr {optim.lr:g}, {optim.schedule}",
+        f"training  {counted(optim.epochs, 'epoch')} of {counted(setup.steps_per_epoch, 'step')}, "
+        f"batch {setup.total_batch}, {optim.name}, lr {optim.lr:g}, {optim.schedule}",
         *([f"loss      {words}"] if (words := config.loss.in_words) else []),
         *filter(None, [setup.distillation.describe(), setup.freezing.describe()]),
         f"device    {world.device} x {world.size}{', sharded' if config.runtime.parallel == 'fsdp' else ''}, "
         f"{str(setup.precision).removeprefix('torch.')}"
         f"{', channels_last' if setup.channels_last else ''}{compiled}, "
-        f"{threads} CPU thread{'s' if threads > 1 else ''}{' each' if world.size > 1 else ''}",
+        f"{counted(threads, 'CPU thread')}{' each' if world.size > 1 else ''}",
         f"drop path up to {max(setup.depth.rates, default=0.0):.3g}, {profile}, mode {section.mode}, "
         f"schedule {section.schedule.kind}: "
-        f"expected depth {report.expected_depth:.2f} of {len(report.blocks)} blocks, "
+        f"expected depth {report.expected_depth:.2f} of {counted(len(report.blocks), 'block')}, "
         f"{report.compute_saved or 0.0:.1%} of training compute saved",
         *([f"rate      {setup.rate_origin}"] if setup.rate_origin else []),
     ]

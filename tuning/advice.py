@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from files.words import counted
 from layers.rates import ProfileName, drop_path_rates
 from training.config import TrainConfig
 from tuning.estimates import Estimate, estimates, own_row
@@ -224,13 +225,13 @@ def _warnings(config: TrainConfig, advice: Advice) -> list[str]:
     published_mixes = any(row.mixing for row in advice.rows if row.purpose == "finetune")
     if facts.purpose == "finetune" and mixes and not published_mixes and facts.epochs <= SHORT:
         found.append(
-            f"mixup or cutmix is on in a fine-tuning of {facts.epochs} epochs; MetaFormer's at 384 px and ConvNeXt's, "
-            "30 epochs each, turn both off: augment.mixup=0 augment.cutmix=0"
+            f"mixup or cutmix is on in a fine-tuning of {counted(facts.epochs, 'epoch')}; MetaFormer's at 384 px and "
+            "ConvNeXt's, 30 epochs each, turn both off: augment.mixup=0 augment.cutmix=0"
         )
     return found
 
 
 def _because(facts: Facts) -> str:
     """The size of a run in words."""
-    steps = "" if facts.steps is None else f" and {facts.steps:,} optimizer steps"
-    return f" for {facts.blocks} blocks, {facts.params:.3g} M parameters{steps}"
+    steps = "" if facts.steps is None else f" and {counted(facts.steps, 'optimizer step')}"
+    return f" for {counted(facts.blocks, 'block')}, {facts.params:.3g} M parameters{steps}"

@@ -11,6 +11,7 @@ from typing import Any
 from configs import CONFIGS
 from files.errors import ConfigError, run_command
 from files.strict_yaml import dump_yaml
+from files.words import counted
 from training.config import DEFAULT_CONFIG, TrainConfig, load_config
 from tuning.advice import Advice, advise
 from tuning.published import Row, load_published
@@ -57,16 +58,17 @@ def as_json(advice: Advice, command: str, study: dict[str, Any]) -> dict[str, An
 def describe(advice: Advice, command: str, study: dict[str, Any]) -> str:
     """All of the advice for people."""
     facts = advice.facts
-    images = "unknown number of" if facts.images is None else f"{facts.images:,}"
-    steps = "" if facts.steps is None else f", {facts.steps:,} optimizer steps"
+    images = "unknown number of training images" if facts.images is None else counted(facts.images, "training image")
+    steps = "" if facts.steps is None else f", {counted(facts.steps, 'optimizer step')}"
     start = f" from {facts.pretraining} weights" if facts.pretraining else ""
     published = "nothing is published for this very model and purpose"
     if advice.published is not None:
         published = f"{advice.published:g}, {advice.published_profile}"
     lines = [
-        f"model      {facts.model}: {facts.blocks} residual blocks, {facts.params:.3g} M parameters with 1,000 classes",
-        f"data       {images} training images ({facts.images_from})",
-        f"length     {facts.epochs} epochs{steps}",
+        f"model      {facts.model}: {counted(facts.blocks, 'residual block')}, {facts.params:.3g} M parameters with "
+        "1,000 classes",
+        f"data       {images} ({facts.images_from})",
+        f"length     {counted(facts.epochs, 'epoch')}{steps}",
         f"purpose    {_PURPOSES[facts.purpose]}{start}",
         f"published  {published}",
         f"advice     start at drop_path.rate {advice.rate:g}, profile {advice.profile}; search from {advice.low:g} to "

@@ -31,6 +31,7 @@ from files.strict_yaml import (
     unknown_key,
     validate,
 )
+from files.words import counted
 from training.config import TrainConfig, annotation_of_key
 from training.metrics import known_column
 from training.recipe import EarlyStoppingSection
@@ -111,7 +112,9 @@ class RaceSection(Section):
         if self.keep is not None:
             rounds = len(self.seeds) - 1
             if len(self.keep) != rounds:
-                raise FieldError("keep", f"needs {rounds} entries, one after each round but the last, got {self.keep}")
+                raise FieldError(
+                    "keep", f"needs {counted(rounds, 'entry')}, one after each round but the last, got {self.keep}"
+                )
             if any(b > a for a, b in pairwise(self.keep)):
                 raise FieldError("keep", f"must not rise from round to round, got {self.keep}")
         return self

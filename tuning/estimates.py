@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from files.words import counted
 from layers.rates import ProfileName
 from tuning.facts import Facts
 from tuning.published import Published, Purpose, Row
@@ -92,8 +93,8 @@ def _families(
         nearest.setdefault(row.source.partition(",")[0], row.family)
     found = with_rows(list(dict.fromkeys(nearest.values()))[:3], purpose)
     return found, [
-        f"nothing published is near {facts.model} ({facts.blocks} blocks, {facts.params:.3g} M parameters): what is nearest "
-        f"in parameters, {labels(found)}, is a weak basis"
+        f"nothing published is near {facts.model} ({counted(facts.blocks, 'block')}, {facts.params:.3g} M parameters): what "
+        f"is nearest in parameters, {labels(found)}, is a weak basis"
     ]
 
 
@@ -159,7 +160,7 @@ def _by_data(rows: Sequence[Row], facts: Facts, published: Published) -> Estimat
     ):
         change = LONGER * min(1.0, max(-1.0, math.log2(facts.epochs / epochs)))
         longer = "longer training takes 0.05 more" if change > 0 else "shorter training takes up to 0.05 less"
-        why.append(f"{facts.epochs} epochs where {epochs} are published: {longer}")
+        why.append(f"{counted(facts.epochs, 'epoch')} where {epochs} are published: {longer}")
         rate = max(0.0, rate + change)
     return Estimate(rate, used, why)
 
@@ -185,7 +186,7 @@ def _by_size(rows: Sequence[Row], facts: Facts, published: Published) -> tuple[f
         row, blocks = ordered[0], published.size_of(ordered[0]).blocks
         rate = row.rate * min(1.0, facts.blocks / blocks)
         why = f"smaller than {label} {row.size}, the smallest that is published ({row.rate:g}, {blocks} blocks): "
-        fewer = f"in proportion to its {facts.blocks} blocks {rate:.2g}"
+        fewer = f"in proportion to its {counted(facts.blocks, 'block')} {rate:.2g}"
         return rate, [row], [why + (fewer if facts.blocks < blocks else f"with as many blocks the same {rate:g}")]
     if facts.params >= sizes[-1]:
         row = ordered[-1]

@@ -16,6 +16,7 @@ from files.errors import ConfigError
 from files.lock import LOCK, locked
 from files.outputs import may_write
 from files.strict_yaml import load_yaml, validate
+from files.words import counted
 from training.config import TrainConfig, dump_config
 from training.distributed import init_world
 from training.setup import Setup, build
@@ -265,18 +266,27 @@ def describe_study(study: StudyConfig, path: Path, setup: Setup, links: Links | 
     )
     fresh = (len({f.digest for f in finalists}) + 1) * tune.verdict.seeds if tune.verdict else 0
     lines = [
-        f"study     {path}: {study.base.model.name} on {study.base.data.dataset}, {study.base.optim.epochs} epochs, "
-        f"{setup.total_steps} steps a run",
+        f"study     {path}: {study.base.model.name} on {study.base.data.dataset}, "
+        f"{counted(study.base.optim.epochs, 'epoch')}, {counted(setup.total_steps, 'step')} a run",
         *(f"varied    {key}: {_varied(values)}" for key, values in tune.space.items()),
-        f"search    {trials} trials, sampler {sampler_name(tune.search, len(space.parameters))}, seed {tune.search.seed}; "
-        f"{tune.objective.metric} of the last epoch",
+        f"search    {counted(trials, 'trial')}, sampler {sampler_name(tune.search, len(space.parameters))}, "
+        f"seed {tune.search.seed}; {tune.objective.metric} of the last epoch",
         *(f"first     {start.origin}: {in_words(start.values)}" for start in starts),
         *(f"note      {decision.what}: {decision.why}" for decision in left_out),
-        f"race      {' -> '.join(map(str, rounds))} seeds; {', '.join(map(str, kept)) or 'no'} trials go on",
+        f"race      {' -> '.join([*map(str, rounds[:-1]), counted(rounds[-1], 'seed')])}; {_going_on(kept)}",
         f"verdict   {_verdict(tune, finalists)}",
-        f"runs      at most {runs} of search and race and {fresh} of the verdict: {(runs + fresh) * setup.total_steps} steps",
+        f"runs      at most {runs} of search and race and {fresh} of the verdict: "
+        f"{counted((runs + fresh) * setup.total_steps, 'step')}",
     ]
     return "\n".join(lines)
+
+
+def _going_on(kept: list[int]) -> str:
+    """How many trials go on after each round."""
+    if not kept:
+        return "no trials go on"
+    last = counted(kept[-1], "trial")
+    return f"{', '.join([*map(str, kept[:-1]), last])} {'goes' if kept[-1] == 1 else 'go'} on"
 
 
 def _varied(values: Any) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from files.errors import Failure
+from files.words import counted
 from training.config import TrainConfig
 from tuning.config import StudyConfig
 from tuning.links import Finalist
@@ -236,7 +237,7 @@ class Plan:
         reasons = [e.failure for e in entries if e.failure]
         most = max(reasons, key=reasons.count)
         raise Failure(
-            f"all {len(reasons)} trials failed; {reasons.count(most)} of them: {most}\n"
+            f"all {counted(len(reasons), 'trial')} failed; {reasons.count(most)} of them: {most}\n"
             "mend what is wrong and start the study again: it goes on with what it has"
         )
 

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from configs import CONFIGS
 from files.errors import FieldError, nearest
 from files.strict_yaml import load_yaml, validate
+from files.words import counted
 from training.section import Fraction, Section
 
 PUBLISHED: Path = CONFIGS / "published" / "drop_path.yaml"
@@ -67,7 +68,7 @@ class Row(Section):
         start = f" after {self.pretraining}" if self.pretraining else ""
         parts = [f"{WORDS[self.purpose]}{start}", self.data]
         parts += [f"{self.image_size} px"] if self.image_size else []
-        parts += [f"{self.epochs} epochs"] if self.epochs else []
+        parts += [counted(self.epochs, "epoch")] if self.epochs else []
         parts += ["mixup and cutmix off"] if self.mixing is False else []
         return ", ".join(parts)
 

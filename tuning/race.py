@@ -9,6 +9,8 @@ decided before.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from files.words import counted
+
 Scores = Mapping[int, Mapping[int, float]]
 """Of each trial by its number: the score of each seed that is done."""
 
@@ -59,7 +61,7 @@ def race(scores: Scores, seeds: Sequence[int], keep: Sequence[int], *, sign: int
             return standing
         means = {trial: sum(scores[trial][seed] for seed in range(count)) / count for trial in alive}
         ranked = sorted(alive, key=lambda trial: (-sign * means[trial], trial))  # of equals the one proposed first
-        over = f"over {count} seed{'s' if count > 1 else ''}"
+        over = f"over {counted(count, 'seed')}"
         if round_number == len(seeds) - 1:
             alive = ranked[:1]
             rest = ", ".join(f"trial {trial} {means[trial]:.4g}" for trial in ranked[1:4])

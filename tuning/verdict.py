@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 from files.durable import save_text, settled
 from files.errors import ConfigError, Failure, nearest
+from files.words import counted
 from layers.schedule import SETTINGS
 from models.factory import model_facts
 from training.config import DropPathSection, TrainConfig, dump_config
@@ -377,7 +378,7 @@ def _schedule(section: DropPathSection) -> str:
     if "shape" in SETTINGS[schedule.kind] and schedule.shape == "constant":
         words.append("constant")
     if schedule.cutoff_epochs is not None:
-        words.append(f"{schedule.cutoff_epochs:g} epochs" if schedule.cutoff_epochs != 1 else "1 epoch")
+        words.append(counted(schedule.cutoff_epochs, "epoch"))
     return " ".join(words)
 
 

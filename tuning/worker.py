@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from files.errors import ConfigError, Failure
 from files.lock import locked
+from files.words import counted
 from training.console import StopSignals
 from training.threads import number_of_threads
 from tuning.config import StudyConfig
@@ -103,7 +104,7 @@ def work(opened: Opened, *, threads: int | None = None, bar: bool = True) -> str
                     if unit is None:
                         if not after.running and not after.now:
                             return None
-                        console.wait(f"waiting for {after.running} runs of other processes")
+                        console.wait(f"waiting for {counted(after.running, 'run')} of other processes")
                         time.sleep(POLL_SECONDS)
                         continue
                     console.wait("")
@@ -175,7 +176,7 @@ def _line(opened: Opened, unit: Unit, after: Next, *, seconds: float) -> str:
     if failure is not None:
         told = f"failed: {failure.splitlines()[0]}"
     left = max(0, after.left - 1)
-    return f"{who}  {words}  seed {unit.seed}  {told}  {seconds:.1f} s  {left} run{'' if left == 1 else 's'} left"
+    return f"{who}  {words}  seed {unit.seed}  {told}  {seconds:.1f} s  {counted(left, 'run')} left"
 
 
 # ---- the end ------------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def test_the_name_is_the_files_unless_given(tmp_path):
         (("[2, 2]", "[2, true]"), "mine.yaml:1: depths[1]: expected an integer"),
         (("[2, 2]", "[2, 0]"), "mine.yaml:1: depths[1]: must be at least 1"),
         (("[32, 64]", "[32, 64, 64]"), "mine.yaml:2: dims: has 3 entries, depths has 2 stages"),
-        (("[pooling, attention]", "[pooling]"), "mine.yaml:3: token_mixer: has 1 entries, depths has 2 stages"),
+        (("[pooling, attention]", "[pooling]"), "mine.yaml:3: token_mixer: has 1 entry, depths has 2 stages"),
         (("attention]", "atention]"), "mine.yaml:3: token_mixer[1]: expected 'pooling'"),
         (("head_dim: 16", "head_dim: 24"), "mine.yaml:4: head_dim: dims[1] = 64 is not divisible by head_dim 24"),
         (("64]", "40]"), "mine.yaml:4: head_dim: dims[1] = 40 is not divisible by head_dim 16"),
@@ -249,9 +249,9 @@ def test_the_name_is_the_files_unless_given(tmp_path):
         ),
         (
             ("image_size: 32", "image_size: 32\nres_scale: [1.0]"),
-            "mine.yaml:8: res_scale: has 1 entries, depths has 2 stages",
+            "mine.yaml:8: res_scale: has 1 entry, depths has 2 stages",
         ),
-        (("image_size: 32", "norm: [layer_norm]"), "mine.yaml:7: norm: has 1 entries, depths has 2 stages"),
+        (("image_size: 32", "norm: [layer_norm]"), "mine.yaml:7: norm: has 1 entry, depths has 2 stages"),
         (("image_size: 32", "num_classes: '10'"), "mine.yaml:7: num_classes: expected an integer"),
     ],
 )

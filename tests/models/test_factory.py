@@ -101,7 +101,7 @@ def test_count_parameters():
         ({"head": {"knid": "mlp"}}, "model caformer_n4: head.knid: unknown key; did you mean 'head.kind'?"),
         ({"head_dim": 24}, "model caformer_n4: head_dim: dims[1] = 64 is not divisible by head_dim 24"),
         ({"depths": [1, 1, 1]}, "model caformer_n4: dims: has 2 entries, depths has 3 stages"),
-        ({"token_mixer": ["pooling"]}, "model caformer_n4: token_mixer: has 1 entries, depths has 2 stages"),
+        ({"token_mixer": ["pooling"]}, "model caformer_n4: token_mixer: has 1 entry, depths has 2 stages"),
         ({"token_mixer": "atention"}, "did you mean 'attention'"),
         ({"name": "../../etc/passwd"}, "unknown model '../../etc/passwd'"),
         ({"in_chans": 0}, "model caformer_n4: in_chans: must be at least 1, got 0"),

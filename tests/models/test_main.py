@@ -38,7 +38,7 @@ def test_the_table() -> None:
 
 def test_the_stages() -> None:
     lines = stage_table(model_config("randformer_s12")).splitlines()
-    assert lines[0] == "randformer_s12, images of 3x224x224, 1000 classes"
+    assert lines[0] == "randformer_s12, images of 3x224x224, 1,000 classes"
     assert [line.split()[0] for line in lines[1:]] == ["part", "stem", *["stage"] * 4, "head", "total"]
     assert "random_mixing  group_norm_no_bias" in lines[5]
     assert lines[-1].split() == ["total", "12", "11.89", "+", "0.24", "1.89", "100.0%"], "frozen matrices stand apart"

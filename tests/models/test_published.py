@@ -88,7 +88,7 @@ def test_pretrained_with_a_tag_new_classes_and_grey_images(published, caplog):
         "the head has a norm of eps 1e-5, as the original; the same weights with head={'mlp_norm_eps': 1e-06} "
         "give timm's logits",
         "first convolution adapted from 3 to 1 input channels",
-        "classifier of 1000 classes replaced by a new one of 5",
+        "classifier of 1,000 classes replaced by a new one of 5",
     ]
     assert ours.pretrained_cfg["input_size"] == (1, 384, 384) and ours.num_classes == 5
     assert ours.pretrained_cfg["tag"] == "sail_in22k_ft_in1k_384"
@@ -164,7 +164,7 @@ def test_weights_in_the_hubs_cache(cached, caplog):
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("INFO", f"weights from timm {name}.fb_in1k"),
         ("WARNING", "first convolution adapted from 3 to 1 input channels"),
-        ("WARNING", "classifier of 1000 classes replaced by a new one of 5"),
+        ("WARNING", "classifier of 1,000 classes replaced by a new one of 5"),
     ]
     grey = theirs.state_dict()["patch_embed.proj.weight"].sum(dim=1, keepdim=True)
     assert torch.equal(ours.stem.conv.weight, grey) and ours(x[:, :1]).shape == (1, 5)

@@ -206,14 +206,14 @@ def test_published_weights_that_cannot_be_had_say_so(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        ("timm/resnet18", {"num_classes": 5}, ["classifier of 1000 classes replaced by a new one of 5"]),
+        ("timm/resnet18", {"num_classes": 5}, ["classifier of 1,000 classes replaced by a new one of 5"]),
         ("timm/resnet18", {"num_classes": 1000, "image_size": 96}, []),
         ("timm/vit_tiny_patch16_224.augreg_in21k", {"num_classes": 21843, "image_size": 96, "in_chans": 1},
          ["first convolution adapted from 3 to 1 input channels",
           "what belongs to positions resampled from images of 224 x 224 to 96 x 96"]),
         ("torchvision/resnet18", {"num_classes": 5, "in_chans": 2},
          ["first convolution adapted from 3 to 2 input channels",
-          "classifier of 1000 classes replaced by a new one of 5"]),
+          "classifier of 1,000 classes replaced by a new one of 5"]),
     ],
 )  # fmt: skip
 def test_what_a_library_adapts_of_published_weights_is_said(

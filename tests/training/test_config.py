@@ -276,7 +276,7 @@ def test_a_policy_is_refused_when_the_config_is_read(path: Path, policy: str, pr
          "points: has no effect with kind 'ramp'; its keys are cutoff_epochs, start, end"),
         ("{kind: cosine, end: 2}", "end: must be at most 1, got 2"),
         ("{kind: piecewise}", "kind: 'piecewise' needs points"),
-        ("{kind: piecewise, points: []}", "points: needs at least 1 entries, got []"),
+        ("{kind: piecewise, points: []}", "points: needs at least 1 entry, got []"),
         ("{kind: piecewise, points: [[0, 1], [3]]}", "points[1]: needs at least 2 entries, got [3]"),
         ("{kind: piecewise, points: [[1, 1]]}", "points: epochs must rise strictly from 0, got [1.0]"),
         ("{kind: piecewise, points: [[0, 1], [0, 0]]}", "points: epochs must rise strictly from 0, got [0.0, 0.0]"),

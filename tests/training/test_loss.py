@@ -100,7 +100,7 @@ def test_weights_given_and_none() -> None:
     given = class_weights(LossSection(class_weights=[1, 0.25]), [1, 2], 2)
     assert given is not None and given.tolist() == [1, 0.25] and given.dtype == torch.float32
     for weights in ([1.0], [1.0, 2.0, 3.0]):
-        with pytest.raises(ConfigError, match=rf"loss.class_weights: {len(weights)} numbers for 2 classes"):
+        with pytest.raises(ConfigError, match=rf"loss.class_weights: {len(weights)} numbers? for 2 classes"):
             class_weights(LossSection(class_weights=weights), [1, 2], 2)
 
 

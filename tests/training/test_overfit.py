@@ -40,7 +40,7 @@ def test_frozen_parts_stay_frozen() -> None:
 def test_slow_steps_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(step=20)
     monkeypatch.setattr(tested.time, "perf_counter", lambda: next(clock))
-    assert "in 1 steps; too few to tell anything" in overfit(build_tiny())
+    assert "in 1 step; too few to tell anything" in overfit(build_tiny())
 
 
 def test_no_memory_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,13 @@ def test_the_plan_says_what_will_happen() -> None:
         assert "warning" not in describe(build_tiny(*falling)), "it was asked for"
 
 
+def test_a_plan_of_one_step_counts_in_the_singular() -> None:
+    plan = describe(build_tiny("optim.epochs=1", "optim.warmup_epochs=0", "data.batch_size=1437", "model.depths=[1]",
+                               "model.dims=[16]", "model.token_mixer=pooling", "runtime.threads=1"))  # fmt: skip
+    for words in ("training  1 epoch of 1 step, batch 1437", "of 1 block,", "1 CPU thread"):
+        assert words in plan, plan
+
+
 def test_raw_batches_reach_the_model_normalised_and_erased(images: list[str]) -> None:
     setup = build_tiny(*images, "augment.random_erasing=0.6", "model.image_size=8")
     (batch,) = first_batches(setup)

@@ -77,7 +77,7 @@ def test_the_training_config_may_lie_beside_the_study(tmp_path: Path) -> None:
         ("search={sampler: grid, trials: 3}", "trials: has no effect with sampler 'grid'"),
         ("search={sampler: grid, start: [zero]}", "start: has no effect with sampler 'grid'"),
         ("race.seeds=[2, 2]", "must rise from round to round"),
-        ("race={seeds: [1, 2], keep: [3, 2]}", "needs 1 entries"),
+        ("race={seeds: [1, 2], keep: [3, 2]}", "needs 1 entry"),
         ("race={seeds: [1, 2, 3], keep: [3, 4]}", "must not rise"),
         ("objective.metric=val_top3", "got 'val_top3'; did you mean 'val_top5'"),
         ("objective.metric=train_loss", "expected 'val_loss'"),

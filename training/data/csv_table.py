@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from files.errors import ConfigError, nearest
+from files.words import counted
 from training.data.names import Names
 from training.data.source import Sources
 
@@ -132,7 +133,7 @@ def sources(data: DataSection) -> Sources:
             line = table.line(table.labels.index(table.label_names.index(unknown)))
             raise ConfigError(
                 f"data.{key}: '{table.file}', line {line}: label {unknown!r} is none of the training "
-                f"table's {len(names)} classes{nearest(unknown, names)}"
+                f"table's {counted(len(names), 'class')}{nearest(unknown, names)}"
             )
         if data.on_error == "stop":
             _check_files(key, table)
@@ -195,8 +196,8 @@ def _rows(file: Path, folder: str, header: Sequence[str], columns: tuple[str, st
     for cells, line in itertools.islice(_lines(file, where), 1, None):
         if len(cells) != len(header):
             raise ConfigError(
-                f"{where}, line {line}: {len(cells)} cells, but {len(header)} columns in the first line; "
-                "quote what holds a separator"
+                f"{where}, line {line}: {counted(len(cells), 'cell')}, but {counted(len(header), 'column')} in the first "
+                "line; quote what holds a separator"
             )
         cell, label = cells[path_at], cells[label_at]
         if not cell or not label:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from files.errors import ConfigError, nearest, one_line
+from files.words import counted
 from training.data.images import image_extensions
 from training.data.names import Names
 from training.data.source import Sources
@@ -200,7 +201,7 @@ class LeftOut:
             if total := counts.total():
                 kinds = [f"{count:,} {one_line(kind)}" for kind, count in counts.most_common(8)]
                 kinds += [f"{len(counts) - 8} more kinds"] if len(counts) > 8 else []
-                parts.append(f"{total:,} {what}{'s' * (total > 1)} ({', '.join(kinds)})")
+                parts.append(f"{counted(total, what)} ({', '.join(kinds)})")
         if self.links:
             parts.append(
                 "1 link to a folder read already"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from files.errors import ConfigError
+from files.words import counted
 from models.factory import class_difference
 from training.data.source import Sources
 
@@ -45,7 +46,7 @@ def data_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
         if changed:
             name, a, b = changed[0]
             more = f" (and {len(changed) - 1} more classes changed)" if len(changed) > 1 else ""
-            return f"class '{name}' had {a:,} {what} images, has {b:,}{more}"
+            return f"class '{name}' had {counted(a, f'{what} image')}, has {b:,}{more}"
         if was != found:
             return f"as many {what} images as before, but files have other names"
     return None

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from files.errors import ConfigError, one_line
+from files.words import counted
 from training.data.cropping import stacked
 from training.data.dataset import DataBundle
 from training.data.decoding import DecoderName, decode_plain_jpeg, is_plain_jpeg, pixels_of
@@ -259,7 +260,7 @@ def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
     if damaged:
         sample, reason = damaged[0]
         first = one_line(place(*sample))
-        count = f"{len(damaged):,} of {total:,} images" if len(damaged) > 1 else f"1 of {total:,} images"
+        count = f"{len(damaged):,} of {counted(total, 'image')}"
         if len(damaged) <= allowed:
             logger.warning(
                 "warning: %s cannot be read and will be skipped; the first is '%s': %s", count, first, reason

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from files.errors import ConfigError
+from files.words import counted
 from training.data.dataset import DataBundle, Position
 from training.data.order import Balanced, Order, Shuffled
 from training.data.skipping import collate
@@ -97,9 +98,9 @@ def build_train_loader(
     if sampler.batches_per_epoch == 0:
         processes = f" x {world_size} processes = {data.batch_size * world_size}" if world_size > 1 else ""
         most = len(bundle.train) // world_size
-        advice = f"at most {most} here" if most else f"use at most {len(bundle.train)} processes"
+        advice = f"at most {most} here" if most else f"use at most {counted(len(bundle.train), 'process')}"
         raise ConfigError(
-            f"data.batch_size: {data.batch_size}{processes} is more than the {len(bundle.train)} training images; "
+            f"data.batch_size: {data.batch_size}{processes} is more than the {counted(len(bundle.train), 'training image')}; "
             f"{advice}"
         )
     return DataLoader(bundle.train, batch_sampler=sampler, collate_fn=collate, **_loader_options(data.workers, device))

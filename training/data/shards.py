@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from files.durable import nearest_beside
 from files.errors import ConfigError, nearest
+from files.words import counted
 from training.data.cache import cache_folder, fetch, shown
 from training.data.folder import VAL_FOLDERS
 from training.data.source import Sources
@@ -422,7 +423,7 @@ def _targets(shards: Sequence[Shard], indexes: Sequence[TarIndex], names: list[s
                 start, end = (0, *index.ends)[row], index.ends[row]
                 member = index.names[start:end].tobytes().decode("utf-8", "replace")
                 text = index.texts[code]
-                known = f"{len(names):,} classes: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
+                known = f"{counted(len(names), 'class')}: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
                 raise ConfigError(
                     f"shard '{shard.path}': the label of '{member}' is {text!r}, which is no class"
                     f"{nearest(text, names)}\n{known}"

@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from files.csv_rows import csv_row
+from files.words import counted
 from training.data.dataset import MAX_REPLACEMENTS, ReadError, Sample, Unreadable
 from training.data.source import name_below
 
@@ -108,8 +109,8 @@ class SkipList:
         if len(self.known) > self.limit:
             listed = f"; {self.path} lists them" if self.path else ""
             raise ReadError(
-                f"{unreadable}\nthe run has skipped {len(self.known)} images, data.max_skipped is {self.limit}{listed}; "
-                "raise it, or mend the files and delete the list"
+                f"{unreadable}\nthe run has skipped {counted(len(self.known), 'image')}, data.max_skipped is "
+                f"{self.limit}{listed}; raise it, or mend the files and delete the list"
             )
         done = "another takes its place" if unreadable.replaced else "left out of validation"
         tqdm.write(f"warning: {unreadable}; {done} ({len(self.known)} of at most {self.limit})", file=sys.stderr)

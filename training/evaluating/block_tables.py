@@ -9,6 +9,7 @@ import torch
 
 from files.durable import save_text
 from files.errors import Failure
+from files.words import counted
 from training.evaluating.blocks import FLOOR, BlockStudy, Row
 from training.evaluating.results import csv_text, json_text
 from training.metrics import evaluation_metrics
@@ -29,7 +30,7 @@ def describe_study(study: BlockStudy) -> str:
     fixed = [block for block in study.blocks if not block.removable]
     lines = [
         f"{study.text}: {study.weights}; {how}",
-        f"  data      {study.dataset}, {study.split}: {study.samples:,} images; {study.precision} on {study.device}",
+        f"  data      {study.dataset}, {study.split}: {counted(study.samples, 'image')}; {study.precision} on {study.device}",
     ]
     if fixed:
         reasons: dict[str, list[str]] = {}
@@ -119,7 +120,7 @@ def _lost(whole: Row, row: Row) -> float:
 
 
 def _count(row: Row) -> str:
-    return f"{len(row.removed)} block{'s' if len(row.removed) > 1 else ''}"
+    return counted(len(row.removed), "block")
 
 
 def _points(row: Row, top1: float) -> str:

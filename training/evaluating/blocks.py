@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from files.errors import ConfigError
+from files.words import counted
 from models.pruning import OPTION, blocks_of, chosen_blocks, empty_stage, named_blocks
 from stochastic_depth.blocks import find_blocks
 from stochastic_depth.compute import count_macs
@@ -174,7 +175,9 @@ def _check_wanted(wanted: Wanted, blocks: Sequence[ResidualBlock]) -> list[Resid
     """The blocks named, none where it is the study that chooses."""
     most = _most(blocks)
     if wanted.count is not None and wanted.count > most:
-        raise ConfigError(f"{OPTION} greedy:{wanted.count}: of the model's {len(blocks)} blocks {most} can be removed")
+        raise ConfigError(
+            f"{OPTION} greedy:{wanted.count}: of the model's {counted(len(blocks), 'block')} {most} can be removed"
+        )
     return chosen_blocks(wanted.words, blocks) if wanted.kind == "list" else []
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from files.errors import ConfigError, nearest
+from files.words import counted
 from models.factory import class_names_of
 
 
@@ -78,8 +79,8 @@ def match_classes(model: Any, data: Sequence[str], *, published: bool, text: str
         return None, "the weights do not name their classes: taken in the order of the data's"
     why = "whose names are not ImageNet's" if known else "and the weights do not name theirs"
     raise ConfigError(
-        f"{text}: the model has {model.num_classes} classes, the data {len(data)} ({_some(data)}), {why}, so that they "
-        "cannot be matched"
+        f"{text}: the model has {counted(model.num_classes, 'class')}, the data {len(data)} ({_some(data)}), {why}, "
+        "so that they cannot be matched"
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from files.errors import ConfigError
+from files.words import counted
 from layers.draw import Draw
 from layers.drop_path import DropPath
 from stochastic_depth import set_drop_path
@@ -93,7 +94,7 @@ def set_rates(model: nn.Module, run: TrainConfig | None, wanted: MonteCarlo) -> 
             "--mc: the model was trained with drop-path rate 0, so that all passes would be alike; give --mc-rate RATE"
         )
     shape = profile if isinstance(profile, str) else "a rate per block"
-    passes = f"{wanted.passes} pass{'es' if wanted.passes > 1 else ''}"
+    passes = counted(wanted.passes, "pass")
     told = f"mean of {passes} with drop path, rates up to {max(depth.rates):g} ({shape})"
     return DropRates(wanted.passes, tuple(depth.rates), told)
 

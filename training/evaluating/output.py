@@ -16,6 +16,7 @@ from tqdm import tqdm
 from files.durable import sync_folder
 from files.errors import ConfigError, Failure, one_line
 from files.outputs import Kept, is_same, refuse_overwriting
+from files.words import counted
 from training.evaluating.prediction import NoPrediction, Predictor, PredictRequest
 from training.evaluating.results import check_writable
 from training.evaluating.subject import files_of
@@ -100,13 +101,15 @@ def predict(request: PredictRequest, wanted: Wanted) -> int:
         raise Failure(f"--output {wanted.output}: cannot be written: {error.strerror}") from None
     if sheet is not None:
         sheet.end()
-        more = f"; {sheet.left_out:,} images beyond the last page are left out" if sheet.left_out else ""
+        more = f"; {counted(sheet.left_out, 'image')} beyond the last page left out" if sheet.left_out else ""
         print(
             f"contact sheet: {', '.join(one_line(str(page)) for page in sheet.pages) or 'nothing to draw'}{more}",
             file=sys.stderr,
         )
     if unread:
-        print(f"error: {unread:,} of {len(plan.paths):,} images have no prediction", file=sys.stderr)
+        total = len(plan.paths)
+        have = "has" if total == 1 else "have"
+        print(f"error: {unread:,} of {counted(total, 'image')} {have} no prediction", file=sys.stderr)
     return 1 if unread else 0
 
 

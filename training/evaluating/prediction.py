@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from files.errors import ConfigError, Failure
+from files.words import counted
 from training.data.augment import AugmentSection
 from training.data.dataset import Unreadable, ValDataset
 from training.data.decoding import choose_decoder
@@ -211,7 +212,7 @@ class Predictor:
             names = [str(i) for i in range(model.num_classes)]
         topk = min(request.topk, len(names))
         if topk < request.topk:
-            notes.append(f"--topk {request.topk}: the model has {topk} classes, so that {topk} are given")
+            notes.append(f"--topk {request.topk}: the model has {counted(topk, 'class')}, so that {topk} are given")
         self.plan = Plan(paths, names, topk, notes)
 
     @torch.no_grad()

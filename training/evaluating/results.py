@@ -21,6 +21,7 @@ from files.csv_rows import csv_row
 from files.durable import save_text
 from files.errors import ConfigError, Failure
 from files.outputs import Kept, refuse_overwriting
+from files.words import counted
 from training.evaluating.corruptions import Corruption
 from training.evaluating.validation import Evaluation, Request
 from training.metrics import evaluation_metrics
@@ -83,15 +84,15 @@ def describe(evaluation: Evaluation) -> str:
     told = [metric.text(evaluation.metrics[metric.column]) for metric in evaluation_metrics()[0]]
     lines = [
         f"{subject.text}: {evaluation.weights}, {evaluation.parameters / 1e6:.2f} M parameters",
-        f"  data      {evaluation.data.dataset}, {evaluation.part.name}{where}: {evaluation.samples:,} images, "
-        f"{len(evaluation.part.class_names):,} classes",
+        f"  data      {evaluation.data.dataset}, {evaluation.part.name}{where}: {counted(evaluation.samples, 'image')}, "
+        f"{counted(len(evaluation.part.class_names), 'class')}",
         f"  input     {'; '.join(settings)}; {evaluation.precision} on {evaluation.device}",
         f"  result    {'  '.join(re.sub(' +', ' ', text) for text in told)}",
         f"  speed     {evaluation.samples / evaluation.seconds:,.0f} images/s, reading included",
     ]
     lines += [f"  note      {note}" for note in evaluation.notes]
     if evaluation.skipped:
-        lines.append(f"  skipped   {evaluation.skipped} images that cannot be read, left out of all figures")
+        lines.append(f"  skipped   {counted(evaluation.skipped, 'image')} that cannot be read, left out of all figures")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import jinja2
 
 from files.durable import CheckpointError, save_text
 from files.errors import ConfigError
+from files.words import counted
 from training.report.charts import compare_charts, rates_chart, rates_over_time_chart, run_charts, schedule_chart
 from training.report.comparison import differing_classes, standing
 from training.report.prediction_charts import calibration_chart, confusion_chart
@@ -42,7 +43,7 @@ def page_templates(*folders: Path, **filters: Callable[..., Any]) -> jinja2.Envi
 
     Args:
         folders: Looked into first.
-        filters: By name, beside `count` and `duration`.
+        filters: By name, beside `count`, `counted` and `duration`.
     """
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
@@ -50,7 +51,7 @@ def page_templates(*folders: Path, **filters: Callable[..., Any]) -> jinja2.Envi
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    templates.filters |= {"count": format_count, "duration": format_duration, **filters}
+    templates.filters |= {"count": format_count, "counted": counted, "duration": format_duration, **filters}
     return templates
 
 

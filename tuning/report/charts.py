@@ -7,6 +7,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from files.words import counted
 from training.report.charts import INK, PALE, SERIES, SOFT, draw_chart
 from training.report.runs import is_known
 from tuning.report.reading import RATE, Study, is_number
@@ -90,7 +91,7 @@ def error_chart(study: Study) -> Figure | None:
     told.append("band: 95\u00a0% interval of the mean" if freedom else "one run each, so that no interval can be given")
     if top is not None:
         count = sum(loss > top for loss in losses)
-        told.append(f"the axis leaves out the {count} worst run{'s' if count > 1 else ''}")
+        told.append(f"the axis leaves out the {counted(count, 'worst run')}")
     return draw_chart("; ".join(told), draw, xlabel=name)
 
 
@@ -114,7 +115,7 @@ def race_chart(study: Study) -> Figure | None:
             if trial is study.winner:
                 style = {"color": SERIES[0], "linewidth": 2.4, "markersize": 5.0, "zorder": 3}
             axes.plot(range(len(values)), values, marker="o", markeredgewidth=0, **style)
-        axes.set_xticks(range(len(rounds)), [f"{n} seed{'s' if n > 1 else ''}" for n in rounds])
+        axes.set_xticks(range(len(rounds)), [counted(n, "seed") for n in rounds])
         axes.set_xlim(-0.25, len(rounds) - 0.75)
         margin = 0.06 * max(top - low, 0.1 * abs(top), 1e-9)
         axes.set_ylim(low - margin, top + margin)

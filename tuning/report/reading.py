@@ -10,6 +10,7 @@ from typing import Any
 
 from files.errors import ConfigError, nearest
 from files.strict_yaml import load_yaml
+from files.words import counted
 from training.metrics import METRICS, Metric
 from training.report.runs import is_known, read_number
 from training.run_folder import RunFolder
@@ -169,7 +170,10 @@ def value_in_words(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, Mapping):
-        words = [value_in_words(v) + (" epochs" if k == "cutoff_epochs" else "") for k, v in value.items()]
+        words = [
+            counted(v, "epoch") if k == "cutoff_epochs" and is_number(v) else value_in_words(v)
+            for k, v in value.items()
+        ]
         return " ".join(w for v, w in zip(value.values(), words, strict=True) if v is not None)
     if isinstance(value, list):
         if len(value) > 4 and all(map(is_number, value)):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from files.words import counted
 from training.metrics import evaluation_metrics
 from training.report.words import UNKNOWN, format_count, format_duration, in_words
 from tuning.report.reading import RATE, Cost, Study, value_in_words
@@ -71,7 +72,7 @@ def verdict_sentence(study: Study) -> str:
         return f"No run is done yet; {_trials(len(study.trials))} wait{'s' if len(study.trials) == 1 else ''} for it."
     best = study.winner or next((t for t in study.scored if t.state != "failed"), study.scored[0])
     seeds = len(best.scores)
-    over = f"over {seeds} seed{'s' if seeds > 1 else ''}"
+    over = f"over {counted(seeds, 'seed')}"
     what = f"{called(best, study.parameters)} ({study.metric.label} {number(best.mean)} {over})"
     if study.winner is not None and study.config.get("verdict", {}) is None:
         return f"No final was asked for: the search chose {what}, and its lead may be luck."
@@ -88,7 +89,7 @@ def verdict_sentence(study: Study) -> str:
 
 
 def _trials(count: int) -> str:
-    return f"{count} trial{'' if count == 1 else 's'}"
+    return counted(count, "trial")
 
 
 def subtitle(study: Study) -> str:
@@ -100,7 +101,7 @@ def subtitle(study: Study) -> str:
         few = study.train_setting("data", "train_samples")
         told[-1] += f" ({format_count(float(few))} training images)" if isinstance(few, int) else ""
         epochs = study.train_setting("optim", "epochs")
-        told += [f"{epochs} epochs a run"] if isinstance(epochs, int) else []
+        told += [f"{counted(epochs, 'epoch')} a run"] if isinstance(epochs, int) else []
     if study.parameters and study.trials:
         told.append(f"varied: {', '.join(axis_name(key) + _range(study, key) for key in study.parameters)}")
     return "; ".join(told)
@@ -123,7 +124,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
         metric, split = study.verdict.get("metric", "score"), study.verdict["split"]
         mean = math.fsum(known) / len(known) if known else math.nan
         told.append((f"Its {metric} ({split})", number(mean) + ("\u00a0%" if metric in PERCENT and known else "")))
-        told.append(("Rests on", f"{len(known)} fresh seed{'s' if len(known) != 1 else ''}"))
+        told.append(("Rests on", counted(len(known), "fresh seed")))
     failed = sum(t.state == "failed" for t in study.trials)
     tried = _trials(len(study.trials)) + (f", {failed} failed" if failed else "")
     told.append(("Tried", tried))
@@ -136,7 +137,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
 
 
 def _cost(cost: Cost) -> str:
-    return f"{format_count(cost.runs)} run{'' if cost.runs == 1 else 's'}, {format_count(cost.steps)} steps"
+    return f"{counted(cost.runs, 'run')}, {counted(cost.steps, 'step')}"
 
 
 def recommended(study: Study) -> dict[str, Any]:
@@ -225,9 +226,9 @@ def race_sentence(study: Study, rounds: list[int]) -> str:
     """Who went on, and what that says."""
     if len(rounds) < 2:
         seeds = rounds[0] if rounds else 1
-        return f"Every trial has {seeds} seed{'s' if seeds > 1 else ''} at most so far: no round has dropped any."
+        return f"Every trial has {counted(seeds, 'seed')} at most so far: no round has dropped any."
     counts = [sum(len(t.scores) >= n for t in study.scored) for n in rounds]
-    steps = "; ".join(f"{count} had {n} seed{'s' if n > 1 else ''}" for count, n in zip(counts, rounds, strict=True))
+    steps = "; ".join(f"{count} had {counted(n, 'seed')}" for count, n in zip(counts, rounds, strict=True))
     return (
         f"More seeds were spent only on trials that may win: {steps}. Those that went on did so on their first seeds, "
         "so that their means flatter them a little; the verdict's fresh seeds do not."

@@ -98,7 +98,7 @@ def test_rare_kinds_are_put_together(tmp_path: Path, make_study) -> None:
     found = read_study(folder.path)
     assert len(found.groups) == MOST_GROUPS + 1 and found.groups[-1] == OTHERS
     assert {found.group(t) for t in found.trials} == set(range(MOST_GROUPS + 1))
-    assert "linear, early 1 epochs" in found.groups
+    assert "linear, early 1 epoch" in found.groups
 
 
 @pytest.mark.parametrize(
