@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from files.durable import remove, save_text
+from files.strict_json import finite
 from models.factory import saved_config
 from models.weights import save_weights, weights_sha256
 from stochastic_depth.report import drop_path_report
@@ -330,17 +331,16 @@ def _start_files(setup: Setup, folder: RunFolder, progress: Progress) -> None:
 
 
 def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics: dict[str, float]) -> dict[str, Any]:
-    """summary.json, on the main process; returns it."""
+    """summary.json, on the main process; returns it, with None for what is not finite."""
     weights = whole_state(setup.model)
     average = None if setup.ema is None else whole_state(setup.ema.module)
     if not setup.world.is_main:
         return {}
     device = setup.world.device
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else _peak_rss_mb()
-    final = metrics.get("val_top1", math.nan)
-    summary = {
+    told = {
         "best_top1": progress.best_top1 if progress.best_top1 >= 0 else None,
-        "final_top1": None if math.isnan(final) else final,
+        "final_top1": metrics.get("val_top1"),
         "epochs": progress.epoch,
         "steps": progress.step,
         "skipped_images": {part: setup.skips.count(part) for part in ("train", "val")},
@@ -354,6 +354,7 @@ def _write_results(setup: Setup, folder: RunFolder, progress: Progress, metrics:
         "ema_sha256": None if average is None else weights_sha256(average),
         "stopped_early": stop_reason(setup.config.early_stopping, progress),
     }
+    summary = finite(told)
     folder.write_json(folder.summary, summary)
     return summary
 

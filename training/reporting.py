@@ -3,12 +3,12 @@
 The report tells of a run and can be made again at any time, so that its failure is not the run's.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
 
 from files.durable import save_text
+from files.strict_json import json_text
 from training.console import StopSignals
 from training.run_folder import RunFolder
 from training.setup import Setup
@@ -39,7 +39,7 @@ def _measure(setup: Setup, folder: RunFolder, progress: Progress, signals: StopS
 
     found = measure(setup, signals=signals)
     if found is not None and setup.world.is_main:
-        save_text(folder.evaluation, json.dumps({"epoch": progress.epoch, **found}))
+        save_text(folder.evaluation, json_text({"epoch": progress.epoch, **found}, indent=None))
 
 
 def _draw(folder: RunFolder) -> None:

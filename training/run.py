@@ -288,9 +288,9 @@ def describe_result(summary: dict[str, Any]) -> str:
     told = f"report: {folder.report}" if summary.get("report_made") else f"run: {folder.path}"
     if not summary.get("report_made") and folder.report.exists():
         told += f", whose {folder.report.name} is of an earlier time"
-    lines = [
-        f"final top-1 {summary['final_top1']:.2f}, best {summary['best_top1']:.2f}, {summary['seconds']:.1f} s; {told}"
-    ]
+    final, best, seconds = (summary[key] for key in ("final_top1", "best_top1", "seconds"))
+    final, best = ("unknown" if top1 is None else f"{top1:.2f}" for top1 in (final, best))
+    lines = [f"final top-1 {final}, best {best}, {seconds:.1f} s; {told}"]
     skipped = summary["skipped_images"]
     if any(skipped.values()):
         lines.append(

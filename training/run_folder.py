@@ -21,6 +21,7 @@ from files.durable import save_text
 from files.errors import ConfigError, nearest
 from files.lock import LOCK
 from files.outputs import may_write
+from files.strict_json import json_text
 from layers.fast_cpu import describe_compiler
 from training.distributed import World
 from training.metrics import METRICS
@@ -195,8 +196,8 @@ class RunFolder:
         return max((pair for pair in noted if min(pair) > 0), default=None)
 
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
-        """Writes one JSON file so that a kill leaves the old or the new one."""
-        save_text(path, json.dumps(content, indent=2) + "\n")
+        """Writes one JSON file so that a kill leaves the old or the new one; numbers that are not finite are null in it."""
+        save_text(path, json_text(content))
 
 
 def _append(path: Path, columns: Sequence[str], row: dict[str, float]) -> None:

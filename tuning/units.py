@@ -21,6 +21,7 @@ from files.errors import ConfigError, Failure, printable
 from files.lock import is_locked
 from training.config import TrainConfig
 from training.non_finite import NonFiniteError
+from training.report.runs import read_number
 from training.run import run
 from training.run_folder import RunFolder
 
@@ -98,7 +99,8 @@ class Unit:
         if not math.isfinite(value):
             raise Failure(f"{metric} of the last epoch is {value:g}")
         summary = _read_json(folder.summary) or {}
-        return Score(value, int(summary.get("steps") or 0), float(summary.get("seconds") or 0.0))
+        steps, seconds = (read_number(summary.get(key)) for key in ("steps", "seconds"))
+        return Score(value, 0 if math.isnan(steps) else int(steps), 0.0 if math.isnan(seconds) else seconds)
 
 
 def read_failure(folder: Path) -> str | None:

@@ -1,6 +1,7 @@
 """The end of a run: the report changes nothing that is learned, and its failure is not the run's."""
 
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import pytest
 
 from tests.test_train import command, environment
 from tests.training.parts import TINY
+from training import loop
 from training.config import load_config
 from training.console import StopSignals
 from training.evaluating import evidence
+from training.metrics import METRICS
 from training.report import page
-from training.run import run
+from training.run import describe_result, run
 
 MIXED = ["augment.mixup=0.5", "augment.cutmix=0.5", "drop_path.schedule={kind: ramp, start: 0.5}"]
 
@@ -38,6 +41,19 @@ def right(folder: Path) -> float:
     """Percent of the pairs of class and prediction that are right."""
     told = json.loads((folder / "evaluation.json").read_text())
     return 100 * sum(n for label, prediction, n in told["pairs"] if label == prediction) / told["samples"]
+
+
+def test_what_a_run_writes_is_json_whatever_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"samples": 1, "classes": ["a"], "pairs": [], "bins": [[1.0, 0.0, math.nan]], "mistakes": [], "batch": []}
+    monkeypatch.setattr(evidence, "measure", lambda *_, **__: found)
+    monkeypatch.setattr(loop, "validate", lambda *_, **__: {metric.column: math.nan for metric in METRICS})
+    summary = train(tmp_path / "run", "optim.epochs=1", "optim.warmup_epochs=0")
+    told = json.loads((tmp_path / "run" / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert told["bins"] == [[1.0, 0.0, None]]
+    read = json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert read["final_top1"] is read["best_top1"] is None
+    assert {key: summary[key] for key in read} == read
+    assert describe_result(summary).startswith("final top-1 unknown, best unknown, ")
 
 
 def test_weights_and_metrics_are_equal_with_and_without_a_report(tmp_path: Path) -> None:

@@ -248,6 +248,13 @@ def test_cutting_what_is_empty_or_not_there(tmp_path: Path) -> None:
     assert [r["epoch"] for r in read(folder)] == ["4"]
 
 
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_json(folder.summary, {"steps": 1, "final_top1": float("nan"), "rows": [float("inf")]})
+    read = json.loads(folder.summary.read_text(), parse_constant=pytest.fail)
+    assert read == {"steps": 1, "final_top1": None, "rows": [None]}
+
+
 def test_a_kill_leaves_the_old_json(tmp_path: Path, monkeypatch) -> None:
     folder = RunFolder(tmp_path)
     folder.write_json(folder.summary, {"steps": 1})

@@ -137,6 +137,15 @@ def test_a_metric_that_was_not_reported(tmp_path: Path, text: str, told: str) ->
         one.score("val_top1")
 
 
+@pytest.mark.parametrize("none", ["null", "NaN", "Infinity"])
+def test_costs_that_are_not_finite_count_as_none(tmp_path: Path, none: str) -> None:
+    one = unit(tmp_path)
+    one.folder.mkdir(parents=True)
+    (one.folder / "metrics.csv").write_text("epoch,val_top1\n1,90\n")
+    (one.folder / "summary.json").write_text(f'{{"steps": {none}, "seconds": {none}}}')
+    assert one.score("val_top1") == (90.0, 0, 0.0)
+
+
 def test_threads_are_the_config_s_where_it_says(tmp_path: Path, trained: Trained) -> None:
     for words, expected in (([], 2), (["runtime.threads=3"], 3)):
         one = unit(tmp_path, *words)

@@ -9,9 +9,10 @@ import torch
 
 from files.durable import save_text
 from files.errors import Failure
+from files.strict_json import json_text
 from files.words import counted
 from training.evaluating.blocks import FLOOR, BlockStudy, Row
-from training.evaluating.results import csv_text, json_text
+from training.evaluating.results import csv_text
 from training.metrics import evaluation_metrics
 
 _POINT = 1.0

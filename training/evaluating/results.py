@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import json
-import math
 import os
 import re
 import textwrap
@@ -21,6 +19,7 @@ from files.csv_rows import csv_row
 from files.durable import save_text
 from files.errors import ConfigError, Failure
 from files.outputs import Kept, refuse_overwriting
+from files.strict_json import json_text
 from files.words import counted
 from training.evaluating.corruptions import Corruption
 from training.evaluating.validation import Evaluation, Request
@@ -314,19 +313,6 @@ def _mistakes(evaluation: Evaluation) -> tuple[Sequence[str], list[list[Any]]]:
         for m in evaluation.per_sample.mistakes(source.targets)
     ]
     return ("path", "label", "prediction", "probability", "label_probability"), rows
-
-
-def json_text(content: Any) -> str:
-    """Content as JSON, with null for numbers that are not finite: JSON has none."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(each) for key, each in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(each) for each in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
 def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

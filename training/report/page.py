@@ -5,6 +5,7 @@ rates.csv, evaluation.json), so it can be made again anywhere, and from what a k
 percentages; `seconds` counts from the run's start.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from training.report.runs import read_run
 from training.report.settings import between, command_to_repeat, from_defaults
 from training.report.verdict import decisions, verdict
 from training.report.words import (
+    UNKNOWN,
     drop_path_settings,
     drop_path_verdict,
     format_count,
@@ -60,7 +62,7 @@ _TEMPLATES = page_templates(
     share=format_share,
     percent=format_percent,
     settings=drop_path_settings,
-    sure=lambda share: f"{100 * share:.0f}\u00a0%",
+    sure=lambda share: f"{100 * share:.0f}\u00a0%" if math.isfinite(share) else UNKNOWN,
 )
 
 

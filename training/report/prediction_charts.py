@@ -1,5 +1,7 @@
 """A report's charts of predictions: which class is taken for which, and whether confidence can be believed."""
 
+import math
+
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -100,9 +102,9 @@ def _numbered_confusion(evidence: Evidence) -> tuple[str, Markup]:
 
 
 def calibration_chart(evidence: Evidence) -> tuple[str, Markup] | None:
-    """The reliability diagram: accuracy over confidence; `None` where a single class leaves no doubt."""
+    """The reliability diagram: accuracy over confidence; `None` of a single class, or where nothing is finite."""
     total = sum(samples for samples, _, _ in evidence.bins)
-    if len(evidence.classes) < 2 or not total:
+    if len(evidence.classes) < 2 or math.isnan(evidence.calibration()[0]):
         return None
     number = len(evidence.bins)
     filled = [(i, each) for i, each in enumerate(evidence.bins) if each[0]]

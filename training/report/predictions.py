@@ -5,10 +5,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Picture = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$")]
 Count = Annotated[int, Field(ge=0)]
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""NaN where the file has null, as it has for what is not finite; older files have NaN themselves."""
 
 
 class _Part(BaseModel):
@@ -22,14 +24,14 @@ class Mistake(_Part):
     name: str
     label: str
     prediction: str
-    probability: float
+    probability: Number
 
 
 class Example(_Part):
     """A picture of a training batch, with the classes that its target mixes and their shares."""
 
     image: Picture
-    labels: list[tuple[str, float]]
+    labels: list[tuple[str, Number]]
 
 
 class ClassResult(NamedTuple):
@@ -69,7 +71,7 @@ class Evidence(_Part):
     samples: Count
     classes: list[str]
     pairs: list[tuple[Count, Count, Count]]
-    bins: list[tuple[float, float, float]]
+    bins: list[tuple[Number, Number, Number]]
     mistakes: list[Mistake] = []
     batch: list[Example] = []
     notes: list[str] = []
@@ -111,13 +113,14 @@ class Evidence(_Part):
         return self.samples - sum(count for label, prediction, count in self.pairs if label == prediction)
 
     def calibration(self) -> tuple[float, float, float]:
-        """ECE, mean confidence and accuracy, in percent; NaN without samples."""
+        """ECE, mean confidence and accuracy, in percent; NaN without samples, or where a bin is not finite."""
         total = sum(samples for samples, _, _ in self.bins)
         if not total:
             return math.nan, math.nan, math.nan
         ece = sum(abs(hits - confidence) for _, hits, confidence in self.bins) / total
         confidence, hits = sum(c for *_, c in self.bins) / total, sum(h for _, h, _ in self.bins) / total
-        return 100 * ece, 100 * confidence, 100 * hits
+        told = 100 * ece, 100 * confidence, 100 * hits
+        return told if all(map(math.isfinite, told)) else (math.nan, math.nan, math.nan)
 
 
 def read_evidence(path: Path, notes: list[str]) -> Evidence | None:

@@ -33,6 +33,24 @@ def test_damaged_summary_is_left_out_and_said(run: Path, text: str, page_of) -> 
     assert "latest top-1 97.25 %, best 98.75 %" in text
 
 
+@pytest.mark.parametrize("none", ["null", "NaN", "Infinity", "-Infinity"])
+def test_numbers_that_are_not_finite_are_unknown_whoever_wrote_them(run: Path, none: str, page_of) -> None:
+    (run / "summary.json").write_text(
+        f'{{"epochs": 4, "final_top1": {none}, "best_top1": {none}, "seconds": {none}, "images_per_second": {none},'
+        f' "train_seconds": {none}, "data_share": {none}, "peak_memory_mb": {none}, "steps": 44}}'
+    )
+    text = page_of(run).text
+    assert "Finished 4 epochs in" in text and "final top-1 97.25 %, best 98.75 %" in text
+    assert "Peak memory \u2013" in text and "damaged" not in text
+    told = (run / "evaluation.json").read_text()
+    told = told.replace('"probability": 0.875', f'"probability": {none}').replace("0.38]", f"{none}]")
+    told = told.replace("[0.0, 0.0, 0.0]", f"[1.0, 0.0, {none}]")
+    (run / "evaluation.json").write_text(told)
+    page = page_of(run)
+    assert "damaged" not in page.text and "nan" not in page.text.lower() and "inf %" not in page.text
+    assert "Calibration in %" not in page.text and "Confusion matrix" in page.text
+
+
 def test_numbers_that_are_none(run: Path, page_of, write_csv) -> None:
     metrics = run / "metrics.csv"
     metrics.write_text(metrics.read_text().replace("98.75", "").replace("91.5", "nan").replace("0.375", "inf"))
