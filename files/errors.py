@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from files.notices import own_notices
+
 
 class ConfigError(ValueError):
     """A mistake in what the user gave: one to three lines saying what, where, what is allowed. Scripts exit with 2."""
@@ -67,11 +69,12 @@ def run_command(command: Callable[[], int]) -> int:
     """Runs the work of a script and returns its exit code: its own, 2 after a ConfigError, 1 after a Failure.
 
     Both are printed as `error: ...` to standard error, and so is a machine that is out of memory, which is a failure. Any
-    other error is a mistake of ours and passes, traceback and all.
+    other error is a mistake of ours and passes, traceback and all. What the project's code warns of is printed as
+    `warning: ...`, without the path and the line of code that Python adds.
     Ctrl-C ends it with code 130. Nobody has to listen: where standard output or error is closed, or the pipe's reader
     leaves, as `head` does, what is printed is dropped and the work goes on.
     """
-    with lasting_output():
+    with lasting_output(), own_notices(lambda told: print(f"warning: {printable(told)}", file=sys.stderr)):
         try:
             return command()
         except (ConfigError, Failure) as error:
