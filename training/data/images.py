@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import IO, TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Of a damaged EXIF block, which only matters where it hides how an image is turned, Pillow warns without the file's name;
+# `check_images` names it. Here, so that the loaders' workers are as quiet, however they are started.
+_EXIF_READER = r"PIL\.TiffImagePlugin"
+warnings.filterwarnings("ignore", module=_EXIF_READER)
 
 # Images that wait to be looked at at one time: what waits takes 2 kB an image, which a million would multiply.
 CHECKED_AT_ONCE = 4096
@@ -234,6 +240,8 @@ def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
     place, and any other format, is decoded, so that only the decoder calls a file damaged. Damage amid intact data may
     then be found in training only, where the error names the file. Under several processes one of them is enough.
 
+    Images whose EXIF block is so damaged that it does not say how they are turned are warned of, in a line.
+
     Args:
         bundle: What to look at.
         allowed: So many unreadable images are only warned of: `data.max_skipped`.
@@ -249,14 +257,24 @@ def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
     samples = ((source, index) for source in sources for index in range(len(source)))
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what Pillow only warns of is refused here
+        warnings.filterwarnings("always", module=_EXIF_READER)
+        warnings.showwarning = _note_exif(warnings.showwarning)
         look = _damage if full else _obvious_damage
         bar = tqdm(total=total, desc="checking images", unit="", leave=False, disable=full or None)
-        damaged = []
+        damaged, unturned, first_unturned = [], 0, None
         while some := list(itertools.islice(samples, CHECKED_AT_ONCE)):
-            reasons = pool.map(lambda sample: look(*sample), some)
-            damaged += [(sample, reason) for sample, reason in zip(some, reasons, strict=True) if reason]
+            for sample, (reason, turn_unknown) in zip(some, pool.map(lambda sample: look(*sample), some), strict=True):
+                if reason:
+                    damaged.append((sample, reason))
+                elif turn_unknown:
+                    unturned, first_unturned = unturned + 1, first_unturned or sample
             bar.update(len(some))
         bar.close()
+    if first_unturned is not None:
+        logger.warning(
+            "warning: damaged EXIF data do not say how an image is turned, so that it is taken as it lies: %s of %s; the "
+            "first is '%s'", f"{unturned:,}", counted(total, "image"), one_line(place(*first_unturned)),
+        )  # fmt: skip
     if damaged:
         sample, reason = damaged[0]
         first = one_line(place(*sample))
@@ -272,20 +290,28 @@ def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
         raise ConfigError(f"data.root: {count} cannot be read; the first is '{first}'\n{reason}\n{advice}")
 
 
-def _damage(source: Source, index: int) -> str | None:
-    """Why a sample cannot be decoded, or None."""
+class _Look(NamedTuple):
+    """What a look at an image has found: why it cannot be decoded, or None; and whether how it is turned is not known."""
+
+    reason: str | None
+    turn_unknown: bool = False
+
+
+def _damage(source: Source, index: int) -> _Look:
+    """Decodes a sample."""
     try:
         raw = source.open(index)
         if not isinstance(raw, Image.Image) and _size(raw) == 0:
             raw.close()
-            return "the file is empty"
-        read_image(raw, 3)
+            return _Look("the file is empty")
+        with open_image(raw) as image:
+            to_rgb(image)
+            return _Look(None, _turn_is_unknown(image))
     except Exception as error:  # Pillow raises half a dozen types for a damaged file
-        return one_line(str(error)) or type(error).__name__
-    return None
+        return _Look(one_line(str(error)) or type(error).__name__)
 
 
-def _obvious_damage(source: Source, index: int) -> str | None:
+def _obvious_damage(source: Source, index: int) -> _Look:
     """As `_damage`, without decoding JPEG and PNG files that have a valid header and their end marker at the end."""
     try:
         raw = source.open(index)
@@ -296,11 +322,45 @@ def _obvious_damage(source: Source, index: int) -> str | None:
                 raw.seek(0)
                 with open_image(raw) as image:
                     marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image.format or "")
-            if marker and end.endswith(marker):
-                return None
+                    if marker and end.endswith(marker):
+                        return _Look(None, _turn_is_unknown(image))
     except Exception:
         pass  # what is wrong is for the decoder to say
     return _damage(source, index)
+
+
+class _Heard(threading.local):
+    """Whether Pillow has warned of EXIF data in this thread."""
+
+    exif = False
+
+
+_heard = _Heard()
+
+
+def _note_exif(others: Callable[..., None]) -> Callable[..., None]:
+    """For `warnings.showwarning`: notes what is said of EXIF data, and passes on what else there is."""
+
+    def note(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        if Path(filename).stem == "TiffImagePlugin":
+            _heard.exif = True
+        else:
+            others(message, category, filename, *rest)
+
+    return note
+
+
+def _turn_is_unknown(image: Image.Image) -> bool:
+    """Whether an opened image has an EXIF block so damaged that how it is turned cannot be read there."""
+    block = image.info.get("exif")
+    if not block:
+        return False
+    exif, _heard.exif = Image.Exif(), False
+    try:
+        exif.load(block)
+        return ExifTags.Base.Orientation not in exif and _heard.exif
+    except Exception:  # as in `_upright`
+        return True
 
 
 def _size(file: IO[bytes]) -> int:

@@ -2,6 +2,7 @@
 
 import re
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL.PngImagePlugin import PngImageFile
 from tests.training.data.parts import digits, fails, folder, saved, write_image
 from training.data import images as images_module
 from training.data.images import check_images, read_image, to_rgb
-from training.data.source import place
+from training.data.source import Source, place
 
 
 def tiff(pixels: list[int], bits: int, kind: str, *, sample_format: int = 1, photometric: int = 1) -> bytes:
@@ -219,6 +220,43 @@ def test_a_damaged_exif_block_is_passed_over(block: bytes, tmp_path: Path) -> No
         assert read(tmp_path / name, 3).size == HALF_WHITE.size
 
 
+def damaged_exif(path: Path, keep: int) -> None:
+    """A JPEG whose EXIF block ends after so many bytes: of 24 or fewer its first tag, how it is turned, is lost."""
+    exif = turned()
+    exif[ExifTags.Base.DateTime] = "2020:01:01 00:00:00"
+    exif[ExifTags.Base.Artist] = "somebody"
+    HALF_WHITE.save(path, exif=exif.tobytes()[:keep])
+
+
+@pytest.mark.parametrize("limit", [0, 2000], ids=["end of file", "decoded"])
+def test_pillow_s_words_on_exif_are_said_once_with_the_file_where_they_matter(
+    limit: int,
+    image_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    warnings.filterwarnings(
+        "ignore", module=images_module._EXIF_READER
+    )  # as on import; tests have filters of their own
+    monkeypatch.setattr(images_module, "FULL_CHECK_LIMIT", limit)
+    lost, mended = (image_root / "train" / "aster" / f"{name}.jpg" for name in ("z-lost", "z-mended"))
+    damaged_exif(lost, 20)
+    damaged_exif(image_root / "val" / "aster" / "z-other.jpg", 20)
+    damaged_exif(mended, 80)
+    check_images(folder(image_root))
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.startswith("warning: damaged EXIF data do not say how an image is turned") and "2 of 24 images" in told
+    assert told.endswith(f"the first is '{lost}'")
+    assert read(lost, 3).size == (64, 32), "as it lies"
+    assert read(mended, 3).size == (32, 64), "what is damaged is another tag"
+    assert not [w for w in recwarn if "EXIF" in str(w.message) or "Truncated" in str(w.message)]
+    for path in (lost, mended):
+        warnings.filterwarnings("always", module=images_module._EXIF_READER)
+        with pytest.warns(UserWarning, match=r"Corrupt EXIF data|Truncated File Read"):
+            read(path, 3)
+
+
 def test_decompression_bombs_are_refused_before_decoding(
     image_root: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -285,7 +323,13 @@ def test_an_image_with_an_unusual_end_is_not_called_damaged(image_root: Path, mo
 
 def test_only_doubtful_files_are_decoded_in_a_big_folder(image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    monkeypatch.setattr(images_module, "_damage", lambda source, index: decoded.append(place(source, index)))
+    damage = images_module._damage
+
+    def noted(source: Source, index: int) -> Any:
+        decoded.append(place(source, index))
+        return damage(source, index)
+
+    monkeypatch.setattr(images_module, "_damage", noted)
     monkeypatch.setattr(images_module, "FULL_CHECK_LIMIT", 0)
     odd = write_image(image_root / "val" / "tulip" / "odd.bmp")
     check_images(folder(image_root))
