@@ -188,7 +188,9 @@ class OptimSection(Section):
     clip_grad: float | None = Field(
         default=None, gt=0, description="Largest norm of all gradients together. Default: no limit."
     )
-    accumulate: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
+    accumulate: int = Field(
+        default=1, ge=1, description="Forward passes per optimizer step; an epoch of fewer batches is one step."
+    )
     layer_decay: float | None = Field(
         default=None, gt=0, le=1, description="Factor on lr per layer, from the head down."
     )

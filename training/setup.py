@@ -91,8 +91,24 @@ class Setup:
 
     @property
     def total_batch(self) -> int:
-        """Samples of an optimizer step, over all processes."""
+        """Samples of an optimizer step as the config has it, over all processes; the last step of an epoch may have fewer."""
         return self.config.data.batch_size * self.world.size * self.config.optim.accumulate
+
+    @property
+    def too_much_accumulated(self) -> str:
+        """What becomes of an `optim.accumulate` that no epoch has the batches for; empty where all is well.
+
+        Such a run is sound, with one step of all its batches per epoch and schedules to suit, but not the one asked for.
+        """
+        wanted, batches = self.config.optim.accumulate, self.sampler.batches_per_epoch
+        if wanted <= batches:
+            return ""
+        all_of_them = f"all {batches}" if batches > 1 else "that one"
+        return (
+            f"optim.accumulate: {wanted:,} is more than the {counted(batches, 'batch')} of an epoch, so that its only step "
+            f"takes {all_of_them}, {self.total_batch // wanted * batches:,} images and not {self.total_batch:,}; give "
+            f"optim.accumulate={batches} at most, or a smaller data.batch_size"
+        )
 
     @property
     def evaluated(self) -> nn.Module:
@@ -355,6 +371,7 @@ def describe(setup: Setup) -> str:
     sizes = ", ".join(f"{size} from epoch {epoch + 1}" for epoch, size in config.data.image_size_schedule or ())
     compiled = {False: "", True: ", compiled", "blocks": ", compiled by blocks"}[config.runtime.compile]
     optim = config.optim
+    accumulated = min(optim.accumulate, setup.sampler.batches_per_epoch)
     lines = [
         f"model     {config.model.name}: {trainable / 1e6:.2f} M parameters{frozen_text}, {macs} GMACs at "
         f"{channels} x {height} x {width}",
@@ -363,7 +380,7 @@ def describe(setup: Setup) -> str:
         *([f"left out  {setup.data.left_out}"] if setup.data.left_out else []),
         *([f"sizes     {sizes}"] if sizes else []),
         f"training  {counted(optim.epochs, 'epoch')} of {counted(setup.steps_per_epoch, 'step')}, "
-        f"batch {setup.total_batch}, {optim.name}, lr {optim.lr:g}, {optim.schedule}",
+        f"batch {setup.total_batch // optim.accumulate * accumulated}, {optim.name}, lr {optim.lr:g}, {optim.schedule}",
         *([f"loss      {words}"] if (words := config.loss.in_words) else []),
         *filter(None, [setup.distillation.describe(), setup.freezing.describe()]),
         f"device    {world.device} x {world.size}{', sharded' if config.runtime.parallel == 'fsdp' else ''}, "
@@ -377,4 +394,5 @@ def describe(setup: Setup) -> str:
         *([f"rate      {setup.rate_origin}"] if setup.rate_origin else []),
     ]
     notes = setup.depth.notes if not setup.depth.blocks else []
-    return "\n".join(lines + [f"warning: {w}" for w in report.warnings] + [f"note      {note}" for note in notes])
+    warnings = [*filter(None, [setup.too_much_accumulated]), *report.warnings]
+    return "\n".join(lines + [f"warning: {w}" for w in warnings] + [f"note      {note}" for note in notes])

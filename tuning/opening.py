@@ -278,6 +278,8 @@ def describe_study(study: StudyConfig, path: Path, setup: Setup, links: Links | 
         f"runs      at most {runs} of search and race and {fresh} of the verdict: "
         f"{counted((runs + fresh) * setup.total_steps, 'step')}",
     ]
+    if setup.too_much_accumulated:
+        lines.append(f"warning   {setup.too_much_accumulated}")
     return "\n".join(lines)
 
 

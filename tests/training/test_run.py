@@ -175,6 +175,10 @@ def test_an_unknown_column_is_refused_in_one_line_before_anything_is_written(tmp
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
 
+def test_a_dry_run_says_that_more_is_accumulated_than_an_epoch_has(tmp_path: Path) -> None:
+    assert "warning: optim.accumulate: 9 is more than the" in dry_run(short("optim.accumulate=9"), tmp_path / "run")
+
+
 def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     told = dry_run(short(), tmp_path / "run")
     assert "1437 training" in told and "one step: loss" in told

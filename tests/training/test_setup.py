@@ -175,6 +175,21 @@ def test_the_plan_says_what_will_happen() -> None:
         assert "warning" not in describe(build_tiny(*falling)), "it was asked for"
 
 
+def test_more_accumulated_than_an_epoch_has_is_said() -> None:
+    setup = build_tiny("optim.accumulate=8", "optim.epochs=3")
+    assert setup.steps_per_epoch == 1, "of all batches there are"
+    plan = describe(setup)
+    assert "3 epochs of 1 step, batch 1280, adamw" in plan
+    assert (
+        "warning: optim.accumulate: 8 is more than the 5 batches of an epoch, so that its only step takes all 5" in plan
+    )
+    assert "1,280 images and not 2,048; give optim.accumulate=5 at most" in plan
+    assert "takes that one" in describe(build_tiny("optim.accumulate=2", "data.batch_size=1437"))
+    assert "warning" not in describe(build_tiny("optim.accumulate=5"))
+    first, last = (setup.scheduler._get_lr(step)[0] for step in (1, setup.total_steps))
+    assert last < first, "the schedule goes by the steps there are"
+
+
 def test_a_plan_of_one_step_counts_in_the_singular() -> None:
     plan = describe(build_tiny("optim.epochs=1", "optim.warmup_epochs=0", "data.batch_size=1437", "model.depths=[1]",
                                "model.dims=[16]", "model.token_mixer=pooling", "runtime.threads=1"))  # fmt: skip

@@ -176,7 +176,9 @@ def test_the_plan_of_a_study(tmp_path: Path) -> None:
     ]
     assert "6 trials, sampler random, seed 0; val_top1 of the last epoch" in plan
     assert "first     zero: drop_path.rate 0, optim.lr 0.003" in lines
-    assert "below 6 seeds no significance" in plan
+    assert "below 6 seeds no significance" in plan and "warning" not in plan
+    more = study(tmp_path, "optim.accumulate=99")
+    assert "\nwarning   optim.accumulate: 99 is more than" in describe_study(more, tmp_path, check_base(more), links())
     # 6 trials with 1 seed, 3 with one more, 2 with a third; two configurations in the final
     assert lines[-1].startswith("runs      at most 11 of search and race and 10 of the verdict: 210 steps")
     assert not (tmp_path / "out").exists()
