@@ -48,6 +48,7 @@ class Finalist:
         digest: Of its config.
         config: The training config.
         scores: Of each fresh seed whose run did not fail.
+        failed: How many did.
     """
 
     role: str
@@ -55,6 +56,7 @@ class Finalist:
     digest: str
     config: TrainConfig
     scores: dict[int, float]
+    failed: int = 0
 
 
 def advise(config: TrainConfig) -> Advice:
@@ -77,6 +79,7 @@ def conclude(folder: StudyFolder, finalists: Sequence[Finalist], metric: str, sp
             label=verdict.label_of(one.config, one.values),
             seeds=list(one.scores),
             scores=list(one.scores.values()),
+            failed=one.failed,
         )
         for one in finalists
     ]

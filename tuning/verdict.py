@@ -49,6 +49,7 @@ class Contender:
         seeds: That were trained and scored.
         scores: Of each of them.
         also: Further roles that the same configuration has.
+        failed: How many of its runs on fresh seeds have no score.
     """
 
     role: Role
@@ -58,6 +59,7 @@ class Contender:
     seeds: Sequence[int]
     scores: Sequence[float]
     also: Sequence[Role] = ()
+    failed: int = 0
 
     @property
     def by_seed(self) -> dict[int, float]:
@@ -212,6 +214,7 @@ def conclude(
     told = [claim(found, names[id(a)], names[id(b)], unit=unit, lower=lower) for found, a, b in clauses]
     sentence = "; ".join(told) or "nothing else was run to compare it with"
     sentence = f"{lead}: {sentence}" if lead else sentence[0].upper() + sentence[1:]
+    sentence += "".join(f"; {_failed(c)}" for c in merged if c.failed)
     sentence += f"; scored on {SEEN[split]}." if split in SEEN else "."
     verdict = {
         "metric": name,
@@ -227,6 +230,7 @@ def conclude(
                 "label": c.label,
                 "seeds": list(c.seeds),
                 "scores": list(c.scores),
+                "failed": c.failed,
             }
             for c in merged
         ],
@@ -274,6 +278,15 @@ def _paired(first: Contender, second: Contender, *, lower: bool) -> Comparison:
 
 def _called(contender: Contender) -> str:
     return f"the published {contender.label}" if contender.role == "published" else contender.label
+
+
+def _failed(contender: Contender) -> str:
+    """What the mean over its other seeds does not show: that it diverges now and then."""
+    runs = contender.failed + len(contender.seeds)
+    count = (
+        f"{contender.failed} of {runs} runs" if contender.seeds else f"all {runs} runs" if runs > 1 else "the only run"
+    )
+    return f"{count} of {_called(contender)} failed and {'is' if contender.failed == 1 else 'are'} not counted"
 
 
 def _row(found: Comparison, ahead: Contender, behind: Contender, sentence: str) -> dict[str, Any]:

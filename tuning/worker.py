@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
@@ -199,7 +200,7 @@ def finish(opened: Opened) -> str:
         if tune.verdict is not None:
             scores = {trial.number: trial.scores for trial in after.trials if trial.state != "failed"}
             finalists = _scored(opened, opened.plan.finalists_of(winner, scores))
-            if not any(f.role == "winner" for f in finalists):
+            if not any(f.role == "winner" and f.scores for f in finalists):
                 raise Failure(
                     f"the winner, trial {winner.number}, failed on all fresh seeds; "
                     f"see {opened.folder.unit(winner.digest, 0).parent}"
@@ -222,7 +223,7 @@ def finish(opened: Opened) -> str:
 
 
 def _scored(opened: Opened, finalists: Sequence[Finalist]) -> list[Finalist]:
-    """The finalists with the scores of all units that did not fail; one without any is left out."""
+    """The finalists with the scores of all units that did not fail, and how many did."""
     scored = []
     for one in finalists:
         scores = {}
@@ -231,10 +232,11 @@ def _scored(opened: Opened, finalists: Sequence[Finalist]) -> list[Finalist]:
             value = _score(opened, unit) if unit.state == "done" else None
             if value is not None:
                 scores[seed] = value
-        if scores:
-            scored.append(Finalist(one.role, one.values, one.digest, one.config, scores))
-        else:
-            opened.plan.note([Decision(f"{one.role} is not in the final", "none of its runs came to an end")])
+        failed = len(opened.plan.verdict_seeds) - len(scores)
+        scored.append(replace(one, scores=scores, failed=failed))
+        if failed:
+            what = f"{failed} of {failed + len(scores)} runs of the final failed: {one.role}"
+            opened.plan.note([Decision(what, "they are not counted, and the verdict says so")])
     return scored
 
 

@@ -27,7 +27,7 @@ def test_finalists_are_given_to_the_verdict(tmp_path: Path, monkeypatch) -> None
         return {"sentence": "so"}
 
     monkeypatch.setattr(verdict, "conclude", conclude)
-    one = Finalist("zero", {"drop_path.rate": 0.0}, "abc", study(tmp_path).base, {1000: 90.0, 1002: 91.0})
+    one = Finalist("zero", {"drop_path.rate": 0.0}, "abc", study(tmp_path).base, {1000: 90.0, 1002: 91.0}, 1)
     folder = StudyFolder(tmp_path)
     assert links.conclude(folder, [one], "top1", "test") == {"sentence": "so"}
     assert given["folder"] is folder and (given["metric"], given["split"]) == ("top1", "test")
@@ -39,6 +39,7 @@ def test_finalists_are_given_to_the_verdict(tmp_path: Path, monkeypatch) -> None
         "seeds": [1000, 1002],
         "scores": [90.0, 91.0],
         "also": (),
+        "failed": 1,
     }
 
 

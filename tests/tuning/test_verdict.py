@@ -190,6 +190,17 @@ def test_seeds_that_failed_do_not_count(study: StudyFolder) -> None:
     assert "have no seed in common" in none["sentence"]
 
 
+def test_runs_that_failed_are_told(study: StudyFolder) -> None:
+    diverging = contender("winner", 0.1, 91, seeds=6, failed=2)
+    assert said(study, diverging, contender("zero", 0, 89)).endswith(
+        "; 6 seeds); 2 of 8 runs of rate 0.1 (linear) failed and are not counted."
+    )
+    assert json.loads(study.verdict.read_text())["configs"][0]["failed"] == 2
+    none = said(study, contender("winner", 0.1, 91), contender("zero", 0, 89, seeds=0, failed=8))
+    assert none.endswith("; all 8 runs of rate 0 failed and are not counted.")
+    assert "failed" not in said(study, contender("winner", 0.1, 91), contender("zero", 0, 89))
+
+
 def test_lower_is_better_for_a_loss(study: StudyFolder) -> None:
     configs = [contender("winner", 0.1, 0.3, spread=0.01), contender("zero", 0, 0.4, spread=0.01)]
     verdict = conclude(study, configs, metric="nll")

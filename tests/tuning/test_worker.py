@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,8 @@ from files.lock import is_locked, locked
 from tests.tuning.parts import Trained, opened, stand_in
 from training.config import load_config
 from training.non_finite import NonFiniteError
-from tuning.study import Trial
+from tuning.links import Finalist
+from tuning.study import StudyFolder, Trial
 from tuning.units import forget_failures
 from tuning.worker import Console, end_helpers, finish, share_of_threads, start_helpers, table, work
 
@@ -163,6 +165,29 @@ def test_a_winner_at_rate_0_is_run_once_and_compared_with_the_next_best(tmp_path
     finish(one)
     roles = [each["role"] for each in json.loads(one.folder.verdict.read_text())["configs"]]
     assert roles == ["winner", "zero", "runner-up"]
+
+
+def test_runs_of_the_final_that_fail_are_counted(tmp_path: Path, trained: Trained) -> None:
+    lost = {(0.0, 1000), (0.0, 1001), (0.2, 1001)}
+    trained.fails = lambda config: "it diverged" if (config.drop_path.rate, config.seed) in lost else None
+    found: list[Finalist] = []
+
+    def conclude(folder: StudyFolder, finalists: list[Finalist], metric: str, split: str) -> dict[str, Any]:
+        found.extend(finalists)
+        return {"sentence": "it is so"}
+
+    one = opened(
+        tmp_path,
+        "verdict={seeds: 2, split: val}",
+        "search={sampler: grid, trials: null}",
+        "space.drop_path.rate=[0.2, 0.4]",
+        "race={seeds: [1], keep: []}",
+        conclude=conclude,
+    )
+    work(one)
+    finish(one)
+    assert [(f.role, sorted(f.scores), f.failed) for f in found] == [("winner", [1000], 1), ("zero", [], 2)]
+    assert "2 of 2 runs of the final failed: zero" in told(tmp_path)
 
 
 def test_a_unit_that_another_process_holds_is_not_taken(tmp_path: Path, trained: Trained) -> None:

@@ -149,7 +149,7 @@ def final_chart(study: Study) -> Figure | None:
                 range(len(configs)), [c["by_seed"].get(seed, math.nan) for c in configs],
                 color=PALE, linewidth=1.1, marker="o", markersize=3.5, markeredgewidth=0,
             )  # fmt: skip
-        means = [_mean(is_known(config["by_seed"].values())) for config in configs]
+        means = [study.final_mean(config) for config in configs]
         axes.plot(range(len(configs)), means, "D", color=SERIES[0], markersize=7, markeredgewidth=0)
         axes.set_xticks(range(len(configs)), [_short(config["label"]) for config in configs])
         axes.set_xlim(-0.4, len(configs) - 0.6)

@@ -114,6 +114,18 @@ class Study:
         return next((t for t in self.trials if t.state == "winner"), None)
 
     @cached_property
+    def final_seeds(self) -> list[int]:
+        """Fresh seeds of which each configuration of the final has a score, those without any left out: means over others
+        would compare hard seeds with easy ones."""
+        known = [{s for s, v in c["by_seed"].items() if not math.isnan(v)} for c in self.verdict.get("configs", ())]
+        return sorted(set.intersection(*filter(None, known))) if any(known) else []
+
+    def final_mean(self, config: Mapping[str, Any]) -> float:
+        """Mean score of a configuration of the final over `final_seeds`; NaN without one."""
+        values = [v for s in self.final_seeds if not math.isnan(v := config["by_seed"].get(s, math.nan))]
+        return math.fsum(values) / len(values) if values else math.nan
+
+    @cached_property
     def search(self) -> Cost:
         """Cost of the search; trials of one configuration share their runs."""
         of = {t.digest or str(t.number): t for t in self.trials}.values()

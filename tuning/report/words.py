@@ -124,7 +124,8 @@ def facts(study: Study) -> list[tuple[str, str]]:
         metric, split = study.verdict.get("metric", "score"), study.verdict["split"]
         mean = math.fsum(known) / len(known) if known else math.nan
         told.append((f"Its {metric} ({split})", number(mean) + ("\u00a0%" if metric in PERCENT and known else "")))
-        told.append(("Rests on", counted(len(known), "fresh seed")))
+        lost = f", {chosen['failed']} more failed" if chosen.get("failed") else ""
+        told.append(("Rests on", f"{counted(len(known), 'fresh seed')}{lost}"))
     failed = sum(t.state == "failed" for t in study.trials)
     tried = _trials(len(study.trials)) + (f", {failed} failed" if failed else "")
     told.append(("Tried", tried))
@@ -190,8 +191,9 @@ def seed_rows(study: Study) -> list[tuple[str, list[str]]]:
     configs = study.verdict.get("configs", [])
     seeds = sorted({seed for config in configs for seed in config["by_seed"]})
     rows = [(str(seed), [number(c["by_seed"].get(seed, math.nan)) for c in configs]) for seed in seeds]
-    means = [[v for v in c["by_seed"].values() if not math.isnan(v)] for c in configs]
-    return [*rows, ("mean", [number(math.fsum(v) / len(v) if v else math.nan) for v in means])]
+    common = len(study.final_seeds)
+    name = "mean" if common == len(seeds) else f"mean of the {common} that all have"
+    return [*rows, (name, [number(study.final_mean(c)) for c in configs])]
 
 
 def importance_sentence(study: Study, shares: Mapping[str, float]) -> str:

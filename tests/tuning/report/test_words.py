@@ -98,6 +98,19 @@ def test_tables_of_the_final(study: StudyFolder) -> None:
     assert [scores[0] for _, scores in rows] == [f"{v:.2f}" for v in first] + [f"{sum(first) / 8:.2f}"]
 
 
+def test_means_of_the_final_are_over_seeds_that_all_have(tmp_path: Path, make_study) -> None:
+    folder = make_study(tmp_path / "a", final=4, keys=("drop_path.rate",))
+    verdict = json.loads(folder.verdict.read_text())
+    first = verdict["configs"][0]
+    first["seeds"], first["scores"], first["failed"] = first["seeds"][1:], first["scores"][1:], 1
+    folder.verdict.write_text(json.dumps(verdict))
+    found = read_study(folder.path)
+    name, means = seed_rows(found)[-1]
+    assert name == "mean of the 3 that all have"
+    assert means == [f"{sum(c['scores'][-3:]) / 3:.2f}" for c in verdict["configs"]]
+    assert dict(facts(found))["Rests on"] == "3 fresh seeds, 1 more failed"
+
+
 def test_few_seeds_claim_nothing(tmp_path: Path, make_study) -> None:
     found = read_study(make_study(tmp_path / "a", final=1, keys=("drop_path.rate",)).path)
     (row, *_) = comparisons(found)
