@@ -234,7 +234,9 @@ def _write_zoo(model: MetaFormer | Any, draft: Path) -> tuple[str, Runner]:
         about = dict(saved_config(model)["model"])
         again = build_foreign(name := about.pop("name"), about, pretrained=False)
         load_foreign(again, state, str(draft), replace_classifier=False)
-        return f'for create_model("{name}", checkpoint="FOLDER"), train.py and validate.py', again.eval()
+        # its name alone builds it for the classes, channels and size that its library has it with
+        words = "".join(f"{key}={value!r}, " for key, value in about.items() if key not in _DATA_KEYS)
+        return f'for create_model("{name}", {words}checkpoint="FOLDER"), train.py and validate.py', again.eval()
     config = model.config.model_dump(exclude_none=True)
     for key in idle_keys(model.config):  # a model's YAML may not hold them
         *section, last = key.split(".")

@@ -68,6 +68,15 @@ def test_zoo_folder(tmp_path: Path) -> None:
         exported("folded", tmp_path, model, force=True)
 
 
+def test_zoo_folder_of_another_librarys_model_is_read_as_it_says(tmp_path: Path) -> None:
+    model = create_model("timm/test_vit", num_classes=3, in_chans=1, image_size=32).eval()
+    about = exported("zoo", tmp_path, model).about
+    call = about.removeprefix("for ").partition("), ")[0].replace('"FOLDER"', "folder") + ")"
+    again = eval(call, {"create_model": create_model, "folder": tmp_path / "out"})
+    images = example_images(model)(2)
+    assert torch.equal(logits(again.eval(), images), logits(model, images))
+
+
 def test_zoo_folder_of_a_config_with_keys_that_lost_their_effect(tmp_path: Path) -> None:
     model = built("caformer_n4", token_mixer="pooling", pool_size=5)
     assert model.config.head_dim == 16, "of attention, which it has no more"
