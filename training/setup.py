@@ -357,6 +357,17 @@ def _set_backends(config: TrainConfig, device: torch.device) -> None:
     configure(config.runtime.compile)
 
 
+def _in_full(setup: Setup) -> str:
+    """The drop-path schedule, and of one that changes the rates how much of them a step has on average: what the plan says of
+    depth and compute holds while they are whole."""
+    kind, schedule, steps = setup.config.drop_path.schedule.kind, setup.depth.schedule, setup.total_steps
+    if kind == "constant" or not setup.depth.blocks:
+        return kind
+    looked_at = range(0, steps, max(1, steps // 10_000))
+    mean = math.fsum(map(schedule, looked_at)) / len(looked_at)
+    return f"{kind} ({mean:.0%} of the rate on average over the run), at the whole rate"
+
+
 def describe(setup: Setup) -> str:
     """The plan of a run in a few lines: model, data, schedule, device, and what stochastic depth will do."""
     config, world = setup.config, setup.world
@@ -388,7 +399,7 @@ def describe(setup: Setup) -> str:
         f"{', channels_last' if setup.channels_last else ''}{compiled}, "
         f"{counted(threads, 'CPU thread')}{' each' if world.size > 1 else ''}",
         f"drop path up to {max(setup.depth.rates, default=0.0):.3g}, {profile}, mode {section.mode}, "
-        f"schedule {section.schedule.kind}: "
+        f"schedule {_in_full(setup)}: "
         f"expected depth {report.expected_depth:.2f} of {counted(len(report.blocks), 'block')}, "
         f"{report.compute_saved or 0.0:.1%} of training compute saved",
         *([f"rate      {setup.rate_origin}"] if setup.rate_origin else []),

@@ -168,9 +168,11 @@ def test_the_plan_says_what_will_happen() -> None:
     count = sum(p.numel() for p in setup.model.parameters())
     for words in (f"caformer_n4: {count / 1e6:.2f} M parameters", "1 x 8 x 8", "1437 training and 360 validation images",
                   "10 classes", "2 epochs of 3 steps, batch 512, adamw, lr 0.003, cosine", "cpu x 1, float32",
-                  "drop path up to 0.4, linear, mode skip, schedule early", "expected depth 1.60 of 2 blocks"):  # fmt: skip
+                  "drop path up to 0.4, linear, mode skip, schedule early (25% of the rate on average over the run), at the "
+                  "whole rate: expected depth 1.60 of 2 blocks"):  # fmt: skip
         assert words in plan, plan
     assert "warning" not in plan
+    assert "mode skip, schedule constant: expected depth" in describe(build_tiny())
     for falling in (["drop_path.rate=null", "drop_path.profile=[0.3, 0.1]"], ["drop_path.profile=reversed"]):
         assert "warning" not in describe(build_tiny(*falling)), "it was asked for"
 
