@@ -215,6 +215,9 @@ def read_study(path: Path) -> Study:
         trials = []
         notes.append("trials.json is damaged and was left out; start the study again: its runs are kept.")
     verdict = _read_verdict(folder.verdict, notes)
+    if verdict and (why := _outdated(verdict, config, trials)):
+        verdict = {}
+        notes.append(f"verdict.json was left out: {why}.")
     return Study(
         folder=folder,
         config=config,
@@ -262,6 +265,17 @@ def _read_verdict(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append("verdict.json is damaged and was left out; start the study again: its runs are kept.")
         return {}
     return verdict
+
+
+def _outdated(verdict: Mapping[str, Any], config: Mapping[str, Any], trials: Iterable[Trial]) -> str:
+    """Why a verdict is not that of the study as it stands now, which may have gone on since with more trials or without a
+    final; empty where it is."""
+    if config.get("verdict", {}) is None:
+        return "it is from when the study had a final"
+    chosen = {c["digest"] for c in verdict["configs"] if "winner" in (c.get("role"), *c.get("also", ()))}
+    winners = {trial.digest for trial in trials if trial.state == "winner"}
+    known = any(trial.state != "failed" for trial in trials)
+    return "the study has gone on since, and has another winner or none yet" if known and chosen != winners else ""
 
 
 def _final_cost(folder: StudyFolder, verdict: Mapping[str, Any], trials: Iterable[Trial]) -> Cost:

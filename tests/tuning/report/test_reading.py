@@ -70,6 +70,22 @@ def test_damaged_file_costs_its_part(tmp_path: Path, make_study, study_page, nam
     assert found.notes[0] in study_page(folder).text
 
 
+def test_verdict_of_a_study_that_went_on_is_left_out(tmp_path: Path, make_study, study_page) -> None:
+    folder = make_study(tmp_path / "a", trials=4, rounds=(1, 2))
+    assert read_study(folder.path).verdict
+    trials = folder.read_trials()
+    folder.write_trials([replace(t, state="racing") if t.state == "winner" else t for t in trials])
+    (note,) = read_study(folder.path).notes
+    assert note == "verdict.json was left out: the study has gone on since, and has another winner or none yet."
+    page = study_page(folder).text
+    assert note in page and "No verdict yet" in page and "How sure" not in page
+    folder.write_trials(trials)
+    folder.config.write_text(folder.config.read_text() + "verdict: null\n")
+    (note,) = read_study(folder.path).notes
+    assert note == "verdict.json was left out: it is from when the study had a final."
+    assert "No final was asked for" in study_page(folder).text
+
+
 def test_what_is_no_study_is_named(tmp_path: Path) -> None:
     (tmp_path / "rates").mkdir()
     with pytest.raises(ConfigError, match="no such folder; did you mean 'rates'"):
