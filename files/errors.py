@@ -26,11 +26,16 @@ class Failure(RuntimeError):
 
 
 class FieldError(ValueError):
-    """For a validator of a whole model: names the key at fault (dotted, relative to it), so that its line is found."""
+    """For a validator of a whole model: names the key at fault, so that its line is found.
 
-    def __init__(self, key: str, message: str) -> None:
+    Args:
+        key: Dotted, relative to the model; as a path where a key of it has dots of its own.
+        message: What is wrong with it.
+    """
+
+    def __init__(self, key: str | tuple[str, ...], message: str) -> None:
         super().__init__(message)
-        self.key_path = tuple(key.split("."))
+        self.key_path = tuple(key.split(".")) if isinstance(key, str) else key
 
 
 def printable(text: str) -> str:

@@ -10,6 +10,7 @@ Read as a training config is: the same strict YAML, and errors with file, line a
 """
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from configs import CONFIGS
-from files.errors import ConfigError, FieldError
+from files.errors import ConfigError, FieldError, nearest
 from files.strict_yaml import (
     Document,
     annotation_at,
@@ -182,6 +183,23 @@ class TuneConfig(Section):
         "file in the folder of the study.",
     )
     jobs: int = Field(default=1, ge=1, le=MOST_JOBS, description="Processes on this machine, which share its cores.")
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _check_kinds(cls, space: Any) -> Any:
+        """Here, since the keys of a range are none that the config knows by name."""
+        known = RangeSection.model_fields
+        for key, values in space.items() if isinstance(space, dict) else ():
+            if not isinstance(values, (dict, list)):
+                shown = json.dumps(values, default=str)
+                raise FieldError(
+                    (key,), f"expected a range, as in {{low: 0.0, high: 0.5}}, or a list of values, got {shown}"
+                )
+            for name in values if isinstance(values, dict) else ():
+                if name not in known:
+                    hint = nearest(str(name), known) or f"; known here: {', '.join(known)}"
+                    raise FieldError((key, str(name)), f"unknown key{hint}")
+        return space
 
     @field_validator("space")
     @classmethod

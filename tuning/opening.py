@@ -302,8 +302,10 @@ def _verdict(tune: TuneConfig, finalists: list[Finalist]) -> str:
     if tune.verdict is None:
         return "none"
     roles = " and ".join(["the winner", *(f"{f.role}" for f in finalists)])
+    fresh = f"{tune.verdict.seeds} fresh seed{'' if tune.verdict.seeds == 1 else 's'}"
     few = "; below 6 seeds no significance can be claimed" if tune.verdict.seeds < 6 else ""
-    return f"{roles} on {tune.verdict.seeds} fresh seeds, scored on {tune.verdict.split}{few}"
+    return f"{roles} on {fresh}, scored on {tune.verdict.split}{few}"
+
 
 
 def warn(message: str) -> None:
