@@ -93,7 +93,7 @@ def _trials(count: int) -> str:
 
 
 def subtitle(study: Study) -> str:
-    """Which model on which data, and what was varied."""
+    """Which model on which data, and what was tried, which of a range is not all."""
     told = []
     model, data = study.train_setting("model", "name"), study.train_setting("data", "dataset")
     if model is not None and data is not None:
@@ -103,7 +103,7 @@ def subtitle(study: Study) -> str:
         epochs = study.train_setting("optim", "epochs")
         told += [f"{counted(epochs, 'epoch')} a run"] if isinstance(epochs, int) else []
     if study.parameters and study.trials:
-        told.append(f"varied: {', '.join(axis_name(key) + _range(study, key) for key in study.parameters)}")
+        told.append(f"tried: {', '.join(axis_name(key) + _range(study, key) for key in study.parameters)}")
     return "; ".join(told)
 
 
@@ -171,13 +171,17 @@ def comparisons(study: Study) -> list[dict[str, str]]:
                 "worse": labels.get(row["worse"], row["worse"]),
                 "difference": UNKNOWN if row["difference"] is None else f"{row['difference']:{form}}",
                 "interval": UNKNOWN if low_high is None else f"{low_high[0]:{form}} to {low_high[1]:{form}}",
-                "p": UNKNOWN if row["p"] is None else format_p(row["p"]).removeprefix("p = ").removeprefix("p "),
-                "holm": UNKNOWN if row.get("p_holm") is None else f"{row['p_holm']:.3f}",
+                "p": _p(row["p"]),
+                "holm": _p(row.get("p_holm")),
                 "seeds": str(row["seeds"]),
                 "says": _says(row),
             }
         )
     return rows
+
+
+def _p(value: float | None) -> str:
+    return UNKNOWN if value is None else format_p(value).removeprefix("p = ").removeprefix("p ")
 
 
 def _says(row: Mapping[str, Any]) -> str:

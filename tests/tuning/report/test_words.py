@@ -72,7 +72,7 @@ def test_facts_say_what_to_use_and_what_it_cost(study: StudyFolder) -> None:
     assert told["Tried"] == "12 trials" and told["Search"] == "24 runs, 11,520 steps"
     assert told["Verdict"] == f"{found.final.runs} runs, {480 * found.final.runs:,} steps"
     assert subtitle(found).startswith(
-        "convformer_n4 on mnist5k (500 training images); 30 epochs a run; varied: drop-path rate 0 to"
+        "convformer_n4 on mnist5k (500 training images); 30 epochs a run; tried: drop-path rate 0 to"
     )
 
 
@@ -91,6 +91,8 @@ def test_tables_of_the_final(study: StudyFolder) -> None:
     verdict = json.loads(study.verdict.read_text())
     (row, *_), (raw, *_) = comparisons(found), verdict["comparisons"]
     assert row["difference"] == f"{raw['difference']:+.2f}" and row["seeds"] == "8"
+    alone = comparisons(replace(found, verdict=found.verdict | {"comparisons": [raw | {"p_holm": raw["p"]}]}))
+    assert alone[0]["holm"] == row["p"], "one number is written in one way"
     assert row["says"] == ("a difference" if raw["p"] < 0.05 else "no difference found")
     rows = seed_rows(found)
     assert [name for name, _ in rows] == [str(seed) for seed in verdict["seeds"]] + ["mean"]
