@@ -302,10 +302,9 @@ def _verdict(tune: TuneConfig, finalists: list[Finalist]) -> str:
     if tune.verdict is None:
         return "none"
     roles = " and ".join(["the winner", *(f"{f.role}" for f in finalists)])
-    fresh = f"{tune.verdict.seeds} fresh seed{'' if tune.verdict.seeds == 1 else 's'}"
+    fresh = counted(tune.verdict.seeds, "fresh seed")
     few = "; below 6 seeds no significance can be claimed" if tune.verdict.seeds < 6 else ""
     return f"{roles} on {fresh}, scored on {tune.verdict.split}{few}"
-
 
 
 def warn(message: str) -> None:
