@@ -391,3 +391,5 @@ INLINE float share_of(int64_t at, int64_t size, int64_t reach) { /* 1 / position
     }
 MEAN_MINUS_SELF(float)
 MEAN_MINUS_SELF(bfloat16)
+
+#include "cpu_attention.c"

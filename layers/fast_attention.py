@@ -1,7 +1,8 @@
-"""Attention in training on a CPU over few tokens: products and a softmax one after the other, with scores in float32.
+"""Attention in training on a CPU: by a kernel, or over few tokens as products and a softmax one after the other.
 
-torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle. Who may take this one, and
-how it is turned off, is said in `layers.fast`.
+torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle, and its gradients are
+stacked and moved before the layer in front can use them. In float32 `fast_cpu` has a kernel; else, over few tokens, the
+products are apart, with scores in float32. Who may take this, and how it is turned off, is said in `layers.fast`.
 """
 
 from typing import Any
@@ -26,11 +27,11 @@ def attention(qkv: Tensor) -> Tensor:
     Returns:
         (B, N, heads, D). In bfloat16 it and the gradients are as near to float32's as those of torch's own form.
     """
-    # without a backward pass torch's form is as fast or faster
-    apart = torch.is_grad_enabled() and qkv.device.type == "cpu" and has_few_tokens(qkv.shape[1], qkv.dtype)
-    if not apart or not qkv.shape[0]:
-        return plain_attention(qkv)
-    return _attention(qkv, None)
+    if not torch.is_grad_enabled() or qkv.device.type != "cpu" or not qkv.shape[0]:
+        return plain_attention(qkv)  # without a backward pass torch's form is about as fast
+    if fast_cpu.has_attention(*_parts(qkv)):
+        return run(_KernelAttention, qkv).transpose(1, 2)
+    return _attention(qkv, None) if has_few_tokens(qkv.shape[1], qkv.dtype) else plain_attention(qkv)
 
 
 def window_attention(qkv: Tensor, bias: Tensor) -> Tensor:
@@ -52,8 +53,15 @@ def _attention(qkv: Tensor, bias: Tensor | None) -> Tensor:
     return run(_Attention, parts, bias).view(batch, heads, tokens, width).transpose(1, 2)
 
 
+def takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention_of` takes queries, keys and values of one shape and dtype, (B, heads, N, D), with `takes(q)`."""
+    return fast_cpu.has_attention(q, k, v) or has_few_tokens(q.shape[2], q.dtype)
+
+
 def attention_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `F.scaled_dot_product_attention(q, k, v)`, all (B, heads, N, D), with `takes(q)` and `has_few_tokens`."""
+    """As `F.scaled_dot_product_attention(q, k, v)`, all (B, heads, N, D), with `takes_attention`."""
+    if fast_cpu.has_attention(q, k, v):
+        return run(_KernelAttentionOf, q, k, v)
     return run(_Attention, torch.stack((q, k, v)).flatten(1, 2), None).view(q.shape)
 
 
@@ -64,8 +72,50 @@ def has_few_tokens(tokens: int, dtype: torch.dtype) -> bool:
 
 def plain_attention(qkv: Tensor) -> Tensor:
     """torch's form of `attention`."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return F.scaled_dot_product_attention(*_parts(qkv)).transpose(1, 2)
+
+
+def _parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each (B, heads, N, D), of (B, N, 3, heads, D)."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[return-value]
+
+
+class _KernelAttention(torch.autograd.Function):
+    """(B, N, 3, heads, D), with `fast_cpu.has_attention` of its parts -> (B, heads, N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor) -> Tensor:
+        out, logs = fast_cpu.attention(*_parts(qkv))
+        ctx.save_for_backward(qkv, out, logs)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        qkv, out, logs = ctx.saved_tensors
+        if wants_plain_gradients(grads[0]):
+            return plain_gradients(lambda qkv: plain_attention(qkv).transpose(1, 2), ctx, (qkv,), grads[0])
+        of_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)  # without gaps, whatever qkv is a part of
+        fast_cpu.attention_backward(grads[0], *_parts(qkv), out, logs, _parts(of_qkv))
+        return of_qkv
+
+
+class _KernelAttentionOf(torch.autograd.Function):
+    """Three times (B, heads, N, D), with `fast_cpu.has_attention` -> (B, heads, N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, logs = fast_cpu.attention(q, k, v)
+        ctx.save_for_backward(q, k, v, out, logs)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v, out, logs = ctx.saved_tensors
+        if wants_plain_gradients(grads[0]):
+            return plain_gradients(F.scaled_dot_product_attention, ctx, (q, k, v), grads[0])
+        found = torch.empty((3, *q.shape), dtype=q.dtype).unbind(0)
+        fast_cpu.attention_backward(grads[0], q, k, v, out, logs, found)  # type: ignore[arg-type]
+        return found
 
 
 class _Attention(torch.autograd.Function):

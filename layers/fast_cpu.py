@@ -1,10 +1,10 @@
 """Faster ways of the same on a CPU in training: passes over memory in one, where torch takes several.
 
 An activation with its gradient and that of the bias, StarReLU and its gradients, sums over rows, layer norm with its
-gradients summed in float32, softmax of scores with their bias, pooling minus its input. They are written in C
-(`cpu_kernels.c`) and compiled, in one to two seconds, when a process first wants one: by the C compiler at hand (`CC`, cc,
-gcc or clang), for this processor, to a temporary file. Where there is none, or the processor has no AVX2, everything has
-torch's forms. Threads are torch's own.
+gradients summed in float32, softmax of scores with their bias, pooling minus its input; and in float32 attention over some
+hundred tokens. They are written in C (`cpu_kernels.c`, `cpu_attention.c`) and compiled, in one to two seconds, when a
+process first wants one: by the C compiler at hand (`CC`, cc, gcc or clang), for this processor, to a temporary file. Where
+there is none, or the processor has no AVX2, everything has torch's forms. Threads are torch's own.
 
 Who may take them, and how they are turned off, is said in `layers.fast`.
 """
@@ -41,6 +41,12 @@ MULTIPLE = 16
 BLOCK = 64
 """Rows that are summed at a time, as in the source."""
 
+MOST_TOKENS = 1024
+"""Tokens of attention up to which the products of a head stand in a core's second cache."""
+
+MOST_WIDTH = 256
+"""Channels of a head, likewise."""
+
 MOST_LINE = 2**15
 """Numbers up to which a line of an image stands on the stack of a thread, which may have 256 kB of it."""
 
@@ -71,11 +77,30 @@ def has_softmax(scores: Tensor) -> bool:
     )
 
 
-def _is_readable(x: Tensor) -> bool:
-    """Whether a tensor's numbers lie in memory as it says: none that is negated when it is read, or stands for zeros."""
+def has_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention` takes queries, keys and values, (B, heads, N, D)."""
     return (
-        x.device.type == "cpu" and x.dtype in TYPES and x.is_contiguous() and not x.is_neg() and not x._is_zerotensor()  # type: ignore[attr-defined]
+        q.dtype == k.dtype == v.dtype == torch.float32
+        and q.ndim == 4
+        and q.shape == k.shape == v.shape
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and 0 < q.shape[2] <= MOST_TOKENS
+        and q.shape[3] % MULTIPLE == 0
+        and 0 < q.shape[3] <= MOST_WIDTH
+        and q.numel() >= FEWEST
+        and all(map(_holds_numbers, (q, k, v)))
+        and library() is not None
     )
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether a tensor's numbers lie in memory one behind another."""
+    return x.dtype in TYPES and x.is_contiguous() and _holds_numbers(x)
+
+
+def _holds_numbers(x: Tensor) -> bool:
+    """Whether a tensor's numbers lie in memory as it says: none that is negated when it is read, or stands for zeros."""
+    return x.device.type == "cpu" and not x.is_neg() and not x._is_zerotensor()  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -140,7 +165,9 @@ def _compile() -> ctypes.CDLL:
         code, result = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         for step in ([*FLAGS, "-c", SOURCE, "-o", code], ["-shared", code, threads, "-lm", "-o", result]):
             output_of([*compiler, *step], seconds=120)
-        return ctypes.CDLL(str(result))
+        kernels = ctypes.CDLL(str(result))
+        kernels.attention_room.restype = ctypes.c_int64
+        return kernels
 
 
 def output_of(command: Sequence[str | os.PathLike[str]], *, seconds: float) -> bytes:
@@ -294,6 +321,60 @@ def softmax(scores: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtyp
     n = scores.shape[0] * scores.shape[1]
     _start(f"softmax_{TYPES[scores.dtype]}_{TYPES[dtype]}", n, scores, bias, y, scores.shape[2], period, float(scale))
     return y
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(D)) v.
+
+    Args:
+        q: Queries, (B, heads, N, D), with `has_attention(q, k, v)`.
+        k: Keys.
+        v: Values.
+
+    Returns:
+        The result, (B, heads, N, D) with the heads of a token side by side in memory, and for `attention_backward` the
+        logarithms to base 2 of the sums of e^score, (B, heads, N).
+    """
+    batch, heads, n, d = q.shape
+    out = q.new_empty_strided(q.shape, (n * heads * d, d, heads * d, 1))
+    logs = q.new_empty(batch, heads, n)
+    numbers = (n, heads, d, float(d**-0.5), *_room(q))
+    _start("attention_float", batch * heads, q, k, v, out, logs, *numbers, *_strides(q, k, v, out))
+    return out, logs
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, into: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Writes the gradients of `attention`.
+
+    Args:
+        grad: Of its result, in any layout.
+        q: Queries.
+        k: Keys.
+        v: Values.
+        out: Its result.
+        logs: Likewise.
+        into: Where the gradients of q, k and v are written: their shape, strides alike and, but for the last, multiples
+            of `MULTIPLE`, beginning where an allocation does or a multiple of that behind.
+    """
+    batch, heads, n, d = q.shape
+    if grad.stride() != out.stride() or not _holds_numbers(grad):
+        grad = torch.empty_like(out).copy_(grad)
+    numbers = (n, heads, d, float(d**-0.5), *_room(q), *_strides(q, k, v, out, into[0]))
+    _start("attention_backward_float", batch * heads, grad, q, k, v, out, logs, *into, *numbers)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of samples, heads and tokens."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def _room(q: Tensor) -> tuple[Tensor, int]:
+    """Where the threads work, and how many numbers of it are each one's."""
+    kernels: Any = library()
+    size = -(-kernels.attention_room(*map(ctypes.c_int64, q.shape[2:])) // MULTIPLE) * MULTIPLE
+    return q.new_empty(torch.get_num_threads() * size), size
 
 
 def mean_minus_self(x: Tensor, size: int, backward: bool = False) -> Tensor:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models.convnext import LayerNorm2d
 
 from layers.fast import FastLinear, dtype_of, is_linear, takes
-from layers.fast_attention import attention_of, has_few_tokens, window_attention
+from layers.fast_attention import attention_of, has_few_tokens, takes_attention, window_attention
 from layers.fast_conv import FastDepthwiseConv2d, is_depthwise
 from layers.fast_norm import layer_norm
 from layers.mlp import fast_mlp, is_fast_mlp
@@ -160,8 +160,8 @@ class _Apart(TorchFunctionMode):
                 and q.numel()
                 and q.shape == k.shape == v.shape
                 and dtype_of(q) == q.dtype == k.dtype == v.dtype
-                and has_few_tokens(q.shape[2], q.dtype)
                 and takes(q)
+                and takes_attention(q, k, v)
             ):
                 return attention_of(q, k, v)
         return func(*args, **kwargs)

@@ -40,7 +40,8 @@ from models.factory import create_model
 
 DIM = 64
 LARGE, SMALL, EMPTY = (8, 8, 8, DIM), (1, 4, 4, DIM), (0, 8, 8, DIM)
-ONE_NODE = {f"_{name}Backward" for name in ("Linear", "Mlp", "StarReluConv", "MeanMinusSelf", "Attention")}
+_FUNCTIONS = ("Linear", "Mlp", "StarReluConv", "MeanMinusSelf", "Attention", "KernelAttention")
+ONE_NODE = {f"_{name}Backward" for name in _FUNCTIONS}
 
 
 class Called(nn.Module):

@@ -4,10 +4,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layers.fast import takes
-from layers.fast_attention import MOST_TOKENS, attention, plain_attention, window_attention
+from layers.fast_attention import (
+    MOST_TOKENS,
+    attention,
+    attention_of,
+    plain_attention,
+    takes_attention,
+    window_attention,
+)
 from tests.layers.test_fast import Results, error, is_fast, needs_bfloat16, plain_window_attention
 
 pytestmark = pytest.mark.skipif(not takes(torch.empty(1)), reason="torch without oneDNN has no fast paths")
@@ -86,6 +95,73 @@ def test_attention_without_gradients_is_torchs(dtype: torch.dtype) -> None:
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             assert torch.equal(attention(qkv), plain_attention(qkv))
+
+
+def parts_results(form: Callable[..., Tensor], parts: list[Tensor], upstream: Tensor) -> Results:
+    """Output and gradients of queries, keys and values that were not computed together."""
+    parts = [part.detach().requires_grad_() for part in parts]
+    out = form(*parts)
+    return [out.detach(), *torch.autograd.grad(out, parts, upstream)]
+
+
+@pytest.mark.parametrize("tokens", [50, 300])
+def test_attention_of_parts(tokens: int, cpu_kernels: bool) -> None:
+    parts, upstream = [torch.randn(2, 3, tokens, 32) for _ in range(3)], torch.randn(2, 3, tokens, 32)
+    assert takes_attention(*parts) == (cpu_kernels or tokens == 50)
+    if not takes_attention(*parts):
+        return
+    plain = F.scaled_dot_product_attention
+    exact = parts_results(plain, [p.double() for p in parts], upstream.double())
+    for a, b in zip(parts_results(attention_of, parts, upstream), exact, strict=True):
+        assert a.shape == b.shape and error(a, b) < 3e-6
+    mixed = [parts[0], parts[1].transpose(1, 2).contiguous().transpose(1, 2), torch.stack(parts, -2)[..., 2, :]]
+    if cpu_kernels:
+        found, wanted = (parts_results(attention_of, given, upstream) for given in (mixed, parts))
+        assert all(map(torch.equal, found, wanted)), "wherever they lie"
+    parts = [part.requires_grad_() for part in parts]
+    out = attention_of(parts[0], parts[1].detach(), parts[2])
+    assert len(torch.autograd.grad(out.sum(), parts[::2])) == 2, "a part without gradients"
+
+
+def test_gradients_of_the_kernels_gradients(cpu_kernels: bool) -> None:
+    if not cpu_kernels:
+        pytest.skip("of the kernel")
+    qkv, upstream = torch.randn(2, 20, 3, 2, 16), torch.randn(2, 2, 20, 16)
+    parts = [part.contiguous() for part in qkv.permute(2, 0, 3, 1, 4)]
+
+    def twice(form: Callable[..., Tensor], given: list[Tensor]) -> Results:
+        given = [each.detach().requires_grad_() for each in given]
+        out = form(*given)
+        first = torch.autograd.grad(out, given, upstream.to(out.dtype), create_graph=True)
+        second = torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), given)
+        many = torch.autograd.grad(
+            form(*given), given, torch.stack((upstream, -upstream)).to(out.dtype), is_grads_batched=True
+        )
+        return [*second, *many]
+
+    double = [part.double() for part in parts]
+    with sdpa_kernel(SDPBackend.MATH):  # torch's other form cannot be differentiated twice
+        found, exact = twice(attention_of, parts), twice(F.scaled_dot_product_attention, double)
+        found += twice(lambda qkv: attention(qkv).transpose(1, 2), [qkv])
+        exact += twice(lambda qkv: plain_attention(qkv).transpose(1, 2), [qkv.double()])
+    for got, want in zip(found, exact, strict=True):
+        assert error(got, want) < 1e-5
+
+
+def test_what_the_kernel_returns_and_is_given_may_be_changed_in_place_as_of_torch(cpu_kernels: bool) -> None:
+    if not cpu_kernels:
+        pytest.skip("of the kernel")
+    for form in (attention, lambda qkv: attention_of(*(qkv[:, :, i].transpose(1, 2) for i in range(3)))):
+        qkv = torch.randn(2, 20, 3, 2, 16, requires_grad=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # since it is kept
+            form(qkv).mul_(2).sum().backward()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            given = qkv * 1
+            out = form(given)
+            given.mul_(2)
+            out.sum().backward()
+        with torch.no_grad():
+            form(qkv).mul_(2)
 
 
 @needs_bfloat16

@@ -1,5 +1,6 @@
 """Kernels for CPUs against float64, built for several processors; who takes them, and what happens without a compiler."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -179,8 +180,94 @@ def test_mean_minus_self(dtype: torch.dtype, size: int) -> None:
     torch.testing.assert_close(fast_cpu.mean_minus_self(grad, size, backward=True).double(), of_x, rtol=0, atol=atol)
 
 
+def parts_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each (B, heads, N, D), of (B, N, 3, heads, D)."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[return-value]
+
+
+def attention_results(qkv: Tensor, grad: Tensor) -> list[Tensor]:
+    """Output and gradients of q, k and v by the kernel; grad: (B, heads, N, D)."""
+    found = parts_of(torch.full(qkv.shape, torch.nan))
+    out, logs = fast_cpu.attention(*parts_of(qkv))
+    fast_cpu.attention_backward(grad, *parts_of(qkv), out, logs, found)
+    return [out, logs, *found]
+
+
+def exact_attention(qkv: Tensor, grad: Tensor) -> list[Tensor]:
+    """The same in float64, and by other means."""
+    qkv = qkv.double().requires_grad_()
+    q, k, v = parts_of(qkv)
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    out = scores.softmax(-1) @ v
+    (of_qkv,) = torch.autograd.grad(out, qkv, grad.double())
+    return [out.detach(), scores.detach().logsumexp(-1) / math.log(2), *parts_of(of_qkv)]
+
+
+SHAPES = [(2, 1, 1, 16), (1, 5, 2, 48), (2, 16, 3, 64), (3, 49, 2, 32), (2, 96, 1, 64), (2, 97, 2, 16), (1, 197, 3, 64),
+          (1, 210, 1, 256), (1, 577, 2, 32)]  # fmt: skip
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("batch, tokens, heads, width", SHAPES)
+@pytest.mark.parametrize("sharpness", [1, 8])
+def test_attention(sharpness: int, batch: int, tokens: int, heads: int, width: int) -> None:
+    qkv, grad = torch.randn(batch, tokens, 3, heads, width), torch.randn(batch, tokens, heads, width).transpose(1, 2)
+    qkv[:, :, :2] *= sharpness**0.5
+    for got, want in zip(attention_results(qkv, grad), exact_attention(qkv, grad), strict=True):
+        assert got.shape == want.shape
+        # of one token the gradients of queries and keys are 0
+        assert error(got, want) < 2e-6 * sharpness or (tokens == 1 and want.norm() < 1e-9 and got.norm() < 1e-5)
+
+
+@pytest.mark.usefixtures("build")
+def test_attention_wherever_its_parts_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_cpu, "FEWEST", 1)
+    qkv, grad = torch.randn(2, 40, 3, 2, 32), torch.randn(2, 2, 40, 32)
+    want = attention_results(qkv, grad)
+    lying = {
+        "every part for itself": torch.stack(parts_of(qkv)).permute(1, 3, 0, 2, 4),
+        "among others": torch.randn(4, 50, 3, 2, 40)[1:3, 7:47, ..., 5:37].copy_(qkv),
+    }
+    for name, other in lying.items():
+        assert not other.is_contiguous() and fast_cpu.has_attention(*parts_of(other)), name
+        assert all(map(torch.equal, attention_results(other, grad), want)), name
+    gradients = {"of one number": torch.randn(()).expand(grad.shape), "turned": torch.randn(2, 2, 32, 40).mT}
+    for name, other in gradients.items():
+        assert all(map(torch.equal, attention_results(qkv, other), attention_results(qkv, other.clone()))), name
+
+
+@pytest.mark.usefixtures("build")
+def test_attention_of_no_number_and_far_away() -> None:
+    qkv, grad = torch.randn(1, 20, 3, 1, 16), torch.randn(1, 1, 20, 16)
+    for place, value in (
+        (0, torch.nan),
+        (1, torch.nan),
+        (2, torch.nan),
+        (0, torch.inf),
+        (1, -torch.inf),
+        (2, torch.inf),
+    ):
+        given = qkv.clone()
+        given[0, 3, place, 0, 5] = value
+        out, _, *gradients = attention_results(given, grad)
+        want = F.scaled_dot_product_attention(*parts_of(given))
+        assert torch.equal(out.isfinite().all(-1), want.isfinite().all(-1)), (place, value)
+        torch.testing.assert_close(out[want.isfinite()], want[want.isfinite()])
+        assert any(not g.isfinite().all() for g in gradients)
+    far = qkv * 1e4  # all weight is on one key, and the gradients of queries and keys are 0
+    found, exact = attention_results(far, grad), exact_attention(far, grad)
+    assert all(got.isfinite().all() for got in found) and all(each.norm() == 0 for each in exact[2:4])
+    for i in (0, 1, 4):
+        assert error(found[i], exact[i]) < 1e-3
+    shifted = qkv.clone()
+    shifted[:, :, :2] = qkv[:, :, :2] * 0.1 + torch.tensor([-30.0, 30.0])[:, None, None]  # all scores are near -3600
+    for got, want in zip(attention_results(shifted, grad), exact_attention(shifted, grad), strict=True):
+        assert got.isfinite().all() and error(got, want) < 2e-3
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     x, grad, scores = torch.randn(2, 500, 64), torch.randn(2, 500, 64), torch.randn(40, 49, 49)
+    qkv = torch.randn(3, 130, 3, 5, 32)
 
     def results() -> list[Tensor]:
         y, mean, rstd = fast_cpu.layer_norm(x, None, None, 1e-5, x.dtype)
@@ -192,6 +279,7 @@ def test_bits_do_not_depend_on_threads() -> None:
             *fast_cpu.activation_backward_(x, grad.clone(), "gelu"),
             *fast_cpu.star_relu_backward_(x, grad.clone(), 0.8),
             fast_cpu.softmax(scores, None, 1.0, x.dtype),
+            *attention_results(qkv, qkv[:, :, 0].transpose(1, 2)),
         ]
 
     before, found = torch.get_num_threads(), []
@@ -226,8 +314,28 @@ def test_which_tensors_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fast_cpu.has_softmax(torch.randn(2, 17, 17).mT) and not fast_cpu.has_softmax(
         torch.randn(3, 17, 17).half()
     )
+    q = torch.randn(2, 3, 20, 16)
+    assert fast_cpu.has_attention(q, q, q.clone()) and fast_cpu.has_attention(*[torch.randn(1, 1, 1024, 256)] * 3)
+    refused = {
+        "few numbers": q[:1, :, :6],
+        "no tokens": q[:, :, :0],
+        "many tokens": torch.randn(1, 1, 1025, 16),
+        "width": torch.randn(2, 3, 20, 24),
+        "wide": torch.randn(2, 3, 20, 272),
+        "turned": torch.randn(2, 3, 16, 20).mT,
+        "three dimensions": q[0],
+        "bfloat16": q.bfloat16(),
+        "meta": q.to("meta"),
+        "negated": torch.randn(2, 3, 20, 16, dtype=torch.complex64).conj().imag,
+        "zeros that are none": torch._efficientzerotensor(q.shape),
+    }
+    assert [name for name, other in refused.items() if fast_cpu.has_attention(other, other, other)] == []
+    assert fast_cpu.has_attention(q, torch.randn(2, 20, 3, 16).transpose(1, 2), q)
+    for other in (q[:, :, :19], q.double(), torch.randn(2, 3, 16, 20).mT):
+        assert not fast_cpu.has_attention(q, other, q) and not fast_cpu.has_attention(q, q, other)
     monkeypatch.setattr(fast_cpu, "library", lambda: None)
     assert not fast_cpu.has_kernels(x) and not fast_cpu.has_softmax(torch.randn(5, 4, 17))
+    assert not fast_cpu.has_attention(q, q, q)
 
 
 def in_a_new_process(code: str, **environment: str) -> str:
@@ -287,7 +395,7 @@ def test_no_library_of_a_compilers_own_is_wanted(tmp_path: Path) -> None:
     names = subprocess.run(["nm", "-u", tmp_path / "kernels.o"], capture_output=True, text=True, check=True).stdout
     wanted = {name for name in names.split() if len(name) > 1}
     assert "GOMP_parallel" in wanted
-    assert wanted <= {"GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "memset", "memcpy"}, wanted
+    assert wanted <= {"GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "memset", "memcpy", "log2f"}, wanted
 
 
 @pytest.mark.parametrize(

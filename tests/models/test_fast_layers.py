@@ -16,7 +16,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from layers import fast_conv
+from layers import fast_conv, fast_cpu
 from layers.fast import FastLinear, plain_paths, takes
 from layers.fast_conv import FastDepthwiseConv2d
 from models.factory import create_model
@@ -303,6 +303,19 @@ def test_attention() -> None:
         names, found, plain = attend(**arguments)
         assert "_Attention" not in names and "_LinearBackward" in names, arguments
         torch.testing.assert_close(found, plain)
+
+
+def test_attention_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    if fast_cpu.library() is None:
+        pytest.skip("no kernels for this CPU, or no C compiler")
+    monkeypatch.setattr(fast_cpu, "FEWEST", 1)
+    for arguments in ({"tokens": 300}, {"tokens": 17}, {"tokens": 300, "qk_norm": True, "norm_layer": nn.LayerNorm}):
+        names, found, plain = attend(**arguments)
+        assert "_KernelAttentionOf" in names and "ScaledDotProduct" not in names, arguments
+        torch.testing.assert_close(found, plain)
+    names, found, plain = attend(tokens=300, attn_drop=0.5)
+    assert "_KernelAttention" not in names
+    torch.testing.assert_close(found, plain)
 
 
 @needs_bfloat16
