@@ -1,7 +1,7 @@
 """What hooks by which a model skips hand on, and how they are on their modules in training only."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -28,20 +28,45 @@ class Way:
         return Way, ()
 
 
+# Where a module holds its hooks, and what it knows of them, by their numbers.
+_STORES = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+@dataclass
+class _Hook:
+    """One hook of a module.
+
+    Attributes:
+        module: Whose it is.
+        number: By which torch knows it.
+        entries: What the module's stores hold of it while it is off.
+    """
+
+    module: nn.Module
+    number: int
+    entries: dict[str, Any]
+
+
 class TrainingHooks:
     """Forward hooks of some modules, all on or all off: in training only, evaluation is that of the untouched model.
 
     A module with hooks takes torch's slow way of calling it, which small inputs feel, and TorchScript refuses hooks that
-    are not written for it. The order among hooks of one module is that in which they were put on.
+    are not written for it. The order among hooks of one module is that in which they were put on. A hook keeps its number,
+    since compiled code asks for it: with another one it would be compiled anew after every evaluation.
     """
 
     def __init__(self) -> None:
         self.on = False
-        self.made: list[tuple[nn.Module, bool, Callable[..., Any], dict[str, bool]]] = []
-        self.handles: list[RemovableHandle] = []
+        self.hooks: list[_Hook] = []
 
     def add(self, module: nn.Module, hook: Callable[..., Any], *, before: bool, **options: bool) -> None:
-        """Adds one, which is put on if the others are.
+        """Adds one, which is on if the others are.
 
         Args:
             module: Whose hook it is.
@@ -49,38 +74,44 @@ class TrainingHooks:
             before: Whether it is a pre-hook.
             options: Of the function that registers it.
         """
-        self.made.append((module, before, hook, options))
-        if self.on:
-            self._put_on(*self.made[-1])
+        register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
+        self.hooks.append(_Hook(module, register(hook, **options).id, {}))
+        if not self.on:
+            _take_off(self.hooks[-1])
 
     def put(self, on: bool) -> None:
         """Puts all on their modules, or takes them off."""
         if on == self.on:
             return
         self.on = on
-        if on:
-            for made in self.made:
-                self._put_on(*made)
-            return
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        for hook in self.hooks:
+            if not on:
+                _take_off(hook)
+                continue
+            for name, entry in hook.entries.items():
+                getattr(hook.module, name)[hook.number] = entry
+            hook.entries = {}
 
     def clear(self) -> None:
         """Takes all off for good; later ones are put on as those were."""
-        on = self.on
-        self.put(False)
-        self.made.clear()
-        self.on = on
+        for hook in self.hooks:
+            _take_off(hook)
+        self.hooks.clear()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> tuple[bool, list[_Hook]]:
         """What there is, for `restore`."""
-        return {key: value.copy() if isinstance(value, list) else value for key, value in vars(self).items()}
+        return self.on, [replace(hook) for hook in self.hooks]
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: tuple[bool, list[_Hook]]) -> None:
         """Makes it what it was, when somebody has put back the modules' own hooks."""
-        vars(self).update(state)
+        self.on, self.hooks = state
 
-    def _put_on(self, module: nn.Module, before: bool, hook: Callable[..., Any], options: dict[str, bool]) -> None:
-        register = module.register_forward_pre_hook if before else module.register_forward_hook
-        self.handles.append(register(hook, **options))  # type: ignore[arg-type]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # in another process torch may not have given out these numbers yet
+        RemovableHandle.next_id = max([RemovableHandle.next_id, *(hook.number + 1 for hook in self.hooks)])
+
+
+def _take_off(hook: _Hook) -> None:
+    stores = {name: getattr(hook.module, name) for name in _STORES}
+    hook.entries = {name: store.pop(hook.number) for name, store in stores.items() if hook.number in store}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from layers.draw import Draw
 from stochastic_depth.graft import grafted
@@ -120,6 +121,32 @@ def test_a_draw_that_an_exception_left_behind_is_forgotten_in_evaluation() -> No
 def test_a_copy_has_nothing_on_its_way() -> None:
     way = Way(Draw(2), 3)
     assert copy.deepcopy(way) == pickle.loads(pickle.dumps(way)) == Way()
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_evaluation_in_between_compiles_nothing_anew(name: str, compilations: Callable[[], tuple[int, int]]) -> None:
+    model, images = skipping(name), torch.randn(8, *size_of(name))
+    compiled, counts = torch.compile(model, backend="eager"), []
+    for _ in range(3):
+        compiled.train()
+        compiled(images).sum().backward()
+        compiled.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(images), model(images))
+        counts.append(compilations())
+    assert counts == [(2, 0)] * 3, "one graph of training, one of evaluation"
+
+
+def test_numbers_of_hooks_from_another_process_are_not_given_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = skipping("vit_tiny_patch16_224")
+    on = hooks_of(model)
+    for training in (True, False):
+        saved = pickle.dumps(model.train(training))
+        monkeypatch.setattr(RemovableHandle, "next_id", 0)
+        other = pickle.loads(saved)
+        for module in other.modules():
+            module.register_forward_pre_hook(lambda *_: None)
+        assert hooks_of(other.train()) == on + len(list(other.modules()))
 
 
 def test_hooks_are_put_on_in_their_order_and_cleared() -> None:
