@@ -66,6 +66,11 @@ class Metric(Gathering):
         """What gathers for it: itself, or what it shares with others."""
         return self
 
+    @property
+    def sign(self) -> int:
+        """1 where more is better, as of a percentage; -1 where less is."""
+        return 1 if self.percent else -1
+
     def text(self, value: float) -> str:
         """The value with its label."""
         return f"{self.label} {value:{self.form}}"
@@ -309,3 +314,8 @@ def known_column(column: str) -> str:
     if column not in known:
         raise ValueError(f"expected {' or '.join(map(repr, known))}, got {column!r}{nearest(column, known)}")
     return column
+
+
+def sign_of(column: str) -> int:
+    """`Metric.sign` of the metric with this column in metrics.csv."""
+    return next(metric.sign for metric in METRICS if metric.column == column)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from files.errors import FieldError
-from training.metrics import known_column
+from training.metrics import known_column, sign_of
 from training.section import Fraction, Section
 
 
@@ -36,8 +36,7 @@ class EarlyStoppingSection(Section):
     @property
     def sign(self) -> int:
         """1 where more is better, -1 where less is."""
-        less = any(word in self.metric for word in ("loss", "nll", "ece", "brier", "error"))
-        return {"max": 1, "min": -1, "auto": -1 if less else 1}[self.mode]
+        return {"max": 1, "min": -1, "auto": sign_of(self.metric)}[self.mode]
 
 
 class FreezeSection(Section):

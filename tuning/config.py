@@ -34,8 +34,7 @@ from files.strict_yaml import (
 )
 from files.words import counted
 from training.config import TrainConfig, annotation_of_key
-from training.metrics import known_column
-from training.recipe import EarlyStoppingSection
+from training.metrics import known_column, sign_of
 from training.section import Section
 
 DEFAULT_CONFIG: Path = CONFIGS / "tune" / "digits.yaml"
@@ -136,7 +135,8 @@ class ObjectiveSection(Section):
 
     metric: str = Field(default="val_top1", description="A column of metrics.csv that is a metric; of the last epoch.")
     mode: Literal["auto", "max", "min"] = Field(
-        default="auto", description="Whether more is better, or less. auto: less of losses and errors."
+        default="auto",
+        description="Whether more is better, or less: what is true of the metric, auto says it too.",
     )
 
     @field_validator("metric")
@@ -144,10 +144,21 @@ class ObjectiveSection(Section):
     def _check_metric(cls, metric: str) -> str:
         return known_column(metric)
 
+    @model_validator(mode="after")
+    def _check_mode(self) -> "ObjectiveSection":
+        more = self.sign > 0
+        if self.mode == ("min" if more else "max"):
+            raise FieldError(
+                "mode",
+                f"{self.mode!r} would look for the worst model: {'more' if more else 'less'} of {self.metric} is better; "
+                f"leave it out, or give {'max' if more else 'min'!r}",
+            )
+        return self
+
     @property
     def sign(self) -> int:
         """1 where more is better, -1 where less is."""
-        return EarlyStoppingSection(metric=self.metric, mode=self.mode).sign
+        return sign_of(self.metric)
 
 
 class VerdictSection(Section):

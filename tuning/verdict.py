@@ -186,7 +186,7 @@ def conclude(
     """
     name = check_metric(metric)
     of_metric = next(m for m in evaluation_metrics()[0] if m.column == name)
-    unit, lower = ("points", False) if of_metric.percent else (of_metric.label, True)
+    unit, lower = "points" if of_metric.percent else of_metric.label, of_metric.sign < 0
     merged = _merge(configs)
     winner = next((c for c in merged if "winner" in c.roles), None)
     if winner is None:

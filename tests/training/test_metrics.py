@@ -21,7 +21,7 @@ from files.errors import ConfigError
 from tests.training.parts import TINY, plain_ece
 from training.distributed import ALONE, World
 from training.evaluation import evaluate
-from training.metrics import METRICS, Mean, Predictions, among_top, evaluation_metrics, summed_loss
+from training.metrics import METRICS, Mean, Predictions, among_top, evaluation_metrics, sign_of, summed_loss
 from training.run_folder import COLUMNS, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +68,11 @@ def test_processes_are_merged_by_samples_not_by_means() -> None:
 def test_columns_are_distinct_and_stand_between_the_runs_own() -> None:
     assert len(set(COLUMNS)) == len(COLUMNS)
     assert [m.column for m in METRICS] == ["val_loss", "val_top1", "val_top5", *CLASSWISE] == list(COLUMNS[3:9])
+
+
+def test_less_is_better_of_losses_and_errors() -> None:
+    assert {metric.column for metric in METRICS if sign_of(metric.column) < 0} == {"val_loss", "val_ece"}
+    assert all(metric.sign == sign_of(f"val_{metric.column}") for metric in evaluation_metrics()[0][1:])
 
 
 def measured(logits: Tensor, targets: Tensor, sizes: list[int]) -> tuple[dict[str, float], Predictions]:

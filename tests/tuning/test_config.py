@@ -35,6 +35,14 @@ def test_defaults(tmp_path: Path) -> None:
     assert RaceSection(seeds=[3]).kept(12) == []
 
 
+@pytest.mark.parametrize(
+    "words, sign",
+    [("{metric: val_top5, mode: max}", 1), ("{metric: val_ece, mode: min}", -1), ("{metric: val_loss}", -1)],
+)
+def test_the_direction_is_the_metric_s(tmp_path: Path, words: str, sign: int) -> None:
+    assert study(tmp_path, f"objective={words}").tune.objective.sign == sign
+
+
 def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
     tune = study(tmp_path, "space.drop_path.schedule=[{kind: constant}, {kind: early, cutoff_epochs: 1}]").tune
     assert validate(TuneConfig, parse_yaml(dump_study(tune))) == tune
@@ -83,6 +91,11 @@ def test_the_training_config_may_lie_beside_the_study(tmp_path: Path) -> None:
         ("race={seeds: [1, 2, 3], keep: [3, 4]}", "must not rise"),
         ("objective.metric=val_top3", "got 'val_top3'; did you mean 'val_top5'"),
         ("objective.metric=train_loss", "expected 'val_loss'"),
+        (
+            "objective.mode=min",
+            r"objective\.mode=min: 'min' would look for the worst model: more of val_top1 is better; leave it out, or",
+        ),
+        ("objective={metric: val_loss, mode: max}", "less of val_loss is better; leave it out, or give 'min'"),
         ("verdict={split: tast}", "expected 'test' or 'val'"),
         ("verdict={first_seed: 3}", "must be at least 1000"),
         ("jobs=0", "must be at least 1, got 0"),

@@ -83,17 +83,16 @@ class Study:
 
     @cached_property
     def lower_is_better(self) -> bool:
-        mode = self.setting("objective", "mode")
-        return mode == "min" if mode in ("min", "max") else not self.metric.percent
+        return self.metric.sign < 0
 
     def loss(self, score: float) -> float:
         """A score as the charts show it, the lower the better: the error of a percentage, else the score itself."""
-        return 100 - score if self.metric.percent and not self.lower_is_better else score
+        return 100 - score if self.metric.percent else score
 
     @cached_property
     def loss_name(self) -> str:
         """What `loss` is."""
-        if self.metric.percent and not self.lower_is_better:
+        if self.metric.percent:
             return "error in %" if self.metric.column == "val_top1" else f"100 - {self.metric.label}"
         return self.metric.label
 
