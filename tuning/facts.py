@@ -95,7 +95,7 @@ def find_facts(config: TrainConfig, images: int | None = None) -> Facts:
         images=images,
         images_from=images_from,
         epochs=config.optim.epochs,
-        steps=None if images is None else _steps(config, images),
+        steps=None if images is None else steps_of(config, images),
         image_size=max(known.pretrained_cfg["input_size"][1:]),
         rate=with_default_rate(config.drop_path, section, known)[0].rate,
         default_rate=known.drop_path_rate,
@@ -171,6 +171,7 @@ def _pretraining(tag: str) -> Pretraining | None:
     return "imagenet-1k" if "1k" in tag.lower() else None
 
 
-def _steps(config: TrainConfig, images: int) -> int:
+def steps_of(config: TrainConfig, images: int) -> int:
+    """Optimizer steps of a whole run on so many training images."""
     batch = config.data.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
     return config.optim.epochs * math.ceil(max(1, images // batch) / config.optim.accumulate)

@@ -21,12 +21,20 @@ from training.config import TrainConfig, dump_config
 from training.distributed import init_world
 from training.setup import Setup, build
 from tuning.config import FREE_TO_CHANGE, StudyConfig, TuneConfig, dump_study, first_difference
+from tuning.facts import count_training_images, steps_of
 from tuning.links import Finalist, Links
 from tuning.plan import Plan, finalist, in_words
 from tuning.race import Decision
 from tuning.search import Search, Start, sampler_name
 from tuning.space import Space, Values, digest_of
 from tuning.study import StudyFolder
+
+DECIDE_STEPS = {"optim", "optim.epochs", "optim.accumulate", "data.batch_size"}
+"""Keys of the training config that decide how many steps a run takes, beside the number of its training images."""
+
+_OF_DATA = ["dataset", "root", "config_name", "classes", "val_fraction", "folds", "fold", "train_samples"]
+DECIDE_IMAGES = {"data", *(f"data.{key}" for key in [*_OF_DATA, "train_file", "train_split", "train_shards"])}
+"""Those that decide the number of training images."""
 
 WAIT = 600.0
 """Seconds that a process waits for the study's lock, which the others hold for moments, and for a report at the end."""
@@ -265,9 +273,10 @@ def describe_study(study: StudyConfig, path: Path, setup: Setup, links: Links | 
         min(k, trials) * (b - a) for k, a, b in zip(kept, rounds[:-1], rounds[1:], strict=True)
     )
     fresh = (len({f.digest for f in finalists}) + 1) * tune.verdict.seeds if tune.verdict else 0
+    epochs, steps = _length(space, setup)
     lines = [
         f"study     {path}: {study.base.model.name} on {study.base.data.dataset}, "
-        f"{counted(study.base.optim.epochs, 'epoch')}, {counted(setup.total_steps, 'step')} a run",
+        f"{_span(epochs, 'epoch')}, {_span(steps, 'step')} a run",
         *(f"varied    {key}: {_varied(values)}" for key, values in tune.space.items()),
         f"search    {counted(trials, 'trial')}, sampler {sampler_name(tune.search, len(space.parameters))}, "
         f"seed {tune.search.seed}; {tune.objective.metric} of the last epoch",
@@ -276,11 +285,29 @@ def describe_study(study: StudyConfig, path: Path, setup: Setup, links: Links | 
         f"race      {' -> '.join([*map(str, rounds[:-1]), counted(rounds[-1], 'seed')])}; {_going_on(kept)}",
         f"verdict   {_verdict(tune, finalists)}",
         f"runs      at most {runs} of search and race and {fresh} of the verdict: "
-        f"{counted((runs + fresh) * setup.total_steps, 'step')}",
+        f"{_span([(runs + fresh) * count for count in steps], 'step')}",
     ]
     if setup.too_much_accumulated:
         lines.append(f"warning   {setup.too_much_accumulated}")
     return "\n".join(lines)
+
+
+def _length(space: Space, setup: Setup) -> tuple[list[int], list[int]]:
+    """Epochs and optimizer steps of a run, as the corners of the space have them: what is varied may decide them."""
+    keys = [key for key in space.parameters if key in DECIDE_STEPS or key in DECIDE_IMAGES]
+    configs = space.corners(keys) if keys else []
+    if not configs:
+        return [space.study.base.optim.epochs], [setup.total_steps]
+    at_hand = len(setup.data.train)
+    recount = not DECIDE_IMAGES.isdisjoint(keys)
+    images = [(count_training_images(config)[0] if recount else None) or at_hand for config in configs]
+    return [c.optim.epochs for c in configs], [steps_of(c, n) for c, n in zip(configs, images, strict=True)]
+
+
+def _span(counts: list[int], noun: str) -> str:
+    """'10 steps', or '10 to 50 steps'."""
+    low, high = min(counts), max(counts)
+    return counted(high, noun) if low == high else f"{low:,} to {counted(high, noun)}"
 
 
 def _going_on(kept: list[int]) -> str:

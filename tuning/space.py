@@ -4,11 +4,12 @@ A candidate is the study's training config with some keys replaced, checked by t
 Values that Optuna cannot hold, such as a whole schedule, are known to it by their JSON text.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
@@ -102,7 +103,7 @@ class Space:
         for key in self.parameters:
             for i, value in enumerate(self._examples(key)):
                 refused: ConfigError | None = None
-                for others in self._beside(key):
+                for others in self._beside([key]):
                     try:
                         _check_model(self.candidate({**others, key: value}), key)
                     except ConfigError as error:
@@ -118,10 +119,15 @@ class Space:
         values = self.parameters[key]
         return [values.low, values.high] if isinstance(values, RangeSection) else values
 
-    def _beside(self, key: str) -> Iterator[Values]:
+    def _ends(self, key: str) -> list[Any]:
+        values = self._examples(key)
+        numbers = all(isinstance(value, (int, float)) for value in values)
+        return sorted({min(values), max(values)}) if numbers else values
+
+    def _beside(self, keys: Sequence[str]) -> Iterator[Values]:
         """Nothing, then combinations of the other parameters."""
         yield {}
-        others = [other for other in self.parameters if other != key]
+        others = [other for other in self.parameters if other not in keys]
         combinations = itertools.product(*(self._examples(other) for other in others))
         for values in itertools.islice(combinations, MOST_COMBINATIONS):
             yield dict(zip(others, values, strict=True))
@@ -217,6 +223,20 @@ class Space:
         count = int((values.high - values.low) / step * (1 + 1e-12) + 1e-9) + 1
         points = [values.low + i * step for i in range(count)]
         return points if key in self.whole else [round(point, 12) for point in points]
+
+    def corners(self, keys: Sequence[str]) -> list[TrainConfig]:
+        """A config for every combination of the least and greatest number, or of all values of another list, of some keys.
+
+        Those that the training config refuses, whatever the other parameters are, are left out.
+        """
+        configs = []
+        points = itertools.product(*(self._ends(key) for key in keys))
+        for point in itertools.islice(points, MOST_COMBINATIONS):
+            for others in self._beside(keys):
+                with contextlib.suppress(ConfigError):
+                    configs.append(self.candidate({**others, **dict(zip(keys, point, strict=True))}))
+                    break
+        return configs
 
     def candidate(self, values: Values) -> TrainConfig:
         """The training config with these values.

@@ -184,6 +184,28 @@ def test_the_plan_of_a_study(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "run", "total"),
+    [
+        (["space.optim.epochs={low: 2, high: 6}"], "2 to 6 epochs, 10 to 30 steps a run", "110 to 330 steps"),
+        (["space.optim.epochs=[4, 2, 6]", "space.data.batch_size=[256, 128]"], "2 to 6 epochs, 10 to 66", "110 to 726"),
+        (["space.optim.accumulate=[1, 5]"], "2 epochs, 2 to 10 steps a run", "22 to 110 steps"),
+        (["space.optim.epochs=[6]"], "6 epochs, 30 steps a run", ": 330 steps"),
+        (["space.data.train_samples=[256, 512]"], "2 epochs, 2 to 4 steps a run", "22 to 44 steps"),
+        (["space.data.batch_size=[256, 257]", "space.drop_path.rate=[0.0]"], ", 10 steps a run", ": 110 steps"),
+        (
+            ["space.optim.epochs=[1, 2]", "space.optim.warmup_epochs=[0, 1]"],  # one epoch goes with no warmup alone
+            "1 to 2 epochs, 5 to 10 steps a run",
+            "55 to 110 steps",
+        ),
+    ],
+)
+def test_the_plan_s_steps_are_those_of_what_is_varied(tmp_path: Path, words: list[str], run: str, total: str) -> None:
+    read = study(tmp_path, *words)
+    lines = describe_study(read, tmp_path / "out", check_base(read), links()).splitlines()
+    assert run in lines[0] and total in lines[-1]
+
+
 def test_the_folder_may_be_moved(tmp_path: Path) -> None:
     one = opened(tmp_path)
     one.plan.search.ask()
