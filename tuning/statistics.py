@@ -27,6 +27,9 @@ MOST_EXACT = 16
 FLIPS = 100_000
 _RESAMPLES = 20_000
 
+ALIKE = "the same on every seed"
+"""Instead of an interval, where there is nothing that it could be of."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -43,6 +46,11 @@ class Comparison:
     difference: float
     interval: tuple[float, float] | None
     p: float | None
+
+    @property
+    def alike(self) -> bool:
+        """Whether all seeds have the very same difference, of which an interval would have no width."""
+        return self.interval is not None and is_point(self.interval)
 
     @property
     def enough(self) -> bool:
@@ -114,6 +122,11 @@ def bootstrap_interval(differences: Sequence[float], *, level: float = 0.95) -> 
     return float(result.low), float(result.high)
 
 
+def is_point(interval: tuple[float, float]) -> bool:
+    """Whether an interval has no width, but for what rounding leaves of it."""
+    return math.isclose(*interval, rel_tol=1e-9, abs_tol=1e-9)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p values corrected for there being several (Holm 1979), in the order given."""
     corrected, highest = list(p_values), 0.0
@@ -160,9 +173,11 @@ def format_difference(difference: float, *, unit: str) -> str:
 
 
 def evidence(comparison: Comparison, *, unit: str) -> str:
-    """What a claim rests on: "95 %: 0.4 to 2.1; p = 0.008; 8 seeds"."""
+    """What a claim rests on: "95 %: 0.4 to 2.1; p = 0.008; 8 seeds", or "the same on every seed; p = 1.00; 8 seeds"."""
     parts = []
-    if comparison.interval is not None:
+    if comparison.alike:
+        parts.append(ALIKE)
+    elif comparison.interval is not None:
         digits = ".1f" if unit == "points" else ".3g"
         if unit == "points" and max(map(abs, comparison.interval)) < 0.1:
             digits = ".2f"

@@ -133,6 +133,14 @@ def made(difference: float, interval: tuple[float, float] | None, p: float | Non
             made(2.0, (1.0, 3.0), 0.00002, 20),
             "A beats B by 2.0 points (95 %: 1.0 to 3.0; p < 0.001 of 100,000 random flips; 20 seeds)",
         ),
+        (
+            made(0.0, (0.0, 0.0), 1.0, 8),
+            "no difference found between A and B (difference 0.0 points, the same on every seed; p = 1.00; 8 seeds)",
+        ),
+        (
+            compare({s: 90.3 + s / 10 for s in range(6)}, {s: 90.1 + s / 10 for s in range(6)}),
+            "A beats B by 0.2 points (the same on every seed; p = 0.031; 6 seeds)",
+        ),
         (made(math.nan, None, None, 0), "A and B have no seed in common that was scored"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,13 @@ def test_no_difference_is_said(study: StudyFolder) -> None:
     text = said(study, contender("winner", 0.1, 91), close)
     assert text.startswith("No difference found between rate 0.1 (linear) and rate 0 (difference 0.")
     assert conclude(study, [contender("winner", 0.1, 91), close])["recommended"] == "winner"
+
+
+def test_seeds_that_all_agree_are_told_without_an_interval(study: StudyFolder, unit_config: TrainConfig) -> None:
+    twin = replace(contender("zero", 0.1, 91), digest="other", label="rate 0")
+    text = said(study, contender("winner", 0.1, 91), twin)
+    assert "(difference 0.0 points, the same on every seed; p = 1.00; 8 seeds)." in text
+    assert "95" not in text and "95" not in write_best(study, unit_config, text).read_text().partition("\nmodel")[0]
 
 
 def test_rates_that_round_alike_are_told_apart(study: StudyFolder) -> None:

@@ -1,14 +1,14 @@
 """The sentences of a study's page, and how it writes what was tried."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from files.words import counted
 from training.metrics import evaluation_metrics
 from training.report.words import UNKNOWN, format_count, format_duration, in_words
 from tuning.report.reading import RATE, Cost, Study, value_in_words
-from tuning.statistics import FEWEST_SEEDS, format_p
+from tuning.statistics import ALIKE, FEWEST_SEEDS, format_p, is_point
 from tuning.study import Trial
 
 PERCENT = {metric.column for metric in evaluation_metrics()[0] if metric.percent}
@@ -163,14 +163,13 @@ def comparisons(study: Study) -> list[dict[str, str]]:
     percent = study.verdict.get("metric") in PERCENT
     rows = []
     for row in study.verdict.get("comparisons", []):
-        low_high = row["interval"]
         form = "+.2f" if percent else "+.3g"
         rows.append(
             {
                 "better": labels.get(row["better"], row["better"]),
                 "worse": labels.get(row["worse"], row["worse"]),
                 "difference": UNKNOWN if row["difference"] is None else f"{row['difference']:{form}}",
-                "interval": UNKNOWN if low_high is None else f"{low_high[0]:{form}} to {low_high[1]:{form}}",
+                "interval": _interval(row["interval"], form),
                 "p": _p(row["p"]),
                 "holm": _p(row.get("p_holm")),
                 "seeds": str(row["seeds"]),
@@ -178,6 +177,13 @@ def comparisons(study: Study) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _interval(found: Sequence[float] | None, form: str) -> str:
+    if found is None:
+        return UNKNOWN
+    low, high = found
+    return ALIKE if is_point((low, high)) else f"{low:{form}} to {high:{form}}"
 
 
 def _p(value: float | None) -> str:

@@ -119,6 +119,13 @@ def test_few_seeds_claim_nothing(tmp_path: Path, make_study) -> None:
     assert row["says"] == "too few seeds to tell" and row["p"] == row["interval"] == "\u2013"
 
 
+def test_an_interval_without_width_is_none(study: StudyFolder) -> None:
+    found = read_study(study.path)
+    raw = found.verdict["comparisons"][0] | {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0}
+    (row,) = comparisons(replace(found, verdict=found.verdict | {"comparisons": [raw]}))
+    assert (row["difference"], row["interval"]) == ("+0.00", "the same on every seed")
+
+
 def test_race_says_who_went_on(study: StudyFolder) -> None:
     found = read_study(study.path)
     assert "12 had 1 seed; 6 had 2 seeds; 3 had 4 seeds" in race_sentence(found, [1, 2, 4])
