@@ -40,6 +40,8 @@ from training.section import Section
 DEFAULT_CONFIG: Path = CONFIGS / "tune" / "digits.yaml"
 DEFAULT_TRIALS = 12
 MOST_JOBS = 1024
+FRESH = 1000
+"""The first seed that no search takes."""
 Number = int | float
 Start = Literal["zero", "published", "advice"]
 
@@ -98,7 +100,7 @@ class SearchSection(Section):
 class RaceSection(Section):
     """Who goes on: scores over few seeds are noisy, and more seeds are spent only on what may win."""
 
-    seeds: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
+    seeds: list[Annotated[int, Field(ge=1, le=FRESH)]] = Field(
         default_factory=lambda: [1, 2, 4], min_length=1, description="Seeds that a trial has at the end of each round."
     )
     keep: list[Annotated[int, Field(ge=1)]] | None = Field(
@@ -165,7 +167,7 @@ class VerdictSection(Section):
     """The final: the winner, rate 0 and the published rate, on seeds and data that the search never saw."""
 
     seeds: int = Field(default=8, ge=1, le=1000, description="Fresh seeds of each; below 6 nothing can be significant.")
-    first_seed: int = Field(default=1000, ge=1000, lt=2**31, description="They are this one and those behind it.")
+    first_seed: int = Field(default=FRESH, ge=FRESH, lt=2**31, description="They are this one and those behind it.")
     split: Literal["test", "val"] = Field(
         default="test", description="What they are scored on. val: what the search saw, so that it proves little."
     )

@@ -14,7 +14,9 @@ from files.words import counted
 from training.metrics import METRICS, Metric
 from training.report.runs import is_known, read_number
 from training.run_folder import RunFolder
+from tuning.config import FRESH
 from tuning.study import StudyFolder, Trial
+from tuning.units import read_failure
 
 RATE = "drop_path.rate"
 MOST_GROUPS = 7
@@ -24,14 +26,16 @@ OTHERS = "others"
 
 @dataclass(frozen=True)
 class Cost:
-    """What was trained."""
+    """What was trained; of runs that failed the number alone is known."""
 
     runs: int = 0
     steps: int = 0
     seconds: float = 0.0
+    failed: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.runs + other.runs, self.steps + other.steps, self.seconds + other.seconds)
+        steps, seconds = self.steps + other.steps, self.seconds + other.seconds
+        return Cost(self.runs + other.runs, steps, seconds, self.failed + other.failed)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Study:
         verdict: verdict.json; empty before there is one.
         best_text: best.yaml; empty before there is one.
         final: Cost of the verdict's runs.
+        failed: Runs of the search that failed.
         notes: What could not be read.
     """
 
@@ -58,6 +63,7 @@ class Study:
     verdict: dict[str, Any]
     best_text: str
     final: Cost
+    failed: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -128,7 +134,8 @@ class Study:
     def search(self) -> Cost:
         """Cost of the search; trials of one configuration share their runs."""
         of = {t.digest or str(t.number): t for t in self.trials}.values()
-        return Cost(sum(len(t.scores) for t in of), sum(t.steps for t in of), math.fsum(t.seconds for t in of))
+        runs, steps = sum(len(t.scores) for t in of), sum(t.steps for t in of)
+        return Cost(runs, steps, math.fsum(t.seconds for t in of), self.failed)
 
     # ---- what was varied
 
@@ -226,6 +233,7 @@ def read_study(path: Path) -> Study:
         verdict=verdict,
         best_text=folder.best.read_text(encoding="utf-8", errors="replace") if folder.best.is_file() else "",
         final=_final_cost(folder, verdict, trials),
+        failed=_failed_runs(folder, trials),
         notes=notes,
     )
 
@@ -256,7 +264,7 @@ def _read_verdict(path: Path, notes: list[str]) -> dict[str, Any]:
         for config in verdict["configs"]:
             seeds = config.setdefault("seeds", verdict["seeds"][: len(config["scores"])])
             assert isinstance(config["label"], str) and isinstance(config["digest"], str)
-            assert len(seeds) == len(config["scores"])
+            assert len(seeds) == len(config["scores"]) and isinstance(config.setdefault("failed", 0), int)
             config["by_seed"] = {int(s): read_number(v) for s, v in zip(seeds, config["scores"], strict=True)}
         for row in verdict["comparisons"]:
             assert {"better", "worse", "difference", "interval", "p", "seeds", "sentence"} <= row.keys()
@@ -280,7 +288,7 @@ def _outdated(verdict: Mapping[str, Any], config: Mapping[str, Any], trials: Ite
 def _final_cost(folder: StudyFolder, verdict: Mapping[str, Any], trials: Iterable[Trial]) -> Cost:
     """What the verdict's runs cost, as their folders say; those that the search has counted are left out."""
     searched = {(trial.digest, seed) for trial in trials for seed in trial.scores}
-    cost = Cost()
+    cost = Cost(failed=sum(config["failed"] for config in verdict.get("configs", ())))
     for config in verdict.get("configs", ()):
         for seed in config["by_seed"]:
             if (config["digest"], seed) in searched:
@@ -293,6 +301,17 @@ def _final_cost(folder: StudyFolder, verdict: Mapping[str, Any], trials: Iterabl
             if len(is_known([steps, seconds])) == 2:
                 cost += Cost(1, int(steps), seconds)
     return cost
+
+
+def _failed_runs(folder: StudyFolder, trials: Iterable[Trial]) -> int:
+    """Runs of the search that came to no score, as their folders say: they broke off, or ended with a score that is none."""
+    count = 0
+    for trial in {t.digest: t for t in trials if t.digest and t.state == "failed"}.values():
+        for path in folder.unit(trial.digest, 0).parent.glob("seed-*"):
+            seed = path.name.removeprefix("seed-")
+            fresh = not seed.isdecimal() or int(seed) >= FRESH or int(seed) in trial.scores
+            count += not fresh and (read_failure(path) is not None or RunFolder(path).summary.exists())
+    return count
 
 
 def _at(value: Any, keys: Iterable[str]) -> Any:

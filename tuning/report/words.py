@@ -130,7 +130,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
     tried = _trials(len(study.trials)) + (f", {failed} failed" if failed else "")
     told.append(("Tried", tried))
     told.append(("Search", _cost(study.search)))
-    if study.final.runs:
+    if study.final.runs or study.final.failed:
         told.append(("Verdict", _cost(study.final)))
     total = study.search + study.final
     told.append(("Training time", format_duration(total.seconds) if total.runs else UNKNOWN))
@@ -138,7 +138,8 @@ def facts(study: Study) -> list[tuple[str, str]]:
 
 
 def _cost(cost: Cost) -> str:
-    return f"{counted(cost.runs, 'run')}, {counted(cost.steps, 'step')}"
+    failed = f"; {counted(cost.failed, 'run')} that failed not counted" if cost.failed else ""
+    return f"{counted(cost.runs, 'run')}, {counted(cost.steps, 'step')}{failed}"
 
 
 def recommended(study: Study) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tuning.report.words import (
     verdict_sentence,
 )
 from tuning.study import StudyFolder, Trial
+from tuning.units import note_failure
 
 
 def test_verdict_is_the_verdicts(study: StudyFolder) -> None:
@@ -74,6 +75,22 @@ def test_facts_say_what_to_use_and_what_it_cost(study: StudyFolder) -> None:
     assert subtitle(found).startswith(
         "convformer_n4 on mnist5k (500 training images); 30 epochs a run; tried: drop-path rate 0 to"
     )
+
+
+def test_runs_that_failed_are_told(tmp_path: Path, make_study) -> None:
+    folder = make_study(tmp_path / "a", trials=4, rounds=(1, 2), final=2, keys=("drop_path.rate",))
+    trials = folder.read_trials()
+    lost = next(t for t in trials if t.state != "winner" and len(t.scores) == 2)
+    folder.write_trials([replace(t, state="failed", scores={0: 90.0}) if t is lost else t for t in trials])
+    for seed in (1, 1000):  # the second is the final's
+        folder.unit(lost.digest, seed).mkdir(parents=True, exist_ok=True)
+        note_failure(folder.unit(lost.digest, seed), "the loss is not finite", final=True)
+    verdict = json.loads(folder.verdict.read_text())
+    verdict["configs"][1]["failed"] = 2
+    folder.verdict.write_text(json.dumps(verdict))
+    told = dict(facts(read_study(folder.path)))
+    assert told["Search"].startswith("5 runs, ") and told["Search"].endswith(" steps; 1 run that failed not counted")
+    assert told["Verdict"].endswith(" steps; 2 runs that failed not counted")
 
 
 def test_recommended_is_what_the_verdict_says(tmp_path: Path, make_study) -> None:
