@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from files.errors import Failure
+from files.errors import ConfigError, Failure
 from files.words import counted
 from training.config import TrainConfig
 from tuning.config import StudyConfig
@@ -33,6 +33,7 @@ class Next:
         running: Units that other processes run at present.
         may_ask: Optuna may be asked for another trial.
         winner: Number of the trial that won; None while that is open.
+        finalists: Configurations of the final, as far as they are known.
         left: About how many units are left to be run, those that run at present included.
     """
 
@@ -42,6 +43,7 @@ class Next:
     running: int = 0
     may_ask: bool = False
     winner: int | None = None
+    finalists: list[Finalist] = field(default_factory=list)
     left: int = 0
 
 
@@ -67,7 +69,7 @@ class Plan:
         study: As read.
         folder: Where it is.
         search: Its trials.
-        finalists: Rate 0 and the published one; empty where there is no final.
+        finalists: Rate 0 and the published one, which take the winner's other values; empty where there is no final.
     """
 
     def __init__(self, study: StudyConfig, folder: StudyFolder, search: Search, finalists: Sequence[Finalist]) -> None:
@@ -187,7 +189,8 @@ class Plan:
             winner: Of the race.
             scores: Of all trials that did not fail, by seed.
         """
-        found = [Finalist("winner", winner.values, winner.digest, self.config_of(winner), {}), *self.finalists]
+        first = Finalist("winner", winner.values, winner.digest, self.config_of(winner), {})
+        found = [first, *filter(None, (self._beside(one, first) for one in self.finalists))]
         if all(one.digest == winner.digest for one in found):
             sign = self.study.tune.objective.sign
             others = [p for p in self.search.proposals() if scores.get(p.number) and p.digest != winner.digest]
@@ -198,6 +201,26 @@ class Plan:
                 found.append(Finalist("runner-up", second.values, second.digest, self.config_of(second), {}))
         return found
 
+    def _beside(self, one: Finalist, winner: Finalist) -> Finalist | None:
+        """The finalist with all values of the winner that are not its own, so that they differ in drop path alone.
+
+        None where the training config refuses that.
+        """
+        values = {key: value for key, value in winner.values.items() if key != "drop_path"} | one.values
+        if one.role == "zero" and isinstance(values.get("drop_path.profile"), list):
+            values["drop_path.profile"] = "linear"  # a list has no rate
+        try:
+            return finalist(self.study, one.role, values)
+        except ConfigError as error:
+            self.note([Decision(f"not in the final: {one.role}", f"with the winner's other values: {error}")])
+            return None
+
+    def _is_open(self, one: Finalist) -> bool:
+        """Whether the winner decides what else is in it."""
+        silent = ("drop_path.profile", "drop_path.rate_is", "drop_path.schedule") if one.role == "zero" else ()
+        others = self.search.space.parameters.keys() - one.values.keys() - {"drop_path"}
+        return not all(key.startswith(silent) for key in others)
+
     def _want_final(self, after: Next, live: Sequence[_Entry]) -> None:
         """Adds the units of the final: to do now where the winner is known, else for who has nothing else to do."""
         seeds = self.verdict_seeds
@@ -205,7 +228,8 @@ class Plan:
             return
         won = next((e.proposal for e in live if e.proposal.number == after.winner), None)
         scores = {e.proposal.number: e.scores for e in live}
-        finalists = list(self.finalists) if won is None else self.finalists_of(won, scores)
+        known = [one for one in self.finalists if not self._is_open(one)]
+        finalists = after.finalists = known if won is None else self.finalists_of(won, scores)
         units = {(f.digest, seed): self.unit(f.config, f.digest, seed) for seed in seeds for f in finalists}
         for unit in units.values():
             state = unit.state
@@ -214,7 +238,8 @@ class Plan:
             if state == "running" and won is not None:
                 after.running += 1
             after.left += state in ("missing", "interrupted", "running")
-        after.left += len(seeds) if won is None else 0
+        if won is None:
+            after.left += len(seeds) * (1 + len(self.finalists) - len(known))
 
     def _left(self, entries: Sequence[_Entry], standing: Standing) -> int:
         """About how many units of the search and the race are still to come, beside those wanted now."""

@@ -161,8 +161,8 @@ def _line(opened: Opened, unit: Unit, after: Next, *, seconds: float) -> str:
     trial = next((t for t in after.trials if t.digest == digest), None)
     fresh = opened.plan.verdict_seeds[:1]
     if fresh and unit.seed >= fresh[0]:
-        roles = [f.role for f in opened.plan.finalists if f.digest == digest]
-        who = f"final {'winner' if trial and trial.state == 'winner' else '/'.join(roles) or 'runner-up'}"
+        roles = [f.role for f in after.finalists if f.digest == digest]
+        who = f"final {'winner' if 'winner' in roles else '/'.join(roles)}"
     else:
         who = f"trial {trial.number}" if trial else digest
     words = in_words(trial.parameters) if trial else f"rate {unit.config.drop_path.rate or 0:.3g}"

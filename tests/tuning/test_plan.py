@@ -1,15 +1,19 @@
 """What is next follows from the trials and the units' folders alone."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from files.durable import save_text
 from files.lock import locked
 from tests.tuning.parts import Trained, opened, stand_in
+from tuning.opening import Opened
 from tuning.plan import in_words
 from tuning.race import Decision
 from tuning.units import note_failure
+from tuning.verdict import label_of
 from tuning.worker import work
 
 
@@ -81,6 +85,70 @@ def test_who_has_nothing_else_to_do_runs_for_the_final(tmp_path: Path) -> None:
         after = one.plan.update()
     assert not after.now and not after.may_ask and after.running == 1
     assert [unit.seed for unit in after.spare] == [1000, 1001]
+
+
+RATES_AND_LR = [
+    "space.drop_path.rate=[0.0, 0.2]",
+    "space.drop_path.profile=[linear, constant]",
+    "space.optim.lr=[1e-3, 1e-2]",
+    "search={sampler: grid, trials: null}",
+    "race={seeds: [1], keep: []}",
+    "verdict={seeds: 2, split: val}",
+]
+
+
+def in_the_final(one: Opened) -> list[tuple[str, float | None, object, float]]:
+    """Role, rate, profile and learning rate of those of whom runs are wanted."""
+    configs = [(f.role, f.config) for f in one.plan.update().finalists]
+    return [(role, c.drop_path.rate, c.drop_path.profile, c.optim.lr) for role, c in configs]
+
+
+def test_the_winner_s_other_values_are_those_of_what_it_is_compared_with(tmp_path: Path, trained: Trained) -> None:
+    """Else a lead over rate 0 may be that of the learning rate."""
+    advice: Any = SimpleNamespace(rate=0.1, profile="linear", published=0.3, published_profile="linear")
+    trained.score = lambda config: 90 + 100 * config.optim.lr + (config.drop_path.profile == "constant")
+    one = opened(tmp_path, *RATES_AND_LR, advise=lambda config: advice)
+    assert not one.plan.update().finalists, "what the winner has beside its rate is not known"
+    assert one.plan.update().left == 8 + 3 * 2
+    work(one)
+    assert in_the_final(one) == [
+        ("winner", 0.2, "constant", 0.01),
+        ("zero", 0.0, "linear", 0.01),
+        ("published", 0.3, "linear", 0.01),
+    ]
+    labels = [label_of(f.config, f.values) for f in one.plan.update().finalists]
+    assert labels == ["rate 0.2 (constant), lr 0.01", "rate 0, lr 0.01", "rate 0.3 (linear), lr 0.01"]
+    assert {(c.drop_path.rate, c.optim.lr) for c in trained.configs if c.seed >= 1000} == {
+        (0.2, 0.01), (0.0, 0.01), (0.3, 0.01)
+    }  # fmt: skip
+
+
+def test_a_winner_at_rate_0_is_rate_0_whatever_else_was_varied(tmp_path: Path, trained: Trained) -> None:
+    trained.score = lambda config: 90 + 100 * config.optim.lr - (config.drop_path.rate or 0.0)
+    one = opened(tmp_path, *RATES_AND_LR)
+    work(one)
+    found = in_the_final(one)
+    assert [role for role, *_ in found] == ["winner", "zero", "runner-up"] and found[0][1:] == found[1][1:]
+
+
+def test_rate_0_is_known_early_where_drop_path_alone_is_varied(tmp_path: Path, trained: Trained) -> None:
+    words = ["space.drop_path.profile=[linear, [0.1, 0.3]]", "space.drop_path.rate=[0.2, null]", *RATES_AND_LR[3:]]
+    trained.score = lambda config: 90 + isinstance(config.drop_path.profile, list)
+    one = opened(tmp_path, *words)
+    assert [f.role for f in one.plan.update().finalists] == ["zero"]
+    work(one)
+    assert in_the_final(one)[1] == ("zero", 0.0, "linear", 0.003), "a list of rates is not the profile of none"
+
+
+def test_what_does_not_go_with_the_winner_is_left_out_of_the_final(tmp_path: Path, trained: Trained) -> None:
+    early = "drop_path.schedule={kind: early, cutoff_epochs: 2}"
+    words = ["space={drop_path: [{rate: 0.2}, {rate: 0.3}], optim.epochs: [1, 2]}", early, *RATES_AND_LR[3:]]
+    trained.score = lambda config: 90 - config.optim.epochs
+    one = opened(tmp_path, *words)
+    work(one)
+    assert [role for role, *_ in in_the_final(one)] == ["winner", "runner-up"]
+    (why,) = [d["why"] for d in one.folder.read_decisions() if d["what"] == "not in the final: zero"]
+    assert "with the winner's other values" in why and "beyond optim.epochs (1)" in why
 
 
 def test_optuna_is_told_the_mean_of_the_first_round(tmp_path: Path, trained: Trained) -> None:
