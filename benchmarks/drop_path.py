@@ -42,7 +42,7 @@ class FlooredDropPath(DropPath):
             return shortcut + branch(x)
         batch = len(x)
         count = max(int(batch * (1.0 - self.drop_prob)), 1)
-        self._count(batch, torch.tensor(count), count)
+        self._counts.add(batch, count, count)
         kept = torch.randperm(batch, device=x.device)[:count]
         return torch.index_add(shortcut, 0, kept, branch(x[kept]).to(shortcut.dtype), alpha=batch / count)
 

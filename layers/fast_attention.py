@@ -72,7 +72,9 @@ def has_few_tokens(tokens: int, dtype: torch.dtype) -> bool:
 
 def plain_attention(qkv: Tensor) -> Tensor:
     """torch's form of `attention`."""
-    return F.scaled_dot_product_attention(*_parts(qkv)).transpose(1, 2)
+    # traced and scripted too: no call of `_parts`, whose result could not be taken apart there
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,7 +138,7 @@ class FastWindowAttention(WindowAttention):
 
 
 class FastAttention(_InFront):
-    """In front of a class of attention: its scaled dot products over few tokens are computed apart."""
+    """In front of a class of attention: its scaled dot products are computed by a kernel, or over few tokens apart."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # without a backward pass torch's form is as fast or faster
