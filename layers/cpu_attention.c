@@ -1,6 +1,6 @@
 /* Attention over a few hundred tokens, forward and backward: part of `cpu_kernels.c`, whose words hold here too.
 
-   torch's form computes in tiles of 32 tokens and wants its gradients stacked, moved and cleared around it. Here the
+   torch's form computes in small tiles, and wants its gradients stacked, moved and cleared around it. Here the
    products of one head of one sample stand in a core's second cache, blocks of queries after another; queries, keys and
    values are read where the linear layer left them, and their gradients are written where it wants them. */
 
