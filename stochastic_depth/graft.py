@@ -11,7 +11,7 @@ from layers.branches import batch_norms, takes_batch_statistics, wants_known_bat
 from layers.draw import Draw
 from layers.drop_path import DropPath, Mode
 from layers.samples import replace_samples
-from stochastic_depth.hooks import TrainingHooks, Way
+from stochastic_depth.hooks import TrainingHooks, Way, take_off
 from stochastic_depth.law import bounded, drop_law
 from stochastic_depth.places import Owner, branch_ends, find_owners, is_identity, misplaced, unknown_modules
 from stochastic_depth.standing import Standing
@@ -396,16 +396,11 @@ def take_off_hooks(owner: Owner) -> None:
     """Takes off that by which a block skips, where one of its drop-path modules is new, so that it is tried anew."""
     kinds = (Around, SelectKept, SkipModule, BlockSkip, KeepStatistics)
     for module in owner.module.modules():
-        pre, post = module._forward_pre_hooks, module._forward_hooks
-        for hooks, more in (
-            (pre, (module._forward_pre_hooks_with_kwargs,)),
-            (post, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
-        ):
+        for before, hooks in ((True, module._forward_pre_hooks), (False, module._forward_hooks)):
             for number, hook in [*hooks.items()]:
                 itself = getattr(hook, "__self__", hook)
                 if isinstance(itself, kinds) and itself.block is owner.module:
-                    for found in (hooks, *more):
-                        found.pop(number, None)
+                    take_off(module, number, before=before)
     for slot in map(owner.module.get_submodule, owner.slots):
         if isinstance(slot, GraftedDropPath):
             slot.hooks.clear()

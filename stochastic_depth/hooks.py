@@ -28,14 +28,11 @@ class Way:
         return Way, ()
 
 
-# Where a module holds its hooks, and what it knows of them, by their numbers.
-_STORES = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
+# Where a module holds its pre-hooks and its hooks, and what it knows of them, by their numbers.
+_STORES = {
+    True: ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    False: ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
 
 
 @dataclass
@@ -44,13 +41,19 @@ class _Hook:
 
     Attributes:
         module: Whose it is.
+        before: Whether it is a pre-hook.
         number: By which torch knows it.
         entries: What the module's stores hold of it while it is off.
     """
 
     module: nn.Module
+    before: bool
     number: int
     entries: dict[str, Any]
+
+    def take_off(self) -> None:
+        """Takes it off its module."""
+        self.entries = take_off(self.module, self.number, before=self.before)
 
 
 class TrainingHooks:
@@ -75,9 +78,9 @@ class TrainingHooks:
             options: Of the function that registers it.
         """
         register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
-        self.hooks.append(_Hook(module, register(hook, **options).id, {}))
+        self.hooks.append(_Hook(module, before, register(hook, **options).id, {}))
         if not self.on:
-            _take_off(self.hooks[-1])
+            self.hooks[-1].take_off()
 
     def put(self, on: bool) -> None:
         """Puts all on their modules, or takes them off."""
@@ -86,7 +89,7 @@ class TrainingHooks:
         self.on = on
         for hook in self.hooks:
             if not on:
-                _take_off(hook)
+                hook.take_off()
                 continue
             for name, entry in hook.entries.items():
                 getattr(hook.module, name)[hook.number] = entry
@@ -95,7 +98,7 @@ class TrainingHooks:
     def clear(self) -> None:
         """Takes all off for good; later ones are put on as those were."""
         for hook in self.hooks:
-            _take_off(hook)
+            hook.take_off()
         self.hooks.clear()
 
     def state(self) -> tuple[bool, list[_Hook]]:
@@ -112,6 +115,11 @@ class TrainingHooks:
         RemovableHandle.next_id = max([RemovableHandle.next_id, *(hook.number + 1 for hook in self.hooks)])
 
 
-def _take_off(hook: _Hook) -> None:
-    stores = {name: getattr(hook.module, name) for name in _STORES}
-    hook.entries = {name: store.pop(hook.number) for name, store in stores.items() if hook.number in store}
+def take_off(module: nn.Module, number: int, *, before: bool) -> dict[str, Any]:
+    """Takes a hook, or pre-hook, off a module.
+
+    Returns:
+        What the module's stores held of it, by their names.
+    """
+    stores = {name: getattr(module, name) for name in _STORES[before]}
+    return {name: store.pop(number) for name, store in stores.items() if number in store}

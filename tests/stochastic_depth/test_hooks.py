@@ -178,3 +178,18 @@ def test_hooks_are_as_before_when_setting_rates_fails() -> None:
     assert hooks_of(model) == on
     assert hooks_of(model.eval()) <= 4, "but those of the module that was replaced by hand"
     assert hooks_of(model.train()) == on
+
+
+def test_a_hook_of_the_other_kind_with_the_same_number_stays() -> None:
+    """As one that came with a module from another process may have it."""
+    module, hooks, calls = nn.Identity(), TrainingHooks(), []
+    hooks.put(True)
+    hooks.add(module, lambda *_: calls.append("ours"), before=True)
+    (number,) = module._forward_pre_hooks
+    module._forward_hooks[number] = lambda *_: calls.append("theirs")
+    for on in (False, True):
+        hooks.put(on)
+        module(torch.zeros(1))
+    hooks.clear()
+    module(torch.zeros(1))
+    assert calls == ["theirs", "ours", "theirs", "theirs"]
