@@ -94,9 +94,10 @@ INLINE ivec held(int64_t n, int64_t padded) {
     return lanes;
 }
 
-int64_t attention_room(int64_t n, int64_t d) { /* floats that a thread works in */
+int64_t attention_room_float(int64_t n, int64_t d) { /* bytes that a thread works in */
     int64_t rows = up_to(n, TILE_ROWS), columns = up_to(n, LANES), blocks = QUERIES * (columns + d);
-    return 5 * rows * d + 2 * columns * d + 2 * blocks + 64; /* 64: the last tile of rows reads past the last of columns */
+    /* 64: the last tile of rows reads past the last of columns */
+    return up_to(5 * rows * d + 2 * columns * d + 2 * blocks + 64, 16) * sizeof(float);
 }
 
 /* Strides are those of samples, heads and tokens; out and grad have the same, and of_q, of_k and of_v.
@@ -110,12 +111,12 @@ INLINE float *head_of(const arg *x, strides s, int64_t unit, int64_t heads) {
     return (float *)x->p + unit / heads * s.sample + unit % heads * s.head;
 }
 
-/* q, k, v, out, logs, n, heads, d, scale, room, room of a thread, strides of q, k, v and out; unit: a head of a sample */
+/* q, k, v, out, logs, n, heads, d, scale, room, bytes of a thread, strides of q, k, v and out; unit: a head of a sample */
 void attention_float(const arg *a, int64_t first, int64_t end) {
     const int64_t n = a[5].i, heads = a[6].i, d = a[7].i, rows = up_to(n, TILE_ROWS), columns = up_to(n, LANES);
     const strides of_q = strides_at(a + 11), of_k = strides_at(a + 14), of_v = strides_at(a + 17), to = strides_at(a + 20);
     const ivec last = held(n, columns);
-    float *q = (float *)a[9].p + omp_get_thread_num() * a[10].i, *v = q + rows * d, *k = v + rows * d; /* k: columns */
+    float *q = (float *)((char *)a[9].p + omp_get_thread_num() * a[10].i), *v = q + rows * d, *k = v + rows * d; /* k: columns */
     float *weights = k + columns * d, *result = weights + QUERIES * columns, factors[QUERIES];
     for (int64_t unit = first; unit < end; unit++) {
         float *out = head_of(a + 3, to, unit, heads), *logs = (float *)a[4].p + unit * n;
@@ -131,7 +132,7 @@ void attention_float(const arg *a, int64_t first, int64_t end) {
                 store_float(w + columns - LANES, choose(last, load_float(w + columns - LANES), top));
                 for (int64_t i = 0; i < columns; i += LANES) {
                     vec x = load_float(w + i);
-                    top = choose(x > top, x, top); /* a NaN is found by the sum */
+                    top = larger(x, top); /* a NaN is found by the sum */
                 }
                 float peak = highest(top);
                 for (int64_t i = 0; i < columns; i += LANES) {
@@ -150,7 +151,7 @@ void attention_float(const arg *a, int64_t first, int64_t end) {
     _mm_sfence();
 }
 
-/* grad, q, k, v, out, logs, of_q, of_k, of_v, n, heads, d, scale, room, room of a thread, strides of q, k, v, out and of_q;
+/* grad, q, k, v, out, logs, of_q, of_k, of_v, n, heads, d, scale, room, bytes of a thread, strides of q, k, v, out and of_q;
    unit: a head of a sample */
 void attention_backward_float(const arg *a, int64_t first, int64_t end) {
     const int64_t n = a[9].i, heads = a[10].i, d = a[11].i, rows = up_to(n, TILE_ROWS), columns = up_to(n, LANES);
@@ -158,7 +159,7 @@ void attention_backward_float(const arg *a, int64_t first, int64_t end) {
     const strides behind = strides_at(a + 24), to = strides_at(a + 27);
     const ivec last = held(n, columns);
     const float scale = a[12].f;
-    float *q = (float *)a[13].p + omp_get_thread_num() * a[14].i, *k = q + rows * d, *grad = k + rows * d;
+    float *q = (float *)((char *)a[13].p + omp_get_thread_num() * a[14].i), *k = q + rows * d, *grad = k + rows * d;
     float *keys = grad + rows * d, *values = keys + columns * d; /* as columns */
     float *of_k = values + columns * d, *of_v = of_k + rows * d, *of_q = of_v + rows * d;
     float *weights = of_q + QUERIES * d, *of_scores = weights + QUERIES * columns;

@@ -1,8 +1,9 @@
 """Attention in training on a CPU: by a kernel, or over few tokens as products and a softmax one after the other.
 
 torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle, and its gradients are
-stacked and moved before the layer in front can use them. In float32 `fast_cpu` has a kernel; else, over few tokens, the
-products are apart, with scores in float32. Who may take this, and how it is turned off, is said in `layers.fast`.
+stacked and moved before the layer in front can use them. `fast_cpu` has kernels for float32 and, where the processor
+multiplies in it, for bfloat16; else, over few tokens, the products are apart, with scores in float32. Who may take this,
+and how it is turned off, is said in `layers.fast`.
 """
 
 from typing import Any
@@ -30,7 +31,7 @@ def attention(qkv: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or qkv.device.type != "cpu" or not qkv.shape[0]:
         return plain_attention(qkv)  # without a backward pass torch's form is about as fast
     if fast_cpu.has_attention(*_parts(qkv)):
-        return run(_KernelAttention, qkv).transpose(1, 2)
+        return run(_KernelAttention, qkv, None).transpose(1, 2)
     return _attention(qkv, None) if has_few_tokens(qkv.shape[1], qkv.dtype) else plain_attention(qkv)
 
 
@@ -42,9 +43,12 @@ def window_attention(qkv: Tensor, bias: Tensor) -> Tensor:
         bias: What is added to the scores, (W, heads, N, N), for each window of an image or, with W = 1, for all.
 
     Returns:
-        (B, N, heads, D). The products that the bias is added to are in qkv's dtype.
+        (B, N, heads, D). Apart, the products that the bias is added to are in qkv's dtype.
     """
-    return _attention(qkv, bias.flatten(0, 1))
+    bias = bias.flatten(0, 1)
+    if torch.is_grad_enabled() and fast_cpu.has_attention(*_parts(qkv), bias):
+        return run(_KernelAttention, qkv, bias).transpose(1, 2)
+    return _attention(qkv, bias)
 
 
 def _attention(qkv: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,22 +87,32 @@ def _parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _KernelAttention(torch.autograd.Function):
-    """(B, N, 3, heads, D), with `fast_cpu.has_attention` of its parts -> (B, heads, N, D)."""
+    """(B, N, 3, heads, D), and a bias (E, N, N) or `None`, with `fast_cpu.has_attention` -> (B, heads, N, D)."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor) -> Tensor:
-        out, logs = fast_cpu.attention(*_parts(qkv))
-        ctx.save_for_backward(qkv, out, logs)
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        out, logs = fast_cpu.attention(*_parts(qkv), bias)
+        ctx.save_for_backward(qkv, bias, out, logs)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        qkv, out, logs = ctx.saved_tensors
+        qkv, bias, out, logs = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
-            return plain_gradients(lambda qkv: plain_attention(qkv).transpose(1, 2), ctx, (qkv,), grads[0])
+            return plain_gradients(_plain_kernel_attention, ctx, (qkv, bias), grads[0])
         of_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)  # without gaps, whatever qkv is a part of
-        fast_cpu.attention_backward(grads[0], *_parts(qkv), out, logs, _parts(of_qkv))
-        return of_qkv
+        of_bias = fast_cpu.attention_backward(
+            grads[0], *_parts(qkv), out, logs, _parts(of_qkv), bias, of_bias=ctx.needs_input_grad[1]
+        )
+        return of_qkv, None if of_bias is None else of_bias.to(bias.dtype)
+
+
+def _plain_kernel_attention(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's form of `_KernelAttention`."""
+    if bias is None:
+        return plain_attention(qkv).transpose(1, 2)
+    parts = qkv.permute(2, 0, 3, 1, 4)
+    return _plain_attention_of(parts.flatten(1, 2), bias).view(parts.shape[1:])
 
 
 class _KernelAttentionOf(torch.autograd.Function):

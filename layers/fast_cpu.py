@@ -12,6 +12,7 @@ Who may take them, and how they are turned off, is said in `layers.fast`.
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import platform
 import shlex
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
@@ -40,6 +42,9 @@ MULTIPLE = 16
 
 BLOCK = 64
 """Rows that are summed at a time, as in the source."""
+
+SUMMED = 16
+"""Images whose gradients of a bias are summed at a time, as in the source."""
 
 MOST_TOKENS = 1024
 """Tokens of attention up to which the products of a head stand in a core's second cache."""
@@ -77,10 +82,11 @@ def has_softmax(scores: Tensor) -> bool:
     )
 
 
-def has_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention` takes queries, keys and values, (B, heads, N, D)."""
+def has_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `attention` takes queries, keys and values, (B, heads, N, D), and a bias, (E, N, N)."""
     return (
-        q.dtype == k.dtype == v.dtype == torch.float32
+        q.dtype == k.dtype == v.dtype
+        and q.dtype in TYPES
         and q.ndim == 4
         and q.shape == k.shape == v.shape
         and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
@@ -89,8 +95,16 @@ def has_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and 0 < q.shape[3] <= MOST_WIDTH
         and q.numel() >= FEWEST
         and all(map(_holds_numbers, (q, k, v)))
-        and library() is not None
+        and (bias is None or _fits(bias, q))
+        and _has_kernel(f"attention_{TYPES[q.dtype]}")
     )
+
+
+def _fits(bias: Tensor, q: Tensor) -> bool:
+    """Whether attention takes a bias, (E, N, N), of queries (B, heads, N, D)."""
+    batch, heads, n, _ = q.shape
+    is_bias = bias.ndim == 3 and bias.shape[1:] == (n, n) and len(bias) > 0 and batch * heads % len(bias) == 0
+    return is_bias and q.dtype == torch.bfloat16 and bias.is_floating_point() and bias.device.type == "cpu"
 
 
 def _is_readable(x: Tensor) -> bool:
@@ -166,8 +180,12 @@ def _compile() -> ctypes.CDLL:
         for step in ([*FLAGS, "-c", SOURCE, "-o", code], ["-shared", code, threads, "-lm", "-o", result]):
             output_of([*compiler, *step], seconds=120)
         kernels = ctypes.CDLL(str(result))
-        kernels.attention_room.restype = ctypes.c_int64
         return kernels
+
+
+def _has_kernel(name: str) -> bool:
+    """Whether there is a kernel, which some processors have no instructions for."""
+    return hasattr(library(), name)
 
 
 def output_of(command: Sequence[str | os.PathLike[str]], *, seconds: float) -> bytes:
@@ -323,13 +341,14 @@ def softmax(scores: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtyp
     return y
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) v.
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(D) + bias) v.
 
     Args:
         q: Queries, (B, heads, N, D), with `has_attention(q, k, v)`.
         k: Keys.
         v: Values.
+        bias: (E, N, N), with E a divisor of B * heads, entry i for heads i, i + E, ... of all samples; or `None`.
 
     Returns:
         The result, (B, heads, N, D) with the heads of a token side by side in memory, and for `attention_backward` the
@@ -337,16 +356,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """
     batch, heads, n, d = q.shape
     out = q.new_empty_strided(q.shape, (n * heads * d, d, heads * d, 1))
-    logs = q.new_empty(batch, heads, n)
-    numbers = (n, heads, d, float(d**-0.5), *_room(q))
-    _start("attention_float", batch * heads, q, k, v, out, logs, *numbers, *_strides(q, k, v, out))
+    logs = q.new_empty(batch, heads, n, dtype=torch.float32)
+    sizes = (n, heads, d, float(d**-0.5))
+    if q.dtype == torch.float32:
+        numbers = (*sizes, *_room(q), *_strides(q, k, v, out))
+        _start("attention_float", batch * heads, q, k, v, out, logs, *numbers)
+        return out, logs
+    added, entries = (None, 1) if bias is None else (_exponents(bias), len(bias))
+    numbers = (*sizes, entries, *_room(q), *_strides(q, k, v, out))
+    _start("attention_bfloat16", batch * heads, q, k, v, added, out, logs, *numbers)
     return out, logs
 
 
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, into: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Writes the gradients of `attention`.
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logs: Tensor,
+    into: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None = None,
+    *,
+    of_bias: bool = False,
+) -> Tensor | None:
+    """Writes the gradients of `attention`; that of the bias is returned, (E, N, N) in float32, if it is wanted.
 
     Args:
         grad: Of its result, in any layout.
@@ -357,12 +391,32 @@ def attention_backward(
         logs: Likewise.
         into: Where the gradients of q, k and v are written: their shape, strides alike and, but for the last, multiples
             of `MULTIPLE`, beginning where an allocation does or a multiple of that behind.
+        bias: As given.
+        of_bias: Whether the gradient of the bias is wanted.
     """
     batch, heads, n, d = q.shape
     if grad.stride() != out.stride() or not _holds_numbers(grad):
         grad = torch.empty_like(out).copy_(grad)
-    numbers = (n, heads, d, float(d**-0.5), *_room(q), *_strides(q, k, v, out, into[0]))
-    _start("attention_backward_float", batch * heads, grad, q, k, v, out, logs, *into, *numbers)
+    sizes, strides = (n, heads, d, float(d**-0.5)), _strides(q, k, v, out, into[0])
+    units = batch * heads
+    if q.dtype == torch.float32:
+        numbers = (*sizes, *_room(q), *strides)
+        _start("attention_backward_float", units, grad, q, k, v, out, logs, *into, *numbers)
+        return None
+    added, sums, entries, works = None, None, 1, units
+    if bias is not None:
+        entries = len(bias)
+        added = _exponents(bias.mT)
+        works = -(-units // (entries * SUMMED)) * entries
+        sums = added.new_empty(works, *added.shape[1:]) if of_bias else None
+    numbers = (*sizes, entries, *_room(q), units, *strides)
+    _start("attention_backward_bfloat16", works, grad, q, k, v, added, out, logs, *into, sums, *numbers)
+    return None if sums is None else sums.unflatten(0, (-1, entries)).sum(0)[..., :n].mT
+
+
+def _exponents(bias: Tensor) -> Tensor:
+    """A bias of attention, (E, N, M), as its kernels add it: of powers of 2, and with rows of whole vectors."""
+    return F.pad(bias.float() * math.log2(math.e), (0, -bias.shape[-1] % MULTIPLE)).contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -371,10 +425,11 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _room(q: Tensor) -> tuple[Tensor, int]:
-    """Where the threads work, and how many numbers of it are each one's."""
-    kernels: Any = library()
-    size = -(-kernels.attention_room(*map(ctypes.c_int64, q.shape[2:])) // MULTIPLE) * MULTIPLE
-    return q.new_empty(torch.get_num_threads() * size), size
+    """Where the threads of attention work, and how many bytes of it are each one's."""
+    size = getattr(library(), f"attention_room_{TYPES[q.dtype]}")
+    size.restype = ctypes.c_int64
+    bytes_each = size(*map(ctypes.c_int64, q.shape[2:]))
+    return q.new_empty(torch.get_num_threads() * bytes_each, dtype=torch.uint8), bytes_each
 
 
 def mean_minus_self(x: Tensor, size: int, backward: bool = False) -> Tensor:
