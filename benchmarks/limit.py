@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import wait
+from layers import fast_cpu
 from layers.fast_conv import depthwise_weight_gradient
 from stochastic_depth.blocks import find_blocks
 
@@ -85,7 +86,8 @@ class Operation:
 class Linear(Operation):
     """(rows, inputs) times (outputs, inputs) transposed.
 
-    Ways: a matrix product, as a linear layer does it, and a 1x1 convolution of (B, C, rows, 1) in two memory layouts.
+    Ways: a matrix product, as a linear layer does it, a 1x1 convolution of (B, C, rows, 1) in two memory layouts, and for
+    the weight's gradient in bfloat16 our kernel on matrix tiles.
     """
 
     rows: int
@@ -105,6 +107,8 @@ class Linear(Operation):
             "input": {"product": lambda: g @ w},
             "weight": {"product": lambda: g.t() @ x, "product transposed": lambda: x.t() @ g},
         }
+        if fast_cpu.has_products(g, x):
+            products["weight"]["tiles"] = lambda: fast_cpu.weight_gradient(g, x)
         convolution = Convolution(self.inputs, self.rows, 1, self.outputs)
         return products[direction] | convolution.ways(direction, samples, pool)
 

@@ -67,6 +67,9 @@ typedef struct {
     uint8_t rows[16];
 } tiles;
 
+/* Compilers do not know all that instructions for tiles read and write: memory is as the source says here. */
+#define SETTLE __asm__ volatile("" ::: "memory")
+
 /* Whether the system lets this process use tiles. */
 static int has_tiles(void) {
     static int answer; /* 1: yes, -1: no; threads that ask at once are told the same */
@@ -115,6 +118,7 @@ static void pair_product(int64_t rows, int64_t columns, int64_t depth, const bfl
         dot_product(rows, columns, depth, a, ai, b, bk, c, ci, add);
         return;
     }
+    SETTLE;
     for (int64_t from = 0; from < columns; from += 2 * AMX_SIDE)
         for (int64_t i = 0; i < rows; i += 2 * AMX_SIDE) {
             int tall = rows - i > AMX_SIDE, wide = columns - from > AMX_SIDE;
@@ -125,6 +129,7 @@ static void pair_product(int64_t rows, int64_t columns, int64_t depth, const bfl
             else if (wide) tile_product(0, 1, depth, left, ai, b + from, bk, into, ci, add);
             else tile_product(0, 0, depth, left, ai, b + from, bk, into, ci, add);
         }
+    SETTLE;
 }
 
 /* A thread's tiles as products want them, and as they were: other libraries may rely on theirs. */
@@ -135,13 +140,13 @@ static void set_tiles(tiles *before) {
         all_alike.bytes[i] = 4 * AMX_SIDE;
         all_alike.rows[i] = AMX_SIDE;
     }
-    _tile_storeconfig(before);
-    _tile_loadconfig(&all_alike);
+    __asm__ volatile("sttilecfg %0" : "=m"(*before));
+    __asm__ volatile("ldtilecfg %0" : : "m"(all_alike));
 }
 
 static void reset_tiles(const tiles *before) {
     if (!has_tiles()) return;
-    if (before->palette) _tile_loadconfig(before);
+    if (before->palette) __asm__ volatile("ldtilecfg %0" : : "m"(*before));
     else _tile_release();
 }
 #else
@@ -172,33 +177,43 @@ static void pair_rows(const bfloat16 *x, int64_t step, int64_t n, int64_t padded
     memset(y, 0, (padded / 2 - (n + 1) / 2) * d * sizeof *y);
 }
 
+/* 16 rows of 16 to columns. */
+INLINE void turn_16(__m512i *r) {
+    __m512i t[16];
+    EACH(i, 8) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    EACH(i, 4) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    EACH(i, 4) { /* 0x88: the first and third quarters of both; 0xdd: the others */
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    EACH(i, 4) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+
 /* (rows, columns), both multiples of 16, to (columns, rows). */
 static void turn(const pair *x, int64_t rows, int64_t columns, pair *y) {
     for (int64_t row = 0; row < rows; row += 16)
         for (int64_t column = 0; column < columns; column += 16) {
-            __m512i r[16], t[16];
+            __m512i r[16];
             const pair *in = x + row * columns + column;
             pair *out = y + column * rows + row;
             _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512((const void *)(in + i * columns));
-            EACH(i, 8) {
-                t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-                t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-            }
-            EACH(i, 4) {
-                r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-                r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-                r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-                r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-            }
-            EACH(i, 4) { /* 0x88: the first and third quarters of both; 0xdd: the others */
-                __m512i even = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), odd = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-                __m512i more = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-                __m512i rest = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-                store_pairs(out + i * rows, _mm512_shuffle_i32x4(even, more, 0x88));
-                store_pairs(out + (i + 4) * rows, _mm512_shuffle_i32x4(odd, rest, 0x88));
-                store_pairs(out + (i + 8) * rows, _mm512_shuffle_i32x4(even, more, 0xdd));
-                store_pairs(out + (i + 12) * rows, _mm512_shuffle_i32x4(odd, rest, 0xdd));
-            }
+            turn_16(r);
+            _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) store_pairs(out + i * rows, r[i]);
         }
 }
 

@@ -406,4 +406,7 @@ MEAN_MINUS_SELF(bfloat16)
 #include "cpu_attention.c"
 #ifdef __AVX512BF16__
 #include "cpu_attention_bfloat16.c"
+#ifdef __AMX_BF16__
+#include "cpu_products.c"
+#endif
 #endif

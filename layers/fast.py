@@ -12,7 +12,8 @@ dtype and size, never by timing, so the same machine always computes the same bi
   the images with their gradients, which oneDNN computes several times as fast as what it has for that.
 - `mean_minus_self`: pooling minus its input in one tensor, keeping none.
 - `fast_norm`: in bfloat16, the gradients of a layer norm's weight and bias summed in float32; torch's are 5 to 70 % off.
-- `fast_attention`: with gradients, a kernel in float32, else products and a softmax one after the other over few tokens.
+- `fast_attention`: with gradients, a kernel, or products and a softmax one after the other over few tokens.
+- `weight_gradient`: in bfloat16, on processors with matrix tiles, a kernel whose sums stay in float32.
 - `fast_cpu`: in training, what stands between the products in one pass over memory, by kernels compiled on the spot.
 
 On a GPU, in float32 and half precision: `fast_cuda`'s kernels for taking and adding samples, norms, pooling and StarReLU,
@@ -228,8 +229,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """(D, C) of a linear layer's output's gradient (..., D) and its input (..., C), both without gaps."""
+    """(D, C) of a linear layer's output's gradient (..., D) and its input (..., C), both without gaps.
+
+    On matrix tiles that of bfloat16 is in float32, as sums are.
+    """
     grad, x = _rows_of(grad), _rows_of(x)
+    if fast_cpu.has_products(grad, x):
+        return fast_cpu.weight_gradient(grad, x)
     if x.dtype == torch.float32 and len(x) >= MANY_ROWS:
         # of a 1 x 1 convolution on an image of 1 x N; products make a transposed copy, or cut so long a sum badly
         images = [rows.view(1, 1, *rows.shape).permute(0, 3, 1, 2) for rows in (grad, x)]

@@ -1,10 +1,11 @@
 """Faster ways of the same on a CPU in training: passes over memory in one, where torch takes several.
 
 An activation with its gradient and that of the bias, StarReLU and its gradients, sums over rows, layer norm with its
-gradients summed in float32, softmax of scores with their bias, pooling minus its input; and in float32 attention over some
-hundred tokens. They are written in C (`cpu_kernels.c`, `cpu_attention.c`) and compiled, in one to two seconds, when a
-process first wants one: by the C compiler at hand (`CC`, cc, gcc or clang), for this processor, to a temporary file. Where
-there is none, or the processor has no AVX2, everything has torch's forms. Threads are torch's own.
+gradients summed in float32, softmax of scores with their bias, pooling minus its input; attention over some hundred tokens,
+in bfloat16 where the processor has its products (AVX512-BF16, AMX); and on matrix tiles (AMX) the gradients of linear
+layers' weights in bfloat16. They are written in C (`cpu_*.c`) and compiled, in some two seconds, when a process first wants
+one: by the C compiler at hand (`CC`, cc, gcc or clang), for this processor, to a temporary file. Where there is none, or the
+processor has no AVX2, everything has torch's forms. Threads are torch's own.
 
 Who may take them, and how they are turned off, is said in `layers.fast`.
 """
@@ -45,6 +46,12 @@ BLOCK = 64
 
 SUMMED = 16
 """Images whose gradients of a bias are summed at a time, as in the source."""
+
+SIDE = 32
+"""Channels on the side of a block of products on matrix tiles, as in the source."""
+
+PANEL = 288
+"""Blocks of a panel of products, which stands in a core's second cache."""
 
 MOST_TOKENS = 1024
 """Tokens of attention up to which the products of a head stand in a core's second cache."""
@@ -419,6 +426,27 @@ def _exponents(bias: Tensor) -> Tensor:
     return F.pad(bias.float() * math.log2(math.e), (0, -bias.shape[-1] % MULTIPLE)).contiguous()
 
 
+def has_products(*tensors: Tensor) -> bool:
+    """Whether the processor has matrix tiles for products of these, (N, C) each, and they are large enough to pay."""
+    return (
+        all(x.dtype == torch.bfloat16 and x.shape[-1] % SIDE == 0 and _is_readable(x) for x in tensors)
+        and min(x.numel() for x in tensors) >= FEWEST
+        and _has_kernel("has_products")
+        and bool(library().has_products())  # type: ignore[union-attr]
+    )
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """(D, C) in float32 of a linear layer's output's gradient (N, D) and its input (N, C), with `has_products`."""
+    (n, d), c = grad.shape, x.shape[1]
+    panels = _panels(d // SIDE, c // SIDE, torch.get_num_threads())
+    rows, columns = (-(-size // SIDE // parts) * SIDE for size, parts in zip((d, c), panels, strict=True))
+    room = grad.new_empty(torch.get_num_threads(), _size_of("weight_gradient_room", rows, columns), dtype=torch.uint8)
+    out = grad.new_empty(d, c, dtype=torch.float32)
+    _start("weight_gradient_bfloat16", math.prod(panels), grad, x, out, n, d, c, *panels, room, room.shape[1])
+    return out
+
+
 def _strides(*tensors: Tensor) -> list[int]:
     """Of samples, heads and tokens."""
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
@@ -426,10 +454,28 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 def _room(q: Tensor) -> tuple[Tensor, int]:
     """Where the threads of attention work, and how many bytes of it are each one's."""
-    size = getattr(library(), f"attention_room_{TYPES[q.dtype]}")
-    size.restype = ctypes.c_int64
-    bytes_each = size(*map(ctypes.c_int64, q.shape[2:]))
+    bytes_each = _size_of(f"attention_room_{TYPES[q.dtype]}", *q.shape[2:])
     return q.new_empty(torch.get_num_threads() * bytes_each, dtype=torch.uint8), bytes_each
+
+
+def _size_of(room: str, *sizes: int) -> int:
+    """What a function of the kernels says of how many bytes a thread works in."""
+    size = getattr(library(), room)
+    size.restype = ctypes.c_int64
+    return int(size(*map(ctypes.c_int64, sizes)))
+
+
+@functools.cache
+def _panels(d: int, c: int, threads: int) -> tuple[int, int]:
+    """Into how many panels a matrix of (D, C) blocks is cut for the least time, each of at most `PANEL` blocks."""
+
+    def time(cut: tuple[int, int]) -> float:
+        rows, columns = -(-d // cut[0]), -(-c // cut[1])
+        # of a block's product, and of packing a block's rows, turned, and columns
+        return -(-cut[0] * cut[1] // threads) * (rows * columns + 3.0 * rows + 2.5 * columns)
+
+    cuts = [(i, j) for i in range(1, d + 1) for j in range(1, c + 1) if -(-d // i) * -(-c // j) <= PANEL]
+    return min(cuts, key=time)
 
 
 def mean_minus_self(x: Tensor, size: int, backward: bool = False) -> Tensor:

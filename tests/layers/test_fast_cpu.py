@@ -319,6 +319,47 @@ def test_attention_of_no_number_and_far_away(dtype: torch.dtype) -> None:
         assert got.isfinite().all() and (error(got, want) < 2e-3 or not is_exact)
 
 
+def has_tiles() -> bool:
+    """Whether the kernels in use multiply on matrix tiles."""
+    return hasattr(fast_cpu.library(), "has_products") and bool(fast_cpu.library().has_products())  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize(
+    "rows, inputs, outputs",
+    [(1, 32, 64), (31, 64, 32), (256, 96, 160), (300, 352, 32), (257, 1280, 320), (1000, 64, 1024)],
+)
+def test_gradient_of_a_weight(rows: int, inputs: int, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_tiles():
+        pytest.skip("no matrix tiles in this build")
+    monkeypatch.setattr(fast_cpu, "FEWEST", 1)
+    grad, x = torch.randn(rows, outputs).bfloat16(), torch.randn(rows, inputs).bfloat16()
+    assert fast_cpu.has_products(grad, x)
+    found, exact = fast_cpu.weight_gradient(grad, x), grad.double().t() @ x.double()
+    assert found.dtype == torch.float32 and found.shape == exact.shape and error(found, exact) < 1e-6
+    grad[rows // 2, 5] = torch.nan
+    assert fast_cpu.weight_gradient(grad, x).isnan().nonzero()[:, 0].unique().tolist() == [5]
+
+
+def test_panels_cover_a_matrix_and_stand_in_a_cache() -> None:
+    for d, c in ((1, 1), (12, 48), (64, 64), (128, 3), (300, 300)):
+        for threads in (1, 2, 5, 64):
+            rows, columns = fast_cpu._panels(d, c, threads)
+            assert 1 <= rows <= d and 1 <= columns <= c and -(-d // rows) * -(-c // columns) <= fast_cpu.PANEL
+    assert math.prod(fast_cpu._panels(48, 12, 2)) % 2 == 0, "both threads have work"
+
+
+def test_other_libraries_find_their_tiles_as_they_left_them() -> None:
+    if not has_tiles():
+        pytest.skip("no matrix tiles on this processor")
+    layer, x = torch.nn.Linear(512, 256), torch.randn(1024, 512).bfloat16()
+    layer.to(torch.bfloat16)
+    before = layer(x)
+    for _ in range(3):
+        fast_cpu.weight_gradient(torch.randn(700, 32).bfloat16(), torch.randn(700, 64).bfloat16())
+        assert torch.equal(layer(x), before)
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     x, grad, scores = torch.randn(2, 500, 64), torch.randn(2, 500, 64), torch.randn(40, 49, 49)
     qkv, bias = torch.randn(3, 130, 3, 5, 32), torch.randn(5, 130, 130, requires_grad=True)
@@ -336,6 +377,7 @@ def test_bits_do_not_depend_on_threads() -> None:
             fast_cpu.softmax(scores, None, 1.0, x.dtype),
             *attention_results(qkv, qkv[:, :, 0].transpose(1, 2)),
             *(attention_results(half, half[:, :, 0].transpose(1, 2), bias) if multiplies_in_bfloat16() else []),
+            *([fast_cpu.weight_gradient(half.view(-1, 160), half.view(-1, 160))] if has_tiles() else []),
         ]
 
     before, found = torch.get_num_threads(), []
@@ -387,6 +429,10 @@ def test_which_tensors_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert [name for name, other in refused.items() if fast_cpu.has_attention(other, other, other)] == []
     assert fast_cpu.has_attention(q, torch.randn(2, 20, 3, 16).transpose(1, 2), q)
+    rows = torch.randn(32, 64).bfloat16()
+    assert fast_cpu.has_products(rows, rows) == has_tiles()
+    for other in (rows.float(), rows[:, :32], rows[:3], torch.randn(64, 48).bfloat16(), rows.t(), rows.to("meta")):
+        assert not fast_cpu.has_products(rows, other) and not fast_cpu.has_products(other, rows)
     half, bias = q.bfloat16(), torch.randn(3, 20, 20)
     assert fast_cpu.has_attention(half, half, half, bias) == fast_cpu.has_attention(half, half, half)
     assert fast_cpu.has_attention(half, half, half) == multiplies_in_bfloat16()
