@@ -78,13 +78,15 @@ def takes(x: Any, *modules: nn.Module) -> bool:
 
     Args:
         x: Input of the first.
-        modules: Whose weights are read; each must be what it was built as, without hooks.
+        modules: Whose weights are read; each must be what it was built as, without hooks. Linear layers and convolutions
+            must fit x, so that the plain form says what is wrong where they do not.
     """
     return (
         (is_eager(x) or is_eager(x, "cuda"))
         and _computes_in(dtype_of(x), x.device)
         and not torch_module._has_any_global_hook()
         and all(map(_is_bare, modules))
+        and all(fit(x, *m._parameters.values()) for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
     )
 
 
@@ -105,6 +107,13 @@ def is_eager(x: Any, device: str = "cpu") -> bool:
 def are_plain(*weights: Tensor | None) -> bool:
     """Whether weights are nothing but numbers, not tensors of another library's kind."""
     return all(weight is None or _is_plain(weight) for weight in weights)
+
+
+def fit(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether torch computes x with weights of these dtypes: x's own, or under autocast what that casts."""
+    if autocast_dtype(x) is not None:
+        return all(weight is None or weight.dtype != torch.float64 for weight in weights)
+    return all(weight is None or weight.dtype == x.dtype for weight in weights)
 
 
 def _is_plain(x: Any) -> bool:
@@ -155,7 +164,7 @@ class FastLinear(nn.Linear):
     @torch.jit.unused
     def is_fast(self, x: Tensor) -> bool:
         """Whether `forward_fast` may take x, (..., C)."""
-        return takes(x) and are_plain(self.weight, self.bias)
+        return takes(x) and are_plain(self.weight, self.bias) and fit(x, self.weight, self.bias)
 
     @torch.jit.unused
     def forward_fast(self, x: Tensor) -> Tensor:

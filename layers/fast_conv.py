@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers import fast_cpu, fast_cuda
-from layers.fast import are_plain, dtype_of, no_view, plain_gradients, run, takes, wants_plain_gradients
+from layers.fast import are_plain, dtype_of, fit, no_view, plain_gradients, run, takes, wants_plain_gradients
 
 LARGE_KERNELS = range(5, 8)
 """Sides of depthwise kernels whose gradient is taken as a convolution: oneDNN's own is good at smaller ones, and rows of
@@ -65,6 +65,7 @@ class FastDepthwiseConv2d(nn.Conv2d):
             and x.ndim == 4
             and (x.device.type == "cuda" or has_fast_gradient(x, self.kernel_size))
             and are_plain(self.weight, self.bias)
+            and fit(x, self.weight, self.bias)
         )
 
     @torch.jit.unused

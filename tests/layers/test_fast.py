@@ -530,6 +530,51 @@ def test_other_dtypes_get_the_plain_form(dtype: torch.dtype) -> None:
         assert not is_fast(MODULES[body]().to(dtype)(torch.randn(LARGE, dtype=dtype, requires_grad=True)))
 
 
+DTYPES_THAT_DIFFER = {
+    "input in bfloat16": (torch.bfloat16, torch.float32),
+    "weights in bfloat16": (torch.float32, torch.bfloat16),
+    "weights in float64": (torch.float32, torch.float64),
+}
+
+
+def refusal(module: nn.Module, x: Tensor) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        module(x)
+    return str(caught.value)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("shape", [LARGE, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("differ", DTYPES_THAT_DIFFER)
+@pytest.mark.parametrize("body", ["linear", "linear tall", "mlp gelu", "mlp star_relu", "sep_conv", "attention"])
+def test_an_input_of_another_dtype_is_refused_as_torch_does(body: str, differ: str, shape: tuple[int, ...]) -> None:
+    given, kept = DTYPES_THAT_DIFFER[differ]
+    module = (FastLinear(DIM, 256) if body == "linear" else MODULES[body]()).to(kept)
+    x = torch.randn(shape, dtype=given)
+    with plain_paths():
+        expected = refusal(module, x)
+    assert "same dtype" in expected and refusal(module, x) == expected
+    with torch.no_grad():
+        assert refusal(module, x) == expected
+    # autocast casts weights, those in float64 excepted
+    with torch.autocast("cpu", torch.bfloat16):
+        if kept == torch.float64:
+            assert "same dtype" in refusal(module, x)
+        else:
+            assert module(x).dtype == torch.bfloat16
+
+
+@needs_bfloat16
+def test_a_single_weight_of_another_dtype_is_refused_as_torch_does() -> None:
+    for body, part in (("mlp gelu", "fc2"), ("sep_conv", "dwconv"), ("sep_conv", "pwconv2"), ("attention", "proj")):
+        module, x = MODULES[body](), torch.randn(LARGE)
+        assert is_fast(module(x))
+        module.get_submodule(part).to(torch.bfloat16)
+        with plain_paths():
+            expected = refusal(module, x)
+        assert refusal(module, x) == expected
+
+
 def test_turned_off_and_on() -> None:
     assert fast_paths()
     set_fast_paths(False)

@@ -161,6 +161,17 @@ def test_what_gains_nothing_or_is_more_than_numbers_gets_the_plain_form() -> Non
     torch.testing.assert_close(module(x), 2 * before - bias[:, None, None])
 
 
+@pytest.mark.parametrize("given, kept", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_images_of_another_dtype_are_refused_as_torch_does(given: torch.dtype, kept: torch.dtype) -> None:
+    x, module = torch.randn(2, 6, 16, 16, dtype=given), conv().to(kept)
+    told = []
+    for form in (nn.Conv2d.forward, FastDepthwiseConv2d.forward):
+        with pytest.raises(RuntimeError) as caught:
+            form(module, x)
+        told.append(str(caught.value))
+    assert told[0] == told[1] and "Input type" in told[0]
+
+
 def test_scripted() -> None:
     module, x = conv(), torch.randn(2, 6, 8, 8)
     torch.testing.assert_close(torch.jit.script(module)(x), module(x))
