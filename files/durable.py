@@ -16,6 +16,12 @@ class CheckpointError(Failure):
     """A checkpoint that is damaged or could not be written; the message names the file and what is wrong."""
 
 
+class RubbishWarning(UserWarning):
+    """Something that this process wanted to remove is still there."""
+
+    concerns = "process"  # see files.notices
+
+
 def save_text(path: Path, text: str) -> None:
     """Writes a text file so that a kill leaves the old or the new one.
 
@@ -112,7 +118,7 @@ def warn_only(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        warnings.warn(f"{path}: cannot be removed: {error.strerror}", stacklevel=2)
+        warnings.warn(f"{path}: cannot be removed: {error.strerror}", RubbishWarning, stacklevel=2)
 
 
 def make_folder(folder: Path, *, parents: bool = True) -> None:

@@ -1,6 +1,10 @@
-"""The project's own warnings in a command: a line as its other notices are, not Python's with a path and a line of code."""
+"""The project's own warnings in a command: a line as its other notices are, not Python's with a path and a line of code.
+
+Of several processes of one run, which all warn of the same, the main one alone says it.
+"""
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,12 +20,15 @@ def own_notices(say: Callable[[str], object]) -> Iterator[None]:
     """Hands the words of what the project's code warns of to `say`; what others warn of is shown as ever.
 
     For commands, whose user reads the words alone. Whoever imports the packages gets Python's warnings, to filter and catch.
+    Of torchrun's processes the main one says them. What another may have to say alone, the warning's category says by an
+    attribute `concerns`: "machine" is said by one process of each machine, "process" by every one.
     """
     others = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
         if _is_own(sys._getframe(1)):
-            say(str(message))
+            if _speaks(getattr(category, "concerns", "run")):
+                say(str(message))
         else:
             others(message, category, filename, lineno, *rest)
 
@@ -31,6 +38,17 @@ def own_notices(say: Callable[[str], object]) -> Iterator[None]:
     finally:
         if warnings.showwarning is show:
             warnings.showwarning = others
+
+
+def is_main_process() -> bool:
+    """Whether this process is the main one of those that torchrun started, or stands alone, as the environment says."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def _speaks(concerns: str) -> bool:
+    """Whether this process says what concerns the whole "run", its "machine", or the "process" itself."""
+    first_here = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
+    return concerns == "process" or is_main_process() or (concerns == "machine" and first_here)
 
 
 def _is_own(frame: FrameType | None) -> bool:

@@ -124,6 +124,12 @@ def _holds_numbers(x: Tensor) -> bool:
     return x.device.type == "cpu" and not x.is_neg() and not x._is_zerotensor()  # type: ignore[attr-defined]
 
 
+class CompilerWarning(UserWarning):
+    """This machine's compiler did not compile the kernels."""
+
+    concerns = "machine"  # so that a command says it once on each
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; `None` where they cannot be had. Compiled once in a process."""
@@ -136,7 +142,9 @@ def library() -> ctypes.CDLL | None:
         reason = output.decode(errors="replace") if output else f"{type(error).__name__}: {error}"
         reason = next((line for line in reason.splitlines() if "error" in line.lower()), reason)[:200]
         warnings.warn(
-            f"training is slower without the kernels for this CPU, which did not compile ({reason})", stacklevel=2
+            f"training is slower without the kernels for this CPU, which did not compile ({reason})",
+            CompilerWarning,
+            stacklevel=2,
         )
         return None
     return kernels

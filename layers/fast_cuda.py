@@ -58,6 +58,12 @@ def has_kernels(*tensors: Tensor | None) -> bool:
     )
 
 
+class DeviceWarning(UserWarning):
+    """This process's GPU does not run the kernels."""
+
+    concerns = "process"  # so that a command says it of each
+
+
 @functools.cache
 def _work(device: torch.device) -> bool:
     """Whether a kernel runs on a GPU: tried once."""
@@ -70,7 +76,11 @@ def _work(device: torch.device) -> bool:
         return result.tolist() == [[4.0, 6.0], [0.0, 2.0]]
     except Exception as error:  # whatever is missing, torch's forms are there
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-        warnings.warn(f"Triton's kernels do not work on {device}, so training is slower there ({reason})", stacklevel=2)
+        warnings.warn(
+            f"Triton's kernels do not work on {device}, so training is slower there ({reason})",
+            DeviceWarning,
+            stacklevel=2,
+        )
         return False
 
 

@@ -246,11 +246,14 @@ def test_fine_tuning_replaces_the_head_and_says_so(finished: Path, tmp_path: Pat
     settings = [*TINY, "data.dataset=folder", f"data.root={tmp_path / 'data'}", "data.batch_size=16", "optim.epochs=1",
                 f"model.checkpoint={finished / 'best'}", "model.num_classes=5", "drop_path.rate=0.2"]  # fmt: skip
     result = run(*settings, "--output", tmp_path / "tuned", cwd=tmp_path)
-    two = run(*settings, "runtime.threads=auto", "--dry-run", cwd=tmp_path, processes=2)
+    idle = ["augment.crop_ratio=[0.5, 2.0]", "augment.mixup_off_epoch=1"]
+    two = run(*settings, *idle, "runtime.threads=auto", "--dry-run", cwd=tmp_path, processes=2)
     assert f"{max(1, joblib.cpu_count(only_physical_cores=True) // 2)} CPU thread" in two.stdout, "cores are shared out"
     for done in (result, two):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("classifier of 10 classes replaced by a new one of 5") == 1
+    for warning in ("augment.crop_ratio has no effect", "augment.mixup_off_epoch has no effect"):
+        assert two.stderr.count(warning) == 1, "the main process alone warns"
     assert summary(tmp_path / "tuned")["steps"] == 2
 
 

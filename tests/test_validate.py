@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import CONFIGS
 from models.factory import create_model, saved_config
 from models.weights import save_weights
 from tests.training.data.parts import write_image
@@ -161,21 +162,36 @@ def test_an_image_that_cannot_be_read_exits_with_1(
     assert "3 images" in (said := capsys.readouterr().out) and "skipped   1 image that" in said
 
 
+def launched(*words: str, cwd: Path, processes: int) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "validate.py"), *words], cwd=cwd, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_main_one_warns(photos: Path, tmp_path: Path) -> None:
+    model = tmp_path / "small.yaml"
+    model.write_text((CONFIGS / "models" / "caformer_n4.yaml").read_text() + "num_classes: 3\nin_chans: 1\n")
+    data = ["--images", str(photos), "--corrupt", "saturation:1", "--corrupt", "contrast:1", "--workers", "0"]
+    done = launched(str(model), *data, "--device", "cpu", cwd=tmp_path, processes=2)
+    told = [line for line in done.stderr.splitlines() if line.startswith(("note: ", "warning: "))]
+    assert len(told) == 2 and "freshly initialised" in told[0] and "saturation:1 has no effect" in told[1]
+
+
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(weights: Path, photos: Path, tmp_path: Path) -> None:
     found = []
     for processes in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
         out = tmp_path / str(processes)
         words = [str(weights), "--images", str(photos), "--workers", "0", "--device", "cpu", "--output", str(out)]
-        done = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "validate.py"), *words], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        done = launched(*words, cwd=tmp_path, processes=processes)
         assert done.stdout.count("top-1 ") == 1, "the main process alone speaks"
         files = {name: (out / name).read_text() for name in ("per_class.csv", "confusion.csv")}
         found.append((json.loads((out / "metrics.json").read_text()), files, rows(out / "mistakes.csv")))

@@ -3,6 +3,7 @@
 Everything works the same in a single process, where there is no process group and nothing is sent.
 """
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from files.errors import ConfigError, nearest
+from files.notices import is_main_process
 from training.data.dataset import ReadError
 
 
@@ -81,6 +83,17 @@ class World:
 
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+
+
+def leave_words_to_main() -> None:
+    """Keeps the project's loggers quiet on all processes but the main one, whose words would be the same.
+
+    Called first of all, since it asks the environment as `init_world` does. Errors are told by whoever has them.
+    """
+    if not is_main_process():
+        logging.disable(logging.INFO)
+        for ours in ("models", "training"):
+            logging.getLogger(ours).setLevel(logging.ERROR)
 
 
 def init_world(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) -> World:

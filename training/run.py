@@ -1,8 +1,6 @@
 """A run is a callable, `run`; with all that decides which run goes on, from where, and whether it may."""
 
 import contextlib
-import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -12,13 +10,14 @@ from typing import Any, Literal, NamedTuple
 
 from files.errors import ConfigError
 from files.lock import locked, refuse_locked
+from files.notices import is_main_process
 from training import loop
 from training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from training.config import TrainConfig, load_config
 from training.console import Stopped, StopSignals
 from training.data.build import class_names_of_data
 from training.data.loading import end_workers
-from training.distributed import World, close_world, init_world
+from training.distributed import World, close_world, init_world, leave_words_to_main
 from training.failures import explain
 from training.resuming import changes, check_epochs, refuse_lost_checkpoints, same_total_batch, with_precision_of
 from training.run_folder import RunFolder, changed_environment, latest_run, new_run_path
@@ -81,7 +80,7 @@ def run(
             summary = loop.train(setup, run_folder, checkpoint, signals)
             return {**summary, "folder": run_folder.path} if world.is_main else {}
     except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             print(f"{stopped}: stopped before the first step; nothing is lost, start it again")
         return {"stopped_by": str(stopped)}
 
@@ -136,6 +135,7 @@ def _prepared(
     config: TrainConfig, folder: Path | None, resume: Resume, name: str, *, writes: bool = True, claimed: bool = False
 ) -> Iterator[_Prepared]:
     """The run built, its checkpoint read and its folder found and compared with it; leaves the other processes at the end."""
+    leave_words_to_main()
     path = find_folder(folder, resume=resume, name=name)
     world = init_world(config.runtime.device, timeout=timedelta(minutes=config.runtime.timeout_minutes))
     with StopSignals(early=True) as signals, _Claim() as claim, _in_words(world, claim):
@@ -143,10 +143,7 @@ def _prepared(
             claim.folder = path
         if writes and resume is not None and path is not None and path.is_dir():
             on_main(world, lambda: claim.take(path))  # a checkpoint is read when nobody writes it
-        if not world.is_main:
-            logging.disable(logging.INFO)
-            logging.getLogger("models").setLevel(logging.ERROR)  # what became of the weights, the main process says
-        elif resume == "auto" and path is None:
+        if world.is_main and resume == "auto" and path is None:
             print(f"--resume auto: no run runs/{name}-* yet; starting one")
         checkpoint = same_data = None
         if resume is not None and path is not None:

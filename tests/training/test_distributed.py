@@ -1,6 +1,7 @@
 """World: the same answers in one process and in several, and every wrong environment or device said in words."""
 
 import inspect
+import logging
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from files.errors import ConfigError
-from training.distributed import World, close_world, init_world
+from training.distributed import World, close_world, init_world, leave_words_to_main
 
 ROOT = Path(__file__).parents[2]
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -260,6 +261,30 @@ def test_one_device_cannot_be_shared(monkeypatch, device):
     torchrun_sets(monkeypatch, rank=0, size=2)
     with pytest.raises(ConfigError, match="cannot be shared by 2 processes"):
         init_world(device)
+
+
+@pytest.mark.parametrize("rank, said", [(0, ["note", "careful", "failed"]), (1, ["failed"])])
+def test_loggers_of_the_other_processes_tell_errors_alone(monkeypatch, caplog, rank, said):
+    torchrun_sets(monkeypatch, rank=rank, size=2)
+    loggers = {name: logging.getLogger(name) for name in ("models", "training", "others")}
+    before = {name: logger.level for name, logger in loggers.items()}
+    try:
+        for logger in loggers.values():
+            logger.setLevel(logging.INFO)
+        leave_words_to_main()
+        for logger in (logging.getLogger("training.data.images"), logging.getLogger("models.factory")):
+            caplog.clear()
+            logger.info("note")
+            logger.warning("careful")
+            logger.error("failed")
+            assert caplog.messages == said
+        caplog.clear()
+        loggers["others"].warning("of theirs")
+        assert caplog.messages == ["of theirs"]
+    finally:
+        logging.disable(logging.NOTSET)
+        for name, level in before.items():
+            loggers[name].setLevel(level)
 
 
 # ---- the environment --------------------------------------------------------------------------------------------

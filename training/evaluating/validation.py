@@ -23,7 +23,7 @@ from training.data.build import class_names_of_data
 from training.data.section import DataSection
 from training.data.skipping import SkipList, lost_worker
 from training.data.transforms import ImageSpec
-from training.distributed import World, close_world, init_world
+from training.distributed import World, close_world, init_world, leave_words_to_main
 from training.evaluating.classes import match_classes
 from training.evaluating.corruptions import Corruption, with_effect
 from training.evaluating.mc import DropRates, McDropPath, MonteCarlo, set_rates
@@ -221,14 +221,12 @@ def for_each_model(
     Raises:
         ConfigError, ReadError: See `validate`.
     """
+    leave_words_to_main()
     subjects = [find_subject(text, request.choice) for text in request.models]
     sections = [find_data(request.data, subject.config) for subject in subjects]
     device = request.compute.device or next((s.config.runtime.device for s in subjects if s.config), "auto")
     world = init_world(device)
     try:
-        if not world.is_main:
-            logging.disable(logging.INFO)
-            logging.getLogger("models").setLevel(logging.ERROR)
         if check is not None:
             on_main(world, partial(check, sections))
         if len(subjects) > 1:
