@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from training.distributed import init_world
 from training.setup import Setup, build
 from tuning.config import FREE_TO_CHANGE, StudyConfig, TuneConfig, dump_study, first_difference
 from tuning.facts import count_training_images, steps_of
-from tuning.links import Finalist, Links
-from tuning.plan import Plan, finalist, in_words
+from tuning.links import Advice, Finalist, Links
+from tuning.plan import Plan, finalist, in_words, outside_drop_path
 from tuning.race import Decision
 from tuning.search import Search, Start, sampler_name
-from tuning.space import Space, Values, digest_of
+from tuning.space import Space, Values, digest_of, value_at
 from tuning.study import StudyFolder
 
 DECIDE_STEPS = {"optim", "optim.epochs", "optim.accumulate", "data.batch_size"}
@@ -93,11 +94,11 @@ def find_starts(study: StudyConfig, space: Space, links: Links) -> tuple[list[St
     if isinstance(study.base.drop_path.profile, list):
         known["zero"]["drop_path.profile"] = "linear"
     try:
-        advice = links.advise(study.base)
+        advice = links.advise(_first_tried(study, space))
         if advice is not None:
             known["advice"] = _strength(advice.rate, advice.profile)
-        if advice is not None and advice.published is not None:  # for the config's purpose: training, or fine-tuning
-            known["published"] = _strength(advice.published, advice.published_profile or "linear")
+        if published := _published(advice):
+            known["published"] = published
     except ConfigError as error:
         left_out.append(Decision("no advice", str(error)))
     starts = []
@@ -116,13 +117,59 @@ def find_starts(study: StudyConfig, space: Space, links: Links) -> tuple[list[St
     starts = _each_once(starts, space, left_out)
     finalists = []
     if study.tune.verdict is not None:
-        for role in ("zero", "published"):
-            if role in known:
-                inside = {k: v for k, v in known[role].items() if k == "drop_path.rate" or k in space.parameters}
-                if role == "zero":
-                    inside = known[role]
-                finalists.append(finalist(study, role, inside))
+        finalists.append(finalist(study, "zero", known["zero"]))
+        if published := known.get("published") or _published_for_any(space, links):
+            finalists.append(finalist(study, "published", _finalist_s(published, space)))
     return starts, finalists, left_out
+
+
+def _first_tried(study: StudyConfig, space: Space) -> TrainConfig:
+    """The training config that what is known is tried with: its own, but for what the space does not hold of it."""
+    base = study.base.model_dump()
+    others = outside_drop_path(space.completed({}))
+    changed = {key: value for key, value in others.items() if value != value_at(base, key)}
+    return space.candidate(changed) if changed else study.base
+
+
+def _published(advice: Advice | None) -> Values | None:
+    """What is published for a config's purpose: training, or fine-tuning."""
+    if advice is None or advice.published is None:
+        return None
+    return _strength(advice.published, advice.published_profile or "linear")
+
+
+def _published_for_any(space: Space, links: Links) -> Values | None:
+    """What is published for one of the models that are varied, whichever wins: there may be such a finalist."""
+    keys = [key for key in ("model", "model.name") if key in space.parameters]
+    for config in space.corners(keys) if keys else ():
+        with contextlib.suppress(ConfigError):
+            if found := _published(links.advise(config)):
+                return found
+    return None
+
+
+def _finalist_s(published: Values, space: Space) -> Values:
+    """What of a published strength a finalist has of its own; the rest is the winner's."""
+    return {key: value for key, value in published.items() if key == "drop_path.rate" or key in space.parameters}
+
+
+def published_beside(study: StudyConfig, space: Space, links: Links, others: Values) -> Values | None:
+    """What a published finalist has of its own beside a winner.
+
+    Args:
+        study: As read.
+        space: Its space.
+        links: Whom to ask.
+        others: The winner's values outside drop_path; its model may be another than the training config's.
+
+    Returns:
+        None: nothing is published.
+
+    Raises:
+        ConfigError: No advice can be had.
+    """
+    found = _published(links.advise(space.candidate(others) if others else study.base))
+    return None if found is None else _finalist_s(found, space)
 
 
 def _each_once(starts: list[Start], space: Space, left_out: list[Decision]) -> list[Start]:
@@ -177,7 +224,7 @@ def open_study(study: StudyConfig, path: Path, links: Links | None = None) -> Op
         # beside each other the two are the whole study, wherever the folder is copied to
         own = study.tune.model_copy(update={"train": folder.train.name, "overrides": {}})
         save_text(folder.config, dump_study(own))
-        plan = Plan(study, folder, search, finalists)
+        plan = Plan(study, folder, search, finalists, partial(published_beside, study, space, links))
         plan.note([*left_out, *([Decision("the study goes on with another config", changed)] if changed else [])])
     return Opened(study, folder, plan, links)
 

@@ -7,7 +7,7 @@ memory that a kill could lose.
 import datetime
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from files.errors import ConfigError, Failure
@@ -70,11 +70,17 @@ class Plan:
         folder: Where it is.
         search: Its trials.
         finalists: Rate 0 and the published one, which take the winner's other values; empty where there is no final.
+        published: What is published for the training config with these other values, as the winner's model may be another
+            than the config's; None: nothing. Default: what the finalist says.
     """
 
-    def __init__(self, study: StudyConfig, folder: StudyFolder, search: Search, finalists: Sequence[Finalist]) -> None:
+    def __init__(
+        self, study: StudyConfig, folder: StudyFolder, search: Search, finalists: Sequence[Finalist],
+        published: Callable[[Values], Values | None] | None = None,
+    ) -> None:  # fmt: skip
         self.study, self.folder, self.search = study, folder, search
         self.finalists = finalists
+        self.published = None if published is None else cache_by_values(published)
         self._configs: dict[int, TrainConfig] = {}
         self._logged: set[tuple[str, str]] | None = None
 
@@ -204,9 +210,15 @@ class Plan:
     def _beside(self, one: Finalist, winner: Finalist) -> Finalist | None:
         """The finalist with all values of the winner that are not its own, so that they differ in drop path alone.
 
-        None where the training config refuses that.
+        None where the training config refuses that, or nothing is published for the winner's model.
         """
-        values = {key: value for key, value in winner.values.items() if key != "drop_path"} | one.values
+        own = one.values
+        if one.role == "published" and self.published is not None:
+            published = self._published_beside(winner)
+            if published is None:
+                return None
+            own = published
+        values = {key: value for key, value in winner.values.items() if key != "drop_path"} | own
         if one.role == "zero" and isinstance(values.get("drop_path.profile"), list):
             values["drop_path.profile"] = "linear"  # a list has no rate
         try:
@@ -214,6 +226,20 @@ class Plan:
         except ConfigError as error:
             self.note([Decision(f"not in the final: {one.role}", f"with the winner's other values: {error}")])
             return None
+
+    def _published_beside(self, winner: Finalist) -> Values | None:
+        """What is published for the winner's model, data and length; None, and a note, where nothing is."""
+        assert self.published is not None
+        others = outside_drop_path(winner.values)
+        try:
+            found = self.published(others)
+        except ConfigError as error:
+            found, why = None, str(error)
+        else:
+            why = f"no rate is published for {winner.config.model.name} and its purpose"
+        if found is None:
+            self.note([Decision("not in the final: published", why)])
+        return found
 
     def _is_open(self, one: Finalist) -> bool:
         """Whether the winner decides what else is in it."""
@@ -321,6 +347,24 @@ class Plan:
             file.write(("\n" if cut_short else "") + "".join(lines))
             file.flush()
             os.fsync(file.fileno())
+
+
+def outside_drop_path(values: Values) -> Values:
+    """Those of other sections of the training config."""
+    return {key: value for key, value in values.items() if key.partition(".")[0] != "drop_path"}
+
+
+def cache_by_values(find: Callable[[Values], Values | None]) -> Callable[[Values], Values | None]:
+    """The function, which is not asked the same again: it may build a model to answer."""
+    known: dict[str, Values | None] = {}
+
+    def found(values: Values) -> Values | None:
+        key = json.dumps(values, sort_keys=True)
+        if key not in known:
+            known[key] = find(values)
+        return known[key]
+
+    return found
 
 
 def in_words(values: Values) -> str:

@@ -204,7 +204,7 @@ class Space:
         base = self.study.base.model_dump()
         completed = {}
         for key in self.parameters:
-            own = _at(base, key)
+            own = value_at(base, key)
             fallback = own if self.holds(key, own) else self._examples(key)[0]
             completed[key] = deepcopy(values.get(key, fallback))
         return completed
@@ -305,7 +305,8 @@ def _text(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _at(data: Any, key: str) -> Any:
+def value_at(data: Any, key: str) -> Any:
+    """What a dumped config has at a dotted key; None where it has none."""
     for part in key.split("."):
         data = data.get(part) if isinstance(data, dict) else None
     return data

@@ -10,7 +10,15 @@ from files.errors import ConfigError
 from tests.tuning.parts import STUDY, links, opened, study
 from tuning.config import load_study
 from tuning.links import Links
-from tuning.opening import check_base, check_folder, default_folder, describe_study, find_starts, open_study
+from tuning.opening import (
+    check_base,
+    check_folder,
+    default_folder,
+    describe_study,
+    find_starts,
+    open_study,
+    published_beside,
+)
 from tuning.space import Space, digest_of
 
 ADVICE: Any = SimpleNamespace(rate=0.1, profile="linear", published=0.2, published_profile="constant")
@@ -136,6 +144,22 @@ def test_the_published_rate_is_that_for_the_purpose(tmp_path: Path, words: tuple
     read = study(tmp_path, *words, text=text)
     starts, _, _ = find_starts(read, Space(read), Links())
     assert [s.values["drop_path.rate"] for s in starts if s.origin == "published"] == [rate]
+
+
+@pytest.mark.parametrize(("names", "rate"), [("[caformer_s18, caformer_s36]", 0.15), ("[caformer_s36]", 0.3)])
+def test_what_is_published_is_of_the_model_that_is_tried_first(tmp_path: Path, names: str, rate: float) -> None:
+    """The training config's own, unless the space does not hold that."""
+    text = STUDY.replace("name: convformer_n4, in_chans: 1, image_size: 8, depths: [1, 1], dims: [16, 32]",
+                         "name: caformer_s18, in_chans: 1, image_size: 32")  # fmt: skip
+    read = study(tmp_path, f"space.model.name={names}", "verdict={split: val}", text=text)
+    space = Space(read)
+    starts, _, _ = find_starts(read, space, Links())
+    (first,) = [start.values for start in starts if start.origin == "published"]
+    assert first == {"drop_path.rate": rate, "model.name": "caformer_s18" if rate == 0.15 else "caformer_s36"}
+    published = [
+        published_beside(read, space, Links(), {"model.name": name}) for name in ("caformer_s18", "caformer_s36")
+    ]
+    assert published == [{"drop_path.rate": 0.15}, {"drop_path.rate": 0.3}]
 
 
 def test_advice_that_cannot_be_had_is_no_mistake(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from files.durable import save_text
+from files.errors import ConfigError
 from files.lock import locked
 from tests.tuning.parts import Trained, opened, stand_in
+from training.config import TrainConfig
 from tuning.opening import Opened
 from tuning.plan import in_words
 from tuning.race import Decision
@@ -121,6 +123,51 @@ def test_the_winner_s_other_values_are_those_of_what_it_is_compared_with(tmp_pat
     assert {(c.drop_path.rate, c.optim.lr) for c in trained.configs if c.seed >= 1000} == {
         (0.2, 0.01), (0.0, 0.01), (0.3, 0.01)
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rates", "role", "rate"),
+    [
+        ({"convformer_n4": 0.1, "caformer_n4": 0.3}, "published", 0.3),
+        ({"caformer_n4": 0.3}, "published", 0.3),
+        ({"convformer_n4": 0.1}, "", None),
+    ],
+)
+def test_the_published_rate_in_the_final_is_that_of_the_winner_s_model(
+    rates: dict[str, float], role: str, rate: float | None, tmp_path: Path, trained: Trained
+) -> None:
+    def advise(config: TrainConfig) -> Any:
+        return SimpleNamespace(
+            rate=0.2, profile="linear", published=rates.get(config.model.name), published_profile="linear"
+        )
+
+    words = [*RATES_AND_LR, "space.model.name=[convformer_n4, caformer_n4]"]
+    trained.score = lambda config: 90 + (config.model.name == "caformer_n4") + (config.drop_path.rate or 0.0)
+    one = opened(tmp_path, *words, advise=advise)
+    assert one.plan.update().left == 16 + 3 * 2, "one may be published, whichever wins"
+    work(one)
+    found = {f.role: f.config for f in one.plan.update().finalists}
+    assert {config.model.name for config in found.values()} == {"caformer_n4"}
+    assert list(found) == ["winner", "zero", *([role] if role else [])]
+    assert (found[role].drop_path.rate if role else None) == rate
+    told = [d["why"] for d in one.folder.read_decisions() if d["what"] == "not in the final: published"]
+    assert told == ([] if role else ["no rate is published for caformer_n4 and its purpose"])
+
+
+def test_a_winner_of_which_no_advice_can_be_had_has_no_published_rate_beside_it(
+    tmp_path: Path, trained: Trained
+) -> None:
+    def advise(config: TrainConfig) -> Any:
+        if config.optim.lr == 0.01:
+            raise ConfigError("no such data")
+        return SimpleNamespace(rate=0.1, profile="linear", published=0.3, published_profile="linear")
+
+    trained.score = lambda config: 90 + 100 * config.optim.lr + (config.drop_path.rate or 0.0)
+    one = opened(tmp_path, *RATES_AND_LR, advise=advise)
+    work(one)
+    assert [role for role, *_ in in_the_final(one)] == ["winner", "zero"]
+    (why,) = [d["why"] for d in one.folder.read_decisions() if d["what"] == "not in the final: published"]
+    assert why == "no such data"
 
 
 def test_a_winner_at_rate_0_is_rate_0_whatever_else_was_varied(tmp_path: Path, trained: Trained) -> None:
