@@ -12,6 +12,7 @@ from models.factory import create_model, saved_config
 from models.weights import save_weights
 from predict import main
 from tests.training.data.parts import write_image
+from tests.training.data.test_images import damaged_exif
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,6 +40,22 @@ def test_a_folder(weights: str, photos: Path, capsys: pytest.CaptureFixture[str]
         *(str(photos / f"{i}.png") for i in range(3)),
     ]
     assert "--topk 5: the model has 2 classes, so that 2 are given" in said.err
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_damaged_exif_data_are_told_once(
+    workers: str, weights: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        damaged_exif(photos / f"{name}.jpg", 20)
+    damaged_exif(photos / "another-tag.jpg", 80)
+    words = [weights, str(photos), "--device", "cpu", "--workers", workers, "--batch-size", "2"]
+    assert main(words) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "EXIF" in line]
+    assert told == [
+        "warning: damaged EXIF data do not say how an image is turned, so that it is taken as it lies: 2 of 6 images; "
+        f"the first is '{photos / 'a.jpg'}'"
+    ]
 
 
 def test_standard_input_with_a_path_that_is_gone(

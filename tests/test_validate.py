@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from configs import CONFIGS
 from models.factory import create_model, saved_config
 from models.weights import save_weights
 from tests.training.data.parts import write_image
+from tests.training.data.test_images import damaged_exif
 from validate import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,6 +164,20 @@ def test_an_image_that_cannot_be_read_exits_with_1(
     assert "3 images" in (said := capsys.readouterr().out) and "skipped   1 image that" in said
 
 
+def test_damaged_exif_data_are_told_once(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in NAMES:
+        write_image(tmp_path / name / "0.png")
+    damaged_exif(tmp_path / "daisy" / "1.jpg", 20)
+    damaged_exif(tmp_path / "tulip" / "1.jpg", 20)
+    words = ["--images", str(tmp_path), "--workers", "0", "--device", "cpu"]
+    other = shutil.copytree(weights, weights.with_name("other"))
+    for more in ([str(other)], ["--corrupt", "contrast:1", "--corrupt", "jpeg:1"]):
+        assert main([str(weights), *more, *words]) == 0
+        told = [line for line in capsys.readouterr().err.splitlines() if "EXIF" in line]
+        assert len(told) == 1 and told[0].startswith("warning: damaged EXIF data do not say how an image is turned")
+        assert told[0].endswith(f": 2 of 5 images; the first is '{tmp_path / 'daisy' / '1.jpg'}'")
+
+
 def launched(*words: str, cwd: Path, processes: int) -> subprocess.CompletedProcess[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -176,13 +192,28 @@ def launched(*words: str, cwd: Path, processes: int) -> subprocess.CompletedProc
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_main_one_warns(photos: Path, tmp_path: Path) -> None:
+def test_of_two_processes_the_main_one_warns(tmp_path: Path) -> None:
     model = tmp_path / "small.yaml"
     model.write_text((CONFIGS / "models" / "caformer_n4.yaml").read_text() + "num_classes: 3\nin_chans: 1\n")
-    data = ["--images", str(photos), "--corrupt", "saturation:1", "--corrupt", "contrast:1", "--workers", "0"]
+    for name in NAMES[:2]:
+        damaged_exif(tmp_path / "photos" / name / "1.jpg", 20)
+    for name in NAMES:
+        write_image(tmp_path / "photos" / name / "0.png")
+    data = [
+        "--images",
+        str(tmp_path / "photos"),
+        "--corrupt",
+        "saturation:1",
+        "--corrupt",
+        "contrast:1",
+        "--workers",
+        "0",
+    ]
     done = launched(str(model), *data, "--device", "cpu", cwd=tmp_path, processes=2)
     told = [line for line in done.stderr.splitlines() if line.startswith(("note: ", "warning: "))]
-    assert len(told) == 2 and "freshly initialised" in told[0] and "saturation:1 has no effect" in told[1]
+    assert len(told) == 3 and "freshly initialised" in told[0] and "saturation:1 has no effect" in told[1]
+    # the images are dealt out: 1 and 3 of 5 are damaged, which the second process reads
+    assert "damaged EXIF data" in told[2] and ": 2 of 5 images; the first is" in told[2] and "aster" in told[2]
 
 
 @pytest.mark.slow

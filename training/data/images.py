@@ -10,11 +10,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
@@ -53,6 +54,9 @@ class ImagePipeline:
         augment: How training images are changed.
         spec: The model's input.
         decoder: Of `choose_decoder`.
+
+    Attributes:
+        turns: Where it is noted of which images it is not known how they are turned; None: nowhere.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class ImagePipeline:
         self.decoder: DecoderName = decoder
         self.train_transform = TrainTransform(augment, spec)
         self.val_transform = ValTransform(spec)
+        self.turns: UnknownTurns | None = None
 
     def plain(self, indices: Sequence[int]) -> Tensor:
         return stacked([self.val_transform(self._load(i)) for i in indices])
@@ -79,10 +84,48 @@ class ImagePipeline:
 
     def _load(self, index: int) -> Tensor:
         try:
-            return read_pixels(self.source.open(index), self.channels, self.decoder)
+            look = None if self.turns is None else partial(self.turns.look, index=index)
+            return read_pixels(self.source.open(index), self.channels, self.decoder, look=look)
         except Exception as error:  # Pillow raises half a dozen types for a damaged file
             where = place(self.source, index)
             raise RuntimeError(f"cannot read image '{where}': {error or type(error).__name__}") from error
+
+
+class UnknownTurns:
+    """Which images have an EXIF block so damaged that it does not say how they are turned, noted while they are read.
+
+    Args:
+        source: The samples.
+
+    Attributes:
+        noted: (len(source),) in uint8, 1 for such an image; in shared memory, so that a loader's workers write to it.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.noted = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+
+    def look(self, image: Image.Image, index: int) -> None:
+        """Notes an opened image, if it is one of them."""
+        if not image.info.get("exif"):
+            return
+        with warnings.catch_warnings():
+            _listen()
+            self.noted[index] = _turn_is_unknown(image)
+
+    def warn(self, noted: Tensor | None = None) -> None:
+        """Says in a line how many there are, if any; `noted`: of all processes that have read their part."""
+        found = (self.noted if noted is None else noted).nonzero().flatten().tolist()
+        if found:
+            _warn_of_turns(len(found), len(self.source), place(self.source, found[0]))
+
+
+def note_turns(pipeline: object) -> UnknownTurns | None:
+    """Lets a pipeline of image files note them; None where it is another, of images that have no EXIF data."""
+    if not isinstance(pipeline, ImagePipeline) or not pipeline.source.location:
+        return None
+    pipeline.turns = UnknownTurns(pipeline.source)
+    return pipeline.turns
 
 
 # Formats that Pillow recognises and cannot decode by itself. EPS would start Ghostscript on whatever a file holds.
@@ -142,8 +185,17 @@ def read_image(raw: IO[bytes] | Image.Image, channels: int) -> Image.Image:
         return to_rgb(image, channels)
 
 
-def read_pixels(raw: IO[bytes] | Image.Image, channels: int, decoder: DecoderName) -> Tensor:
-    """A raw sample as `read_image` gives it, as a tensor (C, H, W) in uint8; by torchcodec where that does the same."""
+def read_pixels(
+    raw: IO[bytes] | Image.Image,
+    channels: int,
+    decoder: DecoderName,
+    *,
+    look: Callable[[Image.Image], object] | None = None,
+) -> Tensor:
+    """A raw sample as `read_image` gives it, as a tensor (C, H, W) in uint8; by torchcodec where that does the same.
+
+    `look` is shown the opened image, once it is decoded.
+    """
     with open_image(raw) as image:
         pixels = None
         if decoder == "torchcodec" and channels == 3 and not isinstance(raw, Image.Image) and is_plain_jpeg(image):
@@ -152,6 +204,8 @@ def read_pixels(raw: IO[bytes] | Image.Image, channels: int, decoder: DecoderNam
             upright = _in_8_bits(image)
             mode = _mode(channels)
             pixels = pixels_of(upright if upright.mode == mode else upright.convert(mode))  # either copies once
+        if look is not None:
+            look(image)
         return pixels
 
 
@@ -257,8 +311,7 @@ def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
     samples = ((source, index) for source in sources for index in range(len(source)))
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what Pillow only warns of is refused here
-        warnings.filterwarnings("always", module=_EXIF_READER)
-        warnings.showwarning = _note_exif(warnings.showwarning)
+        _listen()
         look = _damage if full else _obvious_damage
         bar = tqdm(total=total, desc="checking images", unit="", leave=False, disable=full or None)
         damaged, unturned, first_unturned = [], 0, None
@@ -271,10 +324,7 @@ def check_images(bundle: DataBundle, *, allowed: int = 0) -> None:
             bar.update(len(some))
         bar.close()
     if first_unturned is not None:
-        logger.warning(
-            "warning: damaged EXIF data do not say how an image is turned, so that it is taken as it lies: %s of %s; the "
-            "first is '%s'", f"{unturned:,}", counted(total, "image"), one_line(place(*first_unturned)),
-        )  # fmt: skip
+        _warn_of_turns(unturned, total, place(*first_unturned))
     if damaged:
         sample, reason = damaged[0]
         first = one_line(place(*sample))
@@ -336,6 +386,19 @@ class _Heard(threading.local):
 
 
 _heard = _Heard()
+
+
+def _listen() -> None:
+    """Lets `_heard` know of Pillow's warnings, until `warnings.catch_warnings` ends."""
+    warnings.filterwarnings("always", module=_EXIF_READER)
+    warnings.showwarning = _note_exif(warnings.showwarning)
+
+
+def _warn_of_turns(unturned: int, total: int, first: str) -> None:
+    logger.warning(
+        "warning: damaged EXIF data do not say how an image is turned, so that it is taken as it lies: %s of %s; the "
+        "first is '%s'", f"{unturned:,}", counted(total, "image"), one_line(first),
+    )  # fmt: skip
 
 
 def _note_exif(others: Callable[..., None]) -> Callable[..., None]:

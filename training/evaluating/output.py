@@ -99,6 +99,8 @@ def predict(request: PredictRequest, wanted: Wanted) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
     except OSError as error:
         raise Failure(f"--output {wanted.output}: cannot be written: {error.strerror}") from None
+    if predictor.turns is not None:
+        predictor.turns.warn()
     if sheet is not None:
         sheet.end()
         more = f"; {counted(sheet.left_out, 'image')} beyond the last page left out" if sheet.left_out else ""

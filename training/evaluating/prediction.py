@@ -17,7 +17,7 @@ from training.data.augment import AugmentSection
 from training.data.dataset import Unreadable, ValDataset
 from training.data.decoding import choose_decoder
 from training.data.folder import JUNK_FOLDERS
-from training.data.images import ImagePipeline, image_extensions
+from training.data.images import ImagePipeline, image_extensions, note_turns
 from training.data.skipping import PartialBatch, lost_worker
 from training.data.transforms import check_spec
 from training.distributed import close_world, init_world
@@ -180,6 +180,7 @@ class Predictor:
 
     Attributes:
         plan: What it will do.
+        turns: Where it notes damaged EXIF data.
 
     Raises:
         ConfigError: Whatever was given that cannot work; nothing was predicted then.
@@ -214,6 +215,9 @@ class Predictor:
         if topk < request.topk:
             notes.append(f"--topk {request.topk}: the model has {counted(topk, 'class')}, so that {topk} are given")
         self.plan = Plan(paths, names, topk, notes)
+        self._source = Paths(paths)
+        self._pipeline = ImagePipeline(self._source, AugmentSection(), self.spec, decoder=choose_decoder("auto"))
+        self.turns = note_turns(self._pipeline)
 
     @torch.no_grad()
     def predictions(self) -> Iterator[Prediction | NoPrediction]:
@@ -247,8 +251,8 @@ class Predictor:
 
     def _batches(self) -> Iterator[tuple[list[int], Any, dict[int, str]]]:
         """Of each batch: which paths were read, their images, and why others were not."""
-        source = Paths(self.plan.paths)
-        dataset = ValDataset(source, ImagePipeline(source, AugmentSection(), self.spec, decoder=choose_decoder("auto")))
+        source = self._source
+        dataset = ValDataset(source, self._pipeline)
         size = max(1, min(self.request.batch_size or DEFAULT_BATCH, len(source)))
         batches = math.ceil(len(source) / size)
         workers = DEFAULT_WORKERS if self.request.workers is None else self.request.workers

@@ -20,6 +20,7 @@ from files.errors import Failure
 from files.outputs import Kept
 from models.counting import count_parameters
 from training.data.build import class_names_of_data
+from training.data.images import note_turns
 from training.data.section import DataSection
 from training.data.skipping import SkipList, lost_worker
 from training.data.transforms import ImageSpec
@@ -226,6 +227,7 @@ def for_each_model(
     sections = [find_data(request.data, subject.config) for subject in subjects]
     device = request.compute.device or next((s.config.runtime.device for s in subjects if s.config), "auto")
     world = init_world(device)
+    told: set[str] = set()
     try:
         if check is not None:
             on_main(world, partial(check, sections))
@@ -233,9 +235,11 @@ def for_each_model(
             for subject, data in zip(subjects, sections, strict=True):
                 _check(subject, data, request, look)
         for subject, data in zip(subjects, sections, strict=True):
-            for result in measure(Bench(subject, data, request, world)):
+            bench = Bench(subject, data, request, world)
+            for result in measure(bench):
                 if world.is_main:
                     yield result
+            bench.warn_of_turns(told)
     except RuntimeError as error:
         lost = lost_worker(error)
         if lost is None:
@@ -293,6 +297,7 @@ class Bench:
         self.parameters = sum(count_parameters(self.model))
         self.spec = image_spec(self.model)
         self.part = self.part_of(request.data)
+        self.turns = note_turns(self.part.dataset.pipeline)
         self.columns, self.note = match_classes(
             self.model, self.part.class_names, published=subject.published, text=subject.text
         )
@@ -303,6 +308,19 @@ class Bench:
             self.model.to(world.device)
         self.to_input = ModelInput(self.spec, world.device)
         self.evaluated = Evaluated(self.model, columns=self.columns, flip=request.flip)
+
+    def warn_of_turns(self, told: set[str]) -> None:
+        """Warns of damaged EXIF data that were met, which several models on the same data do once. All processes call it.
+
+        Args:
+            told: The data of which it was said.
+        """
+        if self.turns is None or (where := f"{self.turns.source.location} {self.part.name}") in told:
+            return
+        noted = self.world.sum(self.turns.noted)
+        if self.world.is_main:
+            self.turns.warn(noted)
+        told.add(where)
 
     def part_of(self, wanted: WantedData) -> Part:
         """A part of the data, prepared for this model."""

@@ -225,6 +225,7 @@ def damaged_exif(path: Path, keep: int) -> None:
     exif = turned()
     exif[ExifTags.Base.DateTime] = "2020:01:01 00:00:00"
     exif[ExifTags.Base.Artist] = "somebody"
+    path.parent.mkdir(parents=True, exist_ok=True)
     HALF_WHITE.save(path, exif=exif.tobytes()[:keep])
 
 
