@@ -149,8 +149,12 @@ def _published_for_any(space: Space, links: Links) -> Values | None:
 
 
 def _finalist_s(published: Values, space: Space) -> Values:
-    """What of a published strength a finalist has of its own; the rest is the winner's."""
-    return {key: value for key, value in published.items() if key == "drop_path.rate" or key in space.parameters}
+    """What of a published strength a finalist has of its own; the rest is the winner's.
+
+    A rate says nothing without its profile and its meaning, whether they are varied or not.
+    """
+    own = ("drop_path.rate", "drop_path.profile", "drop_path.rate_is")
+    return {key: value for key, value in published.items() if key in own or key in space.parameters}
 
 
 def published_beside(study: StudyConfig, space: Space, links: Links, others: Values) -> Values | None:

@@ -136,6 +136,17 @@ def test_what_the_space_does_not_hold_is_left_out_and_said(tmp_path: Path) -> No
     assert [f.role for f in finalists] == ["zero", "published"], "compared with all the same"
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["drop_path.rate_is=mean"], ["drop_path.profile=[0.1, 0.3]", "drop_path.rate=null"]]
+)
+def test_the_published_finalist_is_as_strong_as_is_published(words: list[str], tmp_path: Path) -> None:
+    """Also where profile and meaning of the rate are the training config's, not varied, and others."""
+    read = study(tmp_path, *words, "verdict={split: val}", "space={optim.lr: [0.001, 0.003]}")
+    _, finalists, _ = find_starts(read, Space(read), links(advise=lambda config: ADVICE))
+    (found,) = [f.config.drop_path for f in finalists if f.role == "published"]
+    assert (found.rate, found.profile, found.rate_is) == (0.2, "constant", "max")
+
+
 @pytest.mark.parametrize(("words", "rate"), [((), 0.15), (("model.checkpoint=weights",), 0.3)])
 def test_the_published_rate_is_that_for_the_purpose(tmp_path: Path, words: tuple[str, ...], rate: float) -> None:
     """Of CAFormer-S18: for training it, and for fine-tuning it from weights."""
@@ -159,7 +170,8 @@ def test_what_is_published_is_of_the_model_that_is_tried_first(tmp_path: Path, n
     published = [
         published_beside(read, space, Links(), {"model.name": name}) for name in ("caformer_s18", "caformer_s36")
     ]
-    assert published == [{"drop_path.rate": 0.15}, {"drop_path.rate": 0.3}]
+    strength = {"drop_path.profile": "linear", "drop_path.rate_is": "max"}
+    assert published == [{"drop_path.rate": 0.15, **strength}, {"drop_path.rate": 0.3, **strength}]
 
 
 def test_advice_that_cannot_be_had_is_no_mistake(tmp_path: Path) -> None:
