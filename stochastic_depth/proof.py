@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from layers.drop_path import DropPath
 from stochastic_depth.blocks import unwrap
-from stochastic_depth.graft import Entry, GraftedDropPath, beside_samples, grafted, hook_block, hook_branch
+from stochastic_depth.graft import Entry, GraftedDropPath, beside_samples, hook_block, hook_branch
 from stochastic_depth.law import full_precision, undisturbed
 from stochastic_depth.places import Owner, find_owners
 from stochastic_depth.probe import Call, SlotCall, clone, in_float32, watch_calls
@@ -249,7 +249,7 @@ def _disagreement(
     `nothing` no sample is kept of those to be skipped, and they are handed an empty batch.
     """
     trial = in_float32(copy.deepcopy(owner.module)).train()
-    own = [trial.get_submodule(slot) for slot in owner.slots]
+    own = [slot for slot in map(trial.get_submodule, owner.slots) if isinstance(slot, GraftedDropPath)]
     for module in trial.modules():
         still = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, DropPath)
         if isinstance(module, still) and module not in own:
@@ -263,7 +263,6 @@ def _disagreement(
             ):
                 parameter.uniform_(0.5, 1.5)  # a layer scale of 1e-6 would hide any error
     for slot, module in zip(owner.slots, own, strict=True):
-        assert isinstance(module, GraftedDropPath)
         skipped = entries is None or slot in entries
         module.choose = _none if nothing and skipped else _two_of_three  # instead of the method
         module.mode, module.role, module.drop_prob, module.break_even = "skip", "mask", 0.5, 0.0
@@ -271,7 +270,7 @@ def _disagreement(
         module.takes_nothing = nothing and skipped
     known = beside_samples(call.args, call.kwargs)
     if entries is None:
-        hook_block(trial, list(grafted(trial)), known)
+        hook_block(trial, own, known)  # as installed: drop-path modules of a block inside this one draw for themselves
     else:
         for slot, found in entries.items():
             module = trial.get_submodule(slot)

@@ -192,6 +192,28 @@ def test_other_shapes_of_blocks(block: type[nn.Module], note: str) -> None:
     ] * 2
 
 
+class Outer(nn.Module):
+    """A block whose shortcut is what a block inside it gives, as in timm's SwiftFormer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.fc = Residual(nn.Identity()), nn.Linear(8, 8)
+        self.drop_path = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return x + self.drop_path(self.fc(x))
+
+
+def test_a_block_inside_a_block_is_dropped_by_its_own_module_alone() -> None:
+    torch.manual_seed(0)
+    model = Stack(Outer(), Outer()).train()
+    result = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 4, 4))
+    assert result.notes == ["4 drop-path modules: skips per branch"]
+    images = torch.randn(6, 3, 4, 4)
+    assert max(verify_skip(model, images, seed=seed) for seed in range(4)) < 1e-5
+
+
 class Stubborn(nn.Module):
     """A block whose shortcut looks at the whole batch: neither branch nor block can be skipped."""
 
