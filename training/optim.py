@@ -11,8 +11,17 @@ from files.errors import ConfigError
 from training.config import EmaSection, OptimSection
 
 
-def build_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, optim: OptimSection, device: torch.device, *, thaws: bool = False
+) -> torch.optim.Optimizer:
     """timm's optimizer of that name; no weight decay on biases, norms and scales; torch's fused form of it if there is one.
+
+    Args:
+        model: What it trains.
+        optim: The config's section.
+        device: Where the model is.
+        thaws: Whether some parameters get their first gradient later than others. torch's fused SGD (2.14) raises at that
+            step, since some have a momentum then and some have none.
 
     Raises:
         ConfigError: The optimizer does not take one of the settings given, or does not run here.
@@ -24,7 +33,7 @@ def build_optimizer(model: nn.Module, optim: OptimSection, device: torch.device)
     if optim.eps is not None:
         options["eps"] = optim.eps
     if device.type in ("cuda", "cpu") and optim.name in ("adam", "adamw", "sgd"):
-        options["fused"] = True
+        options["fused"] = not (thaws and optim.name == "sgd")
     try:
         return create_optimizer_v2(
             model,

@@ -217,7 +217,7 @@ def build(
     if config.runtime.parallel == "fsdp":
         for each in (model, *([] if ema is None else [ema.module])):
             shard(each, [block.name for block in depth.blocks])
-    optimizer = build_optimizer(model, config.optim, world.device)
+    optimizer = build_optimizer(model, config.optim, world.device, thaws=config.freeze.epochs not in (0, "all"))
     mixer = BatchMixer(config.augment, num_classes, seed=config.seed, rank=world.rank)
     loss_fn = build_loss(config.loss, config.augment, mixed=mixer.enabled, num_classes=num_classes, weights=weights)
     return Setup(

@@ -107,8 +107,9 @@ def test_drop_path_is_off_while_frozen_and_on_afterwards(name: str, options: dic
 PROBE = ["ema.enabled=true", "freeze.epochs=1"]
 
 
-def test_a_probe_moves_the_classifier_alone_and_the_optimizer_holds_all() -> None:
-    setup = build_tiny(*PROBE, "optim.weight_decay=0.5")
+@pytest.mark.parametrize("settings", [["optim.name=adamw"], ["optim.name=sgd", "optim.lr=0.3"]])
+def test_a_probe_moves_the_classifier_alone_and_the_optimizer_holds_all(settings: list[str]) -> None:
+    setup = build_tiny(*PROBE, "optim.weight_decay=0.5", *settings)
     before = {k: v.clone() for k, v in setup.model.state_dict().items()}
     setup.model.train()
     setup.freezing.set_epoch(0)
