@@ -371,9 +371,15 @@ def graft(model: nn.Module) -> None:
 
 
 def apply_again(model: nn.Module) -> None:
-    """Finds the ends of branches again whose last module somebody has replaced, as converting batch norms does."""
+    """Has a block tried anew where somebody has replaced a module that a hook was on, as converting batch norms does.
+
+    Of a block without a place of its own the ends of the branches are found again.
+    """
     for owner in find_owners(model):
-        if any([_apply_after(owner, key) for key, slot in owner.slots.items() if isinstance(slot, GraftedDropPath)]):
+        slots = {key: slot for key, slot in owner.slots.items() if isinstance(slot, GraftedDropPath)}
+        parts = set(owner.module.modules())
+        lost = any(module not in parts for slot in slots.values() for module in slot.hooks.modules())
+        if any([_apply_after(owner, key) for key in slots]) or lost:
             take_off_hooks(owner)
 
 

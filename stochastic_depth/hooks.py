@@ -101,6 +101,10 @@ class TrainingHooks:
             hook.take_off()
         self.hooks.clear()
 
+    def modules(self) -> list[nn.Module]:
+        """Whose hooks there are."""
+        return [hook.module for hook in self.hooks]
+
     def state(self) -> tuple[bool, list[_Hook]]:
         """What there is, for `restore`."""
         return self.on, [replace(hook) for hook in self.hooks]

@@ -282,6 +282,18 @@ def test_blocks_put_in_after_a_conversion_skip_as_the_others(replaced: bool, mon
     assert set(hooks) == {1}
 
 
+def test_a_branch_whose_first_module_was_replaced_skips_after_the_next_call() -> None:
+    settings: dict = {"profile": "constant", "mode": "skip", "input_size": Net.size}
+    model = Net(*(Residual(nn.Identity()) for _ in range(2))).train()
+    set_drop_path(model, 0.5, **settings)
+    model.blocks[0].mlp = nn.Linear(8, 8)
+    set_drop_path(model, 0.5, **settings)
+    images = torch.randn(6, *Net.size)
+    assert verify_skip(model, images) < 1e-5
+    model(images)
+    assert [m.samples_computed for m in grafted(model)] == [3, 3]
+
+
 class Entangled(nn.Module):
     """Branches that can be skipped one by one but not together, in a block that cannot be skipped."""
 
