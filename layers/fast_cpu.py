@@ -3,36 +3,22 @@
 An activation with its gradient and that of the bias, StarReLU and its gradients, sums over rows, layer norm with its
 gradients summed in float32, softmax of scores with their bias, pooling minus its input; attention over some hundred tokens,
 in bfloat16 where the processor has its products (AVX512-BF16, AMX); and on matrix tiles (AMX) the gradients of linear
-layers' weights in bfloat16. They are written in C (`cpu_*.c`) and compiled, in some two seconds, when a process first wants
-one: by the C compiler at hand (`CC`, cc, gcc or clang), for this processor, to a temporary file. Where there is none, or the
-processor has no AVX2, everything has torch's forms. Threads are torch's own.
+layers' weights in bfloat16. They are written in C (`cpu_*.c`), and `cpu_compiler` compiles them.
 
 Who may take them, and how they are turned off, is said in `layers.fast`.
 """
 
-import contextlib
 import ctypes
 import functools
 import math
-import os
-import platform
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import warnings
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("cpu_kernels.c")
-FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-std=gnu11", "-fPIC")
+from layers.cpu_compiler import library
+
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 FEWEST = 2**18
@@ -124,122 +110,9 @@ def _holds_numbers(x: Tensor) -> bool:
     return x.device.type == "cpu" and not x.is_neg() and not x._is_zerotensor()  # type: ignore[attr-defined]
 
 
-class CompilerWarning(UserWarning):
-    """This machine's compiler did not compile the kernels."""
-
-    concerns = "machine"  # so that a command says it once on each
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; `None` where they cannot be had. Compiled once in a process."""
-    if not is_supported():
-        return None
-    try:
-        kernels = _compile()
-    except (OSError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None)
-        reason = output.decode(errors="replace") if output else f"{type(error).__name__}: {error}"
-        reason = next((line for line in reason.splitlines() if "error" in line.lower()), reason)[:200]
-        warnings.warn(
-            f"training is slower without the kernels for this CPU, which did not compile ({reason})",
-            CompilerWarning,
-            stacklevel=2,
-        )
-        return None
-    return kernels
-
-
-def is_supported() -> bool:
-    """Whether the kernels are made for this machine: Linux, and a processor with AVX2 that torch uses."""
-    has_vectors = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return sys.platform == "linux" and platform.machine() == "x86_64" and has_vectors
-
-
-def find_compiler() -> list[str] | None:
-    """The C compiler's command: that of the environment's `CC`, such as "ccache gcc", else cc, gcc or clang."""
-    commands = [["cc"], ["gcc"], ["clang"]]
-    with contextlib.suppress(ValueError):  # a quotation mark without another
-        commands.insert(0, shlex.split(os.environ.get("CC", "")))
-    for name, *settings in filter(None, commands):
-        if path := shutil.which(name):
-            return [path, *settings]
-    return None
-
-
-def describe_compiler() -> str | None:
-    """The first line that the C compiler says of itself, on which rounding depends; `None` where none is used."""
-    compiler = find_compiler() if is_supported() else None
-    if compiler is None:
-        return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        said = output_of([*compiler, "--version"], seconds=10)
-        return said.decode(errors="replace").partition("\n")[0].strip() or None
-    return None
-
-
-def _compile() -> ctypes.CDLL:
-    """Compiles the kernels and loads them.
-
-    Raises:
-        OSError: There is no compiler, no room for a file, or a result that cannot be loaded.
-        subprocess.SubprocessError: The compiler failed.
-    """
-    compiler, threads = find_compiler(), _threads_of_torch()
-    if compiler is None:
-        raise FileNotFoundError("no C compiler: cc, gcc or clang, or what the environment calls CC")
-    if threads is None:
-        raise FileNotFoundError("torch's OpenMP library is not found")
-    with tempfile.TemporaryDirectory(prefix="drop-path-zoo-") as folder:
-        code, result = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-        for step in ([*FLAGS, "-c", SOURCE, "-o", code], ["-shared", code, threads, "-lm", "-o", result]):
-            output_of([*compiler, *step], seconds=120)
-        kernels = ctypes.CDLL(str(result))
-        return kernels
-
-
 def _has_kernel(name: str) -> bool:
     """Whether there is a kernel, which some processors have no instructions for."""
     return hasattr(library(), name)
-
-
-def output_of(command: Sequence[str | os.PathLike[str]], *, seconds: float) -> bytes:
-    """What a program writes to its standard output.
-
-    It runs in a session of its own: a compiler may be a script, whose children would outlive it.
-
-    Args:
-        command: The program and its arguments.
-        seconds: After which it is killed, with all that it started.
-
-    Raises:
-        OSError: It cannot be started.
-        subprocess.SubprocessError: It failed, or took longer; with what it wrote to standard error as `stderr`.
-    """
-    null, pipe = subprocess.DEVNULL, subprocess.PIPE
-    with subprocess.Popen(command, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True) as process:
-        try:
-            said, complaints = process.communicate(timeout=seconds)
-        except BaseException:  # Ctrl-C too, which does not reach it there
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, said, complaints)
-    return said
-
-
-def _threads_of_torch() -> str | None:
-    """The file of the OpenMP library that torch runs on; other libraries may have loaded others."""
-    try:
-        files = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
-    except OSError:
-        return None
-    loaded = [file for file in files if Path(file).name.startswith(("libgomp", "libiomp5", "libomp"))]
-    home = Path(torch.__file__).resolve().parent  # as the system writes it
-    own = [file for file in loaded if home in Path(file).parents or home.with_name("torch.libs") in Path(file).parents]
-    found = own or loaded
-    return found[0] if len(found) == 1 else None
 
 
 def activation(x: Tensor, act: str) -> Tensor:

@@ -39,7 +39,23 @@ def layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor 
 @torch.jit.unused
 def _layer_norm_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     # a copy without gaps is made outside, so that what is kept is the input that second derivatives are taken of
-    return _LayerNorm.apply(x.contiguous(), weight, bias, float(eps))  # type: ignore[no-any-return, no-untyped-call]
+    return _LayerNorm.apply(x.contiguous(), weight, bias, float(eps), x.dtype)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def narrow_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor | None:
+    """A layer norm of (..., C) in float32 whose result is in bfloat16, as what follows would round it; else `None`.
+
+    Args:
+        x: Input on a CPU.
+        weight: (C,) or `None`.
+        bias: (C,) or `None`.
+        eps: Added to the variance.
+    """
+    if x.dtype != torch.float32 or not x.is_contiguous() or not fast_cpu.has_kernels(x):
+        return None
+    if not is_trained_on_cpu(x, list(x.shape[-1:]), weight, bias):
+        return None
+    return _LayerNorm.apply(x, weight, bias, float(eps), torch.bfloat16)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @torch.jit.unused
@@ -76,10 +92,12 @@ def _is_trained(*weights: Tensor | None) -> bool:
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        ctx.eps = eps
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.eps, ctx.dtype = eps, dtype
         if fast_cpu.has_kernels(x):
-            y, mean, rstd = fast_cpu.layer_norm(x, _in_float32(weight), _in_float32(bias), eps, x.dtype)
+            y, mean, rstd = fast_cpu.layer_norm(x, _in_float32(weight), _in_float32(bias), eps, dtype)
         else:
             y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -90,23 +108,23 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         shape, eps, wanted = x.shape[-1:], ctx.eps, ctx.needs_input_grad
         if wants_plain_gradients(grads[0]):
-            plain = lambda x, weight, bias: F.layer_norm(x, shape, weight, bias, eps)  # noqa: E731
-            return *plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None
+            plain = lambda x, weight, bias: F.layer_norm(x, shape, weight, bias, eps).to(ctx.dtype)  # noqa: E731
+            return *plain_gradients(plain, ctx, (x, weight, bias), grads[0]), None, None
         grad = grads[0].contiguous()
         if fast_cpu.has_kernels(x, grad):
             of_x, of_weight, of_bias = fast_cpu.layer_norm_backward(
                 grad, x, _in_float32(weight), mean, rstd, of_input=wanted[0]
             )
-            return of_x, as_gradient(of_weight, weight), as_gradient(of_bias, bias), None
-        of_x = None
+            return of_x, as_gradient(of_weight, weight), as_gradient(of_bias, bias), None, None
+        grad, of_x = grad.to(x.dtype), None
         if wanted[0]:
             only_x = [True, False, False]
             of_x = torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, rstd, weight, bias, only_x)[0]
         if not any(wanted[1:3]):
-            return of_x, None, None, None
+            return of_x, None, None, None, None
         standard = torch.native_layer_norm(x, shape, None, None, eps)[0]
         of_weight, of_bias = _column_sums(grad, standard)
-        return of_x, as_gradient(of_weight, weight), as_gradient(of_bias, bias), None
+        return of_x, as_gradient(of_weight, weight), as_gradient(of_bias, bias), None, None
 
 
 def _in_float32(weight: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layers import fast_cuda
-from layers.fast_norm import has_kernel, layer_norm
+from layers.fast_norm import has_kernel, layer_norm, narrow_layer_norm
 
 
 class GroupNorm1(nn.Module):
@@ -59,6 +59,9 @@ def norm_in(norm: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     if type(norm) in (GroupNorm1, LayerNorm) and has_kernel(x, norm.weight, norm.bias):  # type: ignore[arg-type]
         form = fast_cuda.group_norm if type(norm) is GroupNorm1 else fast_cuda.layer_norm
         return form(x, norm.weight, norm.bias, norm.eps, dtype)  # type: ignore[arg-type]
+    if type(norm) is LayerNorm and x.device.type == "cpu" and dtype == torch.bfloat16:
+        y = narrow_layer_norm(x, norm.weight, norm.bias, norm.eps)
+        return norm(x) if y is None else y
     return norm(x)
 
 

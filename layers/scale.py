@@ -30,6 +30,14 @@ def build_scale(dim: int, init_value: float | None) -> nn.Module:
     return nn.Identity() if init_value is None else Scale(dim, init_value)
 
 
+_LINEAR_FIRST = (Mlp, SepConv, Attention)
+
+
+def _rounds_first(body: nn.Module, x: Tensor) -> bool:
+    """Whether a body first rounds its input as a linear layer does, so that a norm in front may have done that."""
+    return type(body) in _LINEAR_FIRST and body.is_fast(x)  # type: ignore[operator]
+
+
 def scaled_branch(norm: nn.Module, body: nn.Module, scale: nn.Module, x: Tensor) -> Tensor:
     """scale(body(norm(x))), (B, ..., C) to the same; where fast paths may, the scale is put into weights.
 
@@ -41,11 +49,11 @@ def scaled_branch(norm: nn.Module, body: nn.Module, scale: nn.Module, x: Tensor)
         scale: A `Scale` or the identity.
         x: (B, ..., C).
     """
-    if type(scale) is nn.Identity and takes(x, norm, body) and x.device.type != "cpu":
+    if type(scale) is nn.Identity and takes(x, norm, body) and (x.device.type != "cpu" or _rounds_first(body, x)):
         return body(norm_in(norm, x, dtype_of(x)))
     if type(scale) is Scale and takes(x, norm, body, scale):
-        if type(body) in (Mlp, SepConv, Attention):
-            y = norm_in(norm, x, dtype_of(x))
+        if type(body) in _LINEAR_FIRST:
+            y = norm_in(norm, x, dtype_of(x) if x.device.type != "cpu" or _rounds_first(body, x) else x.dtype)
             last = body.get_submodule(body.last)  # type: ignore[arg-type]
             # weights are scaled at less cost than activations where there are more of these
             if body.is_fast(y) and y.numel() // y.shape[-1] >= last.in_features:  # type: ignore[operator]

@@ -22,7 +22,7 @@ from files.errors import ConfigError, nearest
 from files.lock import LOCK
 from files.outputs import may_write
 from files.strict_json import json_text
-from layers.fast_cpu import describe_compiler
+from layers.cpu_compiler import describe_compiler
 from training.distributed import World
 from training.metrics import METRICS
 from training.rates import RATE_COLUMNS

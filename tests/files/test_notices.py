@@ -7,7 +7,7 @@ import pytest
 
 from files.durable import RubbishWarning, remove
 from files.errors import run_command
-from layers.fast_cpu import CompilerWarning
+from layers.cpu_compiler import CompilerWarning
 from layers.fast_cuda import DeviceWarning
 
 OTHERS = compile(

@@ -1,20 +1,15 @@
-"""Kernels for CPUs against float64, built for several processors; who takes them, and what happens without a compiler."""
+"""Kernels for CPUs against float64, built for several processors; who takes them."""
 
 import math
 import shutil
-import subprocess
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers import fast_cpu
+from layers import cpu_compiler, fast_cpu
 from layers.fast_mlp import ACTS
 
 BUILDS = {
@@ -30,7 +25,6 @@ EXACT = {torch.float32: 5e-7, torch.bfloat16: 3e-3}
 """Relative error of rounding."""
 
 DTYPES = list(EXACT)
-LIBRARY = fast_cpu.library
 PAIRS = [(a, b) for a in DTYPES for b in DTYPES]
 
 pytestmark = pytest.mark.skipif(fast_cpu.library() is None, reason="no kernels for this CPU, or no C compiler")
@@ -51,12 +45,12 @@ def build(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.param == "no tiles" and not multiplies_in_bfloat16():
         pytest.skip("not of this processor")
     processor, *more = BUILDS[request.param]
-    flags = (*(f"-march={processor}" if "-march" in flag else flag for flag in fast_cpu.FLAGS), *more)
+    flags = (*(f"-march={processor}" if "-march" in flag else flag for flag in cpu_compiler.FLAGS), *more)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_cpu, "FLAGS", flags)
+        patch.setattr(cpu_compiler, "FLAGS", flags)
         if request.param == "Clang":
             patch.setenv("CC", "clang")
-        kernels = fast_cpu._compile()
+        kernels = cpu_compiler._compile()
         patch.setattr(fast_cpu, "library", lambda: kernels)
         yield
 
@@ -444,147 +438,3 @@ def test_which_tensors_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_cpu, "library", lambda: None)
     assert not fast_cpu.has_kernels(x) and not fast_cpu.has_softmax(torch.randn(5, 4, 17))
     assert not fast_cpu.has_attention(q, q, q)
-
-
-def in_a_new_process(code: str, **environment: str) -> str:
-    """What Python code prints, with warnings beside it."""
-    variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(fast_cpu.__file__).parents[1])} | environment
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-STEP = """
-import torch
-from layers import fast_cpu
-from layers.mlp import Mlp
-fast_cpu.FEWEST = 1
-mlp = Mlp(16)
-for _ in range(2):
-    mlp(torch.ones(4, 16)).sum().backward()
-print("sum", mlp.fc2.bias.grad.sum().item(), fast_cpu.library() is not None, fast_cpu.describe_compiler())
-"""
-
-
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        (lambda folder: {"PATH": str(folder)}, "no C compiler: cc, gcc or clang"),
-        (lambda folder: {"CC": str(folder / "broken")}, "error: this is no compiler"),
-        (lambda folder: {"CC": str(folder / "lazy")}, "cannot open shared object file"),
-        (lambda folder: {"TMPDIR": str(folder / "missing"), "TEMP": "", "TMP": ""}, None),
-        (lambda folder: {"ATEN_CPU_CAPABILITY": "default"}, ""),
-    ],
-    ids=["no compiler", "broken compiler", "no result", "no folder for temporary files", "no AVX2"],
-)
-def test_without_a_compiler_torchs_forms_run(
-    change: Callable[[Path], dict[str, str]], reason: str | None, tmp_path: Path
-) -> None:
-    for name, line in {"broken": "echo error: this is no compiler >&2; exit 1", "lazy": "exit 0"}.items():
-        script = tmp_path / name
-        script.write_text(f"#!/bin/sh\n{line}\n")
-        script.chmod(0o755)
-    said = in_a_new_process(STEP, **change(tmp_path))
-    assert "sum 128.0" in said
-    assert ("sum 128.0 False" in said) == (reason is not None), "another folder is found for temporary files"
-    assert said.count("training is slower") == bool(reason) and (reason or "") in said
-
-
-def test_kernels_run_on_torchs_own_threads() -> None:
-    counting = "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split('/')[-1]}))"
-    said = in_a_new_process(f"{STEP}\n{counting}")
-    assert "sum 128.0 True" in said and said.splitlines()[-1] == "1", said
-
-
-def test_no_library_of_a_compilers_own_is_wanted(tmp_path: Path) -> None:
-    compiler = fast_cpu.find_compiler()
-    assert compiler
-    subprocess.run([*compiler, *fast_cpu.FLAGS, "-c", fast_cpu.SOURCE, "-o", tmp_path / "kernels.o"], check=True)
-    names = subprocess.run(["nm", "-u", tmp_path / "kernels.o"], capture_output=True, text=True, check=True).stdout
-    wanted = {name for name in names.split() if len(name) > 1}
-    assert "GOMP_parallel" in wanted
-    assert wanted <= {
-        "GOMP_parallel",
-        "omp_get_thread_num",
-        "omp_get_num_threads",
-        "memset",
-        "memcpy",
-        "log2f",
-        "syscall",
-    }, wanted
-
-
-@pytest.mark.parametrize(
-    "given, command",
-    [("env LANG=C gcc", ["env", "LANG=C", "gcc"]), ("no-such-compiler -m64", ["cc"]), ('gcc "', ["cc"]), (" ", ["cc"])],
-)
-def test_the_environments_compiler(given: str, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None if name == "no-such-compiler" else f"/bin/{name}")
-    monkeypatch.setenv("CC", given)
-    assert fast_cpu.find_compiler() == [f"/bin/{command[0]}", *command[1:]]
-
-
-def test_a_compiler_with_arguments_compiles() -> None:
-    said = in_a_new_process(STEP, CC=f"env LANG=C '{shutil.which('cc')}' -pipe")
-    assert "sum 128.0 True" in said and "training is slower" not in said
-
-
-def test_torch_behind_a_link_has_kernels_too(tmp_path: Path) -> None:
-    packages = tmp_path / "packages"
-    packages.symlink_to(Path(torch.__file__).parents[1])
-    another = "import sklearn.cluster"  # brings an OpenMP library of its own
-    code = f"import sys; sys.path.insert(0, {str(packages)!r}); {another}; import torch; print(torch.__file__)\n{STEP}"
-    said = in_a_new_process(code)
-    assert str(packages) in said and "sum 128.0 True" in said, said
-
-
-def test_a_compiler_that_names_itself_in_another_encoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "old").write_text("#!/bin/sh\nprintf 'cc (Distribution \\251) 13\\n'\n")
-    (tmp_path / "old").chmod(0o755)
-    monkeypatch.setenv("CC", str(tmp_path / "old"))
-    assert fast_cpu.describe_compiler() == "cc (Distribution \ufffd) 13"
-
-
-def test_the_compiler_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told = fast_cpu.describe_compiler()
-    assert told and any(character.isdigit() for character in told)
-    (tmp_path / "mute").write_text("#!/bin/sh\n")
-    (tmp_path / "mute").chmod(0o755)
-    for compiler in (str(tmp_path / "mute"), "/usr/bin/false"):
-        monkeypatch.setenv("CC", compiler)
-        assert fast_cpu.describe_compiler() is None
-    monkeypatch.setattr(fast_cpu, "is_supported", lambda: False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert fast_cpu.describe_compiler() is None and LIBRARY.__wrapped__() is None
-
-
-# it starts another program, says its id, and waits for it
-SCRIPT = """
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-open(sys.argv[1], "w").write(str(child.pid))
-child.wait()
-"""
-
-
-def test_a_compiler_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
-    with pytest.raises(subprocess.TimeoutExpired):
-        fast_cpu.output_of([sys.executable, "-c", SCRIPT, tmp_path / "pid"], seconds=3)
-    stat = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
-    for _ in range(100):
-        try:
-            if stat.read_text().rpartition(")")[2].split()[0] == "Z":  # dead, and nobody has asked for it yet
-                return
-        except OSError:
-            return
-        time.sleep(0.05)
-    pytest.fail("its child goes on")
-
-
-def test_a_compiler_that_fails_says_why() -> None:
-    code = "import sys; print('x'); sys.stderr.write('because'); sys.exit(sys.stdin.read() == '')"
-    with pytest.raises(subprocess.CalledProcessError) as caught:
-        fast_cpu.output_of([sys.executable, "-c", code], seconds=60)
-    assert caught.value.stderr == b"because"
-    assert fast_cpu.output_of([sys.executable, "-c", "print('x')"], seconds=60) == b"x\n"

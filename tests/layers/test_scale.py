@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from layers.scale import Scale, build_scale
+import layers.scale as scale_module
+from layers.mlp import Mlp
+from layers.norm import LayerNorm, norm_in
+from layers.scale import Scale, build_scale, scaled_branch
+from layers.token_mixers import Attention, SepConv
+from tests.layers.test_fast import needs_bfloat16
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 5, 3), (2, 4, 5, 3)])
@@ -50,3 +55,37 @@ def test_a_batch_without_samples() -> None:
     assert out.shape == (0, 4, 5, 3)
     out.sum().backward()
     assert scale.scale.grad is not None and not scale.scale.grad.any()
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    "body", [Mlp(32), SepConv(32), Attention(32, head_dim=16)], ids=["mlp", "sep_conv", "attention"]
+)
+def test_a_norm_rounds_for_the_linear_layer_behind_it(body: nn.Module, scaled: bool, cpu_kernels: bool) -> None:
+    torch.manual_seed(0)
+    norm, scale = LayerNorm(32), build_scale(32, 0.5 if scaled else None)
+    x = torch.randn(4, 5, 6, 32, requires_grad=True)
+    parameters = [x, *norm.parameters(), *body.parameters(), *scale.parameters()]
+    seen: list[torch.dtype] = []
+
+    def look(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        seen.append(args[0].dtype)
+
+    def results() -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = scaled_branch(norm, body, scale, x)
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), parameters)]
+
+    found = results()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scale_module, "norm_in", lambda norm, x, dtype: norm(x))
+        assert all(map(torch.equal, found, results())), "the same bits"
+    with body.get_submodule(body.first).register_forward_pre_hook(look):  # type: ignore[arg-type]
+        results()
+    assert seen == [torch.float32], "whoever looks at the layer sees what the norm gives"
+    if cpu_kernels:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert norm_in(norm, x, torch.bfloat16).dtype == torch.bfloat16
+            with torch.no_grad():
+                assert norm_in(norm, x, torch.bfloat16).dtype == torch.float32

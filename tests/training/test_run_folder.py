@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from files.errors import ConfigError
-from layers.fast_cpu import describe_compiler
+from layers.cpu_compiler import describe_compiler
 from training import run_folder
 from training.distributed import World
 from training.run_folder import COLUMNS, RunFolder, changed_environment, describe_environment, latest_run, new_run_path
