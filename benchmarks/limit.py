@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import wait
-from layers import fast_cpu
+from layers.fast import weight_gradient
 from layers.fast_conv import depthwise_weight_gradient
 from stochastic_depth.blocks import find_blocks
 
@@ -87,7 +87,7 @@ class Linear(Operation):
     """(rows, inputs) times (outputs, inputs) transposed.
 
     Ways: a matrix product, as a linear layer does it, a 1x1 convolution of (B, C, rows, 1) in two memory layouts, and for
-    the weight's gradient in bfloat16 our kernel on matrix tiles.
+    the weight's gradient in bfloat16 on a CPU ours, which takes matrix tiles where there are some.
     """
 
     rows: int
@@ -107,8 +107,8 @@ class Linear(Operation):
             "input": {"product": lambda: g @ w},
             "weight": {"product": lambda: g.t() @ x, "product transposed": lambda: x.t() @ g},
         }
-        if fast_cpu.has_products(g, x):
-            products["weight"]["tiles"] = lambda: fast_cpu.weight_gradient(g, x)
+        if pool.device.type == "cpu" and pool.dtype == torch.bfloat16:
+            products["weight"]["ours"] = lambda: weight_gradient(g, x)
         convolution = Convolution(self.inputs, self.rows, 1, self.outputs)
         return products[direction] | convolution.ways(direction, samples, pool)
 
