@@ -1,4 +1,4 @@
-"""Attention in training on a CPU: by a kernel, or over few tokens as products and a softmax one after the other.
+"""Attention on a CPU: by a kernel, or, in training over few tokens, as products and a softmax one after the other.
 
 torch's fused form, for many tokens, computes in small tiles that leave much of a processor idle, and its gradients are
 stacked and moved before the layer in front can use them. `fast_cpu` has kernels for float32 and, where the processor
@@ -28,11 +28,11 @@ def attention(qkv: Tensor) -> Tensor:
     Returns:
         (B, N, heads, D). In bfloat16 it and the gradients are as near to float32's as those of torch's own form.
     """
-    if not torch.is_grad_enabled() or qkv.device.type != "cpu" or not qkv.shape[0]:
-        return plain_attention(qkv)  # without a backward pass torch's form is about as fast
+    if qkv.device.type != "cpu" or not qkv.shape[0]:
+        return plain_attention(qkv)
     if fast_cpu.has_attention(*_parts(qkv)):
         return run(_KernelAttention, qkv, None).transpose(1, 2)
-    return _attention(qkv, None) if has_few_tokens(qkv.shape[1], qkv.dtype) else plain_attention(qkv)
+    return _attention(qkv, None) if _gains_apart(qkv.shape[1], qkv.dtype) else plain_attention(qkv)
 
 
 def window_attention(qkv: Tensor, bias: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def _attention(qkv: Tensor, bias: Tensor | None) -> Tensor:
 
 def takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention_of` takes queries, keys and values of one shape and dtype, (B, heads, N, D), with `takes(q)`."""
-    return fast_cpu.has_attention(q, k, v) or has_few_tokens(q.shape[2], q.dtype)
+    return fast_cpu.has_attention(q, k, v) or _gains_apart(q.shape[2], q.dtype)
 
 
 def attention_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,6 +72,11 @@ def attention_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def has_few_tokens(tokens: int, dtype: torch.dtype) -> bool:
     """Whether attention over so many tokens is faster as products, in training."""
     return 0 < tokens <= MOST_TOKENS.get(dtype, 0)
+
+
+def _gains_apart(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether products apart are faster than torch's form, which without a backward pass they are not."""
+    return torch.is_grad_enabled() and has_few_tokens(tokens, dtype)
 
 
 def plain_attention(qkv: Tensor) -> Tensor:

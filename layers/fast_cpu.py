@@ -76,7 +76,10 @@ def has_softmax(scores: Tensor) -> bool:
 
 
 def has_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `attention` takes queries, keys and values, (B, heads, N, D), and a bias, (E, N, N)."""
+    """Whether `attention` takes queries, keys and values, (B, heads, N, D), and a bias, (E, N, N).
+
+    It pays from a quarter of `FEWEST` numbers of each on.
+    """
     return (
         q.dtype == k.dtype == v.dtype
         and q.dtype in TYPES
@@ -86,7 +89,7 @@ def has_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -
         and 0 < q.shape[2] <= MOST_TOKENS
         and q.shape[3] % MULTIPLE == 0
         and 0 < q.shape[3] <= MOST_WIDTH
-        and q.numel() >= FEWEST
+        and q.numel() >= FEWEST // 4
         and all(map(_holds_numbers, (q, k, v)))
         and (bias is None or _fits(bias, q))
         and _has_kernel(f"attention_{TYPES[q.dtype]}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models.convnext import LayerNorm2d
 
+from layers import fast_cpu
 from layers.fast import FastLinear, dtype_of, is_linear, takes
 from layers.fast_attention import attention_of, has_few_tokens, takes_attention, window_attention
 from layers.fast_conv import FastDepthwiseConv2d, is_depthwise
@@ -141,8 +142,10 @@ class FastAttention(_InFront):
     """In front of a class of attention: its scaled dot products are computed by a kernel, or over few tokens apart."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # without a backward pass torch's form is as fast or faster
-        if not torch.is_grad_enabled() or not args or not takes(args[0]) or args[0].device.type != "cpu":
+        if not args or not takes(args[0]) or args[0].device.type != "cpu":
+            return super().forward(*args, **kwargs)
+        # without a backward pass the kernel alone gains, and of little less than looking for its place costs
+        if not torch.is_grad_enabled() and args[0].numel() < fast_cpu.FEWEST:
             return super().forward(*args, **kwargs)
         with _Apart():
             return super().forward(*args, **kwargs)

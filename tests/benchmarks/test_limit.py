@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.limit import (
+    DIRECTIONS,
     Attention,
     Convolution,
     Direction,
@@ -45,6 +46,15 @@ def test_kept_samples_are_whole_and_their_sum_is_right() -> None:
     rates = [0.4 * i / 11 for i in range(12)]
     for batch in (1, 8, 16, 31):
         assert sum(kept_samples(rates, batch)) == round(sum(batch * (1 - rate) for rate in rates))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operation", [*OPERATIONS, Linear(2048, 256, 64)], ids=str)
+def test_a_way_chosen_for_a_batch_is_there_for_fewer_samples(operation: Operation, dtype: torch.dtype) -> None:
+    for direction in DIRECTIONS:
+        if operation.passes(direction):
+            named = [list(operation.ways(direction, samples, pool(dtype))) for samples in (16, 1)]
+            assert named[0] == named[1] and named[0]
 
 
 @pytest.mark.parametrize("name", ["caformer_n4", "timm/test_convnext", "timm/test_vit"])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from layers import fast_cpu
 from layers.fast import takes
 from layers.fast_attention import (
     MOST_TOKENS,
@@ -88,13 +89,21 @@ def test_attention_over_many_tokens_is_torchs(dtype: torch.dtype) -> None:
     assert torch.equal(attention(double), plain_attention(double))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_without_gradients_is_torchs(dtype: torch.dtype) -> None:
-    qkv = torch.randn(2, 49, 3, 2, 8, dtype=dtype)
-    assert not torch.equal(attention(qkv), plain_attention(qkv)), "scores round otherwise"
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
+def test_attention_without_gradients_is_the_kernels_or_torchs(dtype: torch.dtype, cpu_kernels: bool) -> None:
+    qkv = torch.randn(2, 49, 3, 2, 16, dtype=dtype)
+    parts = list(qkv.permute(2, 0, 3, 1, 4))
+    trained, trained_of = attention(qkv.requires_grad_()), attention_of(*parts)
+    assert not torch.equal(trained, plain_attention(qkv)), "scores round otherwise"
+    has_kernel = fast_cpu.has_attention(*parts)
+    assert cpu_kernels or not has_kernel
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
-            assert torch.equal(attention(qkv), plain_attention(qkv))
+            assert torch.equal(attention(qkv), trained if has_kernel else plain_attention(qkv))
+            assert takes_attention(*parts) == has_kernel
+            assert not has_kernel or torch.equal(attention_of(*parts), trained_of)
+            narrow = qkv[..., :8]
+            assert torch.equal(attention(narrow), plain_attention(narrow))
 
 
 def parts_results(form: Callable[..., Tensor], parts: list[Tensor], upstream: Tensor) -> Results:
