@@ -35,7 +35,7 @@ _LINEAR_FIRST = (Mlp, SepConv, Attention)
 
 def _rounds_first(body: nn.Module, x: Tensor) -> bool:
     """Whether a body first rounds its input as a linear layer does, so that a norm in front may have done that."""
-    return type(body) in _LINEAR_FIRST and body.is_fast(x)  # type: ignore[operator]
+    return type(body) in _LINEAR_FIRST and x.dtype != dtype_of(x) and body.is_fast(x)  # type: ignore[operator]
 
 
 def scaled_branch(norm: nn.Module, body: nn.Module, scale: nn.Module, x: Tensor) -> Tensor:

@@ -142,10 +142,10 @@ class FastAttention(_InFront):
     """In front of a class of attention: its scaled dot products are computed by a kernel, or over few tokens apart."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not args or not takes(args[0]) or args[0].device.type != "cpu":
-            return super().forward(*args, **kwargs)
+        x = args[0] if args else None
         # without a backward pass the kernel alone gains, and of little less than looking for its place costs
-        if not torch.is_grad_enabled() and args[0].numel() < fast_cpu.FEWEST:
+        is_small = not torch.is_grad_enabled() and (not isinstance(x, Tensor) or x.numel() < fast_cpu.FEWEST)
+        if is_small or not takes(x) or x.device.type != "cpu":  # type: ignore[union-attr]
             return super().forward(*args, **kwargs)
         with _Apart():
             return super().forward(*args, **kwargs)
