@@ -142,12 +142,12 @@ class Around:
     """
 
     def __init__(
-        self, block: nn.Module, drop_path: GraftedDropPath, *, windows: bool, known: Collection[int | str]
+        self, block: nn.Module, drop_path: GraftedDropPath, entries: "Sequence[Entry]", known: Collection[int | str]
     ) -> None:
         self.block = block
         self.drop_path = drop_path
-        self.standing = Standing(block, [drop_path])
-        self.windows = windows
+        self.standing = Standing(block, [drop_path], [block.get_submodule(entry.part) for entry in entries])
+        self.windows = any(entry.windows for entry in entries)
         self.known = known
         self.runs = False
         self.replaced = False
@@ -436,7 +436,7 @@ def hook_branch(
 ) -> None:
     """Hooks that skip one slot's branches; `known` names arguments that held a row for each sample when that was tried."""
     drop_path.role, drop_path.begins = "branch", tuple(entries)
-    around = Around(owner, drop_path, windows=any(entry.windows for entry in entries), known=known)
+    around = Around(owner, drop_path, entries, known)
     hooks = drop_path.hooks
     hooks.add(owner, around.before, before=True, with_kwargs=True)
     hooks.add(owner, around.after, before=False, always_call=True)

@@ -287,9 +287,16 @@ def test_a_branch_whose_first_module_was_replaced_skips_after_the_next_call() ->
     model = Net(*(Residual(nn.Identity()) for _ in range(2))).train()
     set_drop_path(model, 0.5, **settings)
     model.blocks[0].mlp = nn.Linear(8, 8)
-    set_drop_path(model, 0.5, **settings)
     images = torch.randn(6, *Net.size)
+    with pytest.warns(UserWarning, match="mlp of a Residual, where its branch begins, was replaced") as caught:
+        model(images)
+        model(images)
+    assert len(caught) == 1
+    assert [m.samples_computed for m in grafted(model)] == [12, 6], "it masks"
+    set_drop_path(model, 0.5, **settings)
     assert verify_skip(model, images) < 1e-5
+    for module in grafted(model):
+        module.reset_counts()
     model(images)
     assert [m.samples_computed for m in grafted(model)] == [3, 3]
 
