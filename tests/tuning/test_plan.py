@@ -129,7 +129,7 @@ def test_the_winner_s_other_values_are_those_of_what_it_is_compared_with(tmp_pat
     ("rates", "role", "rate"),
     [
         ({"convformer_n4": 0.1, "caformer_n4": 0.3}, "published", 0.3),
-        ({"caformer_n4": 0.3}, "published", 0.3),
+        pytest.param({"caformer_n4": 0.3}, "published", 0.3, marks=pytest.mark.slow),
         ({"convformer_n4": 0.1}, "", None),
     ],
 )
