@@ -100,10 +100,10 @@ import os
 from training.data import images
 real = images.read_pixels
 parent = os.getpid()
-def read(raw, channels, decoder):
+def read(raw, *rest, **others):
     if os.getpid() != parent and raw.name.endswith("cat/3.png") and "train" in raw.name:
         os.kill(os.getpid(), 11)
-    return real(raw, channels, decoder)
+    return real(raw, *rest, **others)
 images.read_pixels = read
 """
     settings = [*SHORT, *images, "data.workers=1"]
