@@ -105,7 +105,7 @@ class _KernelAttention(torch.autograd.Function):
         qkv, bias, out, logs = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
             return plain_gradients(_plain_kernel_attention, ctx, (qkv, bias), grads[0])
-        of_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)  # without gaps, whatever qkv is a part of
+        of_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)  # without gaps, whatever qkv is a part of
         of_bias = fast_cpu.attention_backward(
             grads[0], *_parts(qkv), out, logs, _parts(of_qkv), bias, of_bias=ctx.needs_input_grad[1]
         )
@@ -134,7 +134,7 @@ class _KernelAttentionOf(torch.autograd.Function):
         q, k, v, out, logs = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
             return plain_gradients(F.scaled_dot_product_attention, ctx, (q, k, v), grads[0])
-        found = torch.empty((3, *q.shape), dtype=q.dtype).unbind(0)
+        found = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device).unbind(0)
         fast_cpu.attention_backward(grads[0], q, k, v, out, logs, found)  # type: ignore[arg-type]
         return found
 

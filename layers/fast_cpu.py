@@ -248,13 +248,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tu
     batch, heads, n, d = q.shape
     out = q.new_empty_strided(q.shape, (n * heads * d, d, heads * d, 1))
     logs = q.new_empty(batch, heads, n, dtype=torch.float32)
-    sizes = (n, heads, d, float(d**-0.5))
+    sizes, room = (n, heads, d, float(d**-0.5)), _room(f"attention_room_{TYPES[q.dtype]}", n, d)
     if q.dtype == torch.float32:
-        numbers = (*sizes, *_room(q), *_strides(q, k, v, out))
+        numbers = (*sizes, *room, *_strides(q, k, v, out))
         _start("attention_float", batch * heads, q, k, v, out, logs, *numbers)
         return out, logs
     added, entries = (None, 1) if bias is None else (_exponents(bias), len(bias))
-    numbers = (*sizes, entries, *_room(q), *_strides(q, k, v, out))
+    numbers = (*sizes, entries, *room, *_strides(q, k, v, out))
     _start("attention_bfloat16", batch * heads, q, k, v, added, out, logs, *numbers)
     return out, logs
 
@@ -288,10 +288,10 @@ def attention_backward(
     batch, heads, n, d = q.shape
     if grad.stride() != out.stride() or not _holds_numbers(grad):
         grad = torch.empty_like(out).copy_(grad)
-    sizes, strides = (n, heads, d, float(d**-0.5)), _strides(q, k, v, out, into[0])
-    units = batch * heads
+    sizes, room = (n, heads, d, float(d**-0.5)), _room(f"attention_room_{TYPES[q.dtype]}", n, d)
+    strides, units = _strides(q, k, v, out, into[0]), batch * heads
     if q.dtype == torch.float32:
-        numbers = (*sizes, *_room(q), *strides)
+        numbers = (*sizes, *room, *strides)
         _start("attention_backward_float", units, grad, q, k, v, out, logs, *into, *numbers)
         return None
     added, sums, entries, works = None, None, 1, units
@@ -300,7 +300,7 @@ def attention_backward(
         added = _exponents(bias.mT)
         works = -(-units // (entries * SUMMED)) * entries
         sums = added.new_empty(works, *added.shape[1:]) if of_bias else None
-    numbers = (*sizes, entries, *_room(q), units, *strides)
+    numbers = (*sizes, entries, *room, units, *strides)
     _start("attention_backward_bfloat16", works, grad, q, k, v, added, out, logs, *into, sums, *numbers)
     return None if sums is None else sums.unflatten(0, (-1, entries)).sum(0)[..., :n].mT
 
@@ -325,9 +325,9 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     (n, d), c = grad.shape, x.shape[1]
     panels = _panels(d // SIDE, c // SIDE, torch.get_num_threads())
     rows, columns = (-(-size // SIDE // parts) * SIDE for size, parts in zip((d, c), panels, strict=True))
-    room = grad.new_empty(torch.get_num_threads(), _size_of("weight_gradient_room", rows, columns), dtype=torch.uint8)
+    room = _room("weight_gradient_room", rows, columns)
     out = grad.new_empty(d, c, dtype=torch.float32)
-    _start("weight_gradient_bfloat16", math.prod(panels), grad, x, out, n, d, c, *panels, room, room.shape[1])
+    _start("weight_gradient_bfloat16", math.prod(panels), grad, x, out, n, d, c, *panels, *room)
     return out
 
 
@@ -336,17 +336,12 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-def _room(q: Tensor) -> tuple[Tensor, int]:
-    """Where the threads of attention work, and how many bytes of it are each one's."""
-    bytes_each = _size_of(f"attention_room_{TYPES[q.dtype]}", *q.shape[2:])
-    return q.new_empty(torch.get_num_threads() * bytes_each, dtype=torch.uint8), bytes_each
-
-
-def _size_of(room: str, *sizes: int) -> int:
-    """What a function of the kernels says of how many bytes a thread works in."""
-    size = getattr(library(), room)
-    size.restype = ctypes.c_int64
-    return int(size(*map(ctypes.c_int64, sizes)))
+def _room(size: str, *sizes: int) -> tuple[Tensor, int]:
+    """Where the threads of a kernel work, and how many bytes of it are each one's, as a function of the kernels says."""
+    size_of = getattr(library(), size)
+    size_of.restype = ctypes.c_int64
+    bytes_each = int(size_of(*map(ctypes.c_int64, sizes)))
+    return torch.empty(torch.get_num_threads() * bytes_each, dtype=torch.uint8, device="cpu"), bytes_each
 
 
 @functools.cache
