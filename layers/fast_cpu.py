@@ -118,6 +118,12 @@ def _has_kernel(name: str) -> bool:
     return hasattr(library(), name)
 
 
+def has_activation(x: Tensor, act: str) -> bool:
+    """Whether `activation` takes x, (..., C), and gains by it: gelu only in bfloat16 on processors with AVX-512."""
+    short = act != "gelu" or (x.dtype == torch.bfloat16 and _has_kernel("has_short_gelu"))
+    return short and has_kernels(x)
+
+
 def activation(x: Tensor, act: str) -> Tensor:
     """gelu, relu, squared_relu or silu of x, (..., C), with `has_kernels(x)`."""
     y = torch.empty_like(x)

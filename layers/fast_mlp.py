@@ -102,9 +102,9 @@ def _plain_mlp(act: str) -> Any:
 
 
 def _act(x: Tensor, act: str) -> Tensor:
-    if act != "squared_relu":
-        return ACTS[act](x)
-    return fast_cpu.activation(x, act) if fast_cpu.has_kernels(x) else F.relu(x).square_()
+    if fast_cpu.has_activation(x, act):
+        return fast_cpu.activation(x, act)
+    return F.relu(x).square_() if act == "squared_relu" else ACTS[act](x)
 
 
 def _act_gradient(x: Tensor, grad: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor | None]:

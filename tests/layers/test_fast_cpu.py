@@ -108,6 +108,20 @@ def test_gelu_is_as_exact_as_torchs() -> None:
 
 
 @pytest.mark.usefixtures("build")
+def test_gelu_of_each_number_of_bfloat16_is_the_nearest_or_next_to_it() -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = every.view(-1, 64)
+    exact, grad = F.gelu(x.double()), torch.ones_like(x)
+    found, _ = fast_cpu.activation_backward_(x, grad, "gelu")
+    assert torch.equal(found.isnan(), exact.isnan() | (x == -torch.inf)) and (found == torch.inf)[x == torch.inf].all()
+    of_x = torch.ops.aten.gelu_backward(torch.ones_like(exact), x.double())
+    near = x.double() > -7.5  # below, all of it is under 1e-12
+    for number, right in ((found, exact), (grad, of_x)):
+        torch.testing.assert_close(number[near].double(), right[near], rtol=0.0042, atol=2e-9, equal_nan=True)
+        assert (number[~near & x.isfinite()].abs() < 1e-11).all()
+
+
+@pytest.mark.usefixtures("build")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_star_relu(dtype: torch.dtype) -> None:
     x, grad = torch.randn(3, 67, 48).to(dtype), torch.randn(3, 67, 48).to(dtype) + 0.5
