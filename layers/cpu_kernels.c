@@ -124,6 +124,17 @@ INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y
 INLINE vec larger(vec x, vec y) { return (vec)_mm256_max_ps((__m256)x, (__m256)y); }
 #endif
 
+#ifdef __AVX512F__
+INLINE vec exp2_of(vec x) { /* for x <= 0, to 1e-7; far below 0 it is 0 */
+    vec f = (vec)_mm512_reduce_ps((__m512)x, 0x09), p = all(1.877576490e-03f); /* x - floor(x) */
+    p = p * f + 8.989340538e-03f;
+    p = p * f + 5.582631768e-02f;
+    p = p * f + 2.401536172e-01f;
+    p = p * f + 6.931530732e-01f;
+    p = p * f + 9.999999251e-01f;
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)x); /* by 2^floor(x) */
+}
+#else
 INLINE vec exp2_of(vec x) { /* for x <= 0, to 1e-7; below 2^-126 it is 0 */
     const vec magic = all(12582912.0f), least = all(-126.0f); /* 1.5 * 2^23, which rounds what is added to it */
     vec bounded = larger(least, x), n = bounded + magic, f = bounded - (n - magic), p = all(0.00132764888f);
@@ -135,6 +146,7 @@ INLINE vec exp2_of(vec x) { /* for x <= 0, to 1e-7; below 2^-126 it is 0 */
     p *= (vec)(((ivec)n - 0x4b400000 + 127) << 23);
     return PICK(x, _CMP_LT_OQ, least, all(0), p);
 }
+#endif
 
 /* ---- activations: value and derivative ------------------------------------------------------------------------------ */
 
