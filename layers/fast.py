@@ -13,7 +13,8 @@ dtype and size, never by timing, so the same machine always computes the same bi
 - `mean_minus_self`: pooling minus its input in one tensor, keeping none.
 - `fast_norm`: in bfloat16, the gradients of a layer norm's weight and bias summed in float32; torch's are 5 to 70 % off.
 - `fast_attention`: with gradients, a kernel, or products and a softmax one after the other over few tokens.
-- `weight_gradient`: in bfloat16, on processors with matrix tiles, a kernel whose sums stay in float32.
+- `weight_gradient`: in bfloat16, on processors with matrix tiles, a kernel whose sums stay in float32; `fast_patches`
+  takes dense convolutions' gradients to it.
 - `fast_cpu`: in training, what stands between the products in one pass over memory, by kernels compiled on the spot.
 
 On a GPU, in float32 and half precision: `fast_cuda`'s kernels for taking and adding samples, norms, pooling and StarReLU,

@@ -316,13 +316,17 @@ def _exponents(bias: Tensor) -> Tensor:
     return F.pad(bias.float() * math.log2(math.e), (0, -bias.shape[-1] % MULTIPLE)).contiguous()
 
 
+def has_tiles() -> bool:
+    """Whether the processor has matrix tiles for products in bfloat16."""
+    return _has_kernel("has_products") and bool(library().has_products())  # type: ignore[union-attr]
+
+
 def has_products(*tensors: Tensor) -> bool:
     """Whether the processor has matrix tiles for products of these, (N, C) each, and they are large enough to pay."""
     return (
         all(x.dtype == torch.bfloat16 and x.shape[-1] % SIDE == 0 and _is_readable(x) for x in tensors)
         and min(x.numel() for x in tensors) >= FEWEST
-        and _has_kernel("has_products")
-        and bool(library().has_products())  # type: ignore[union-attr]
+        and has_tiles()
     )
 
 

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from layers.fast_patches import conv2d, is_fast_conv
+
 PosEmbed = Literal["none", "patches", "all"]
 
 
@@ -75,10 +77,21 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.norm_first:
             x = self.norm(x)
-        x = self.conv(x.permute(0, 3, 1, 2))  # (B, dim, H', W')
+        x = x.permute(0, 3, 1, 2)
+        x = self.conv_fast(x) if not torch.jit.is_scripting() and self.is_fast(x) else self.conv(x)  # (B, dim, H', W')
         # contiguous: a no-op behind channels_last input; once per stage otherwise, not once per linear layer
         x = x.permute(0, 2, 3, 1).contiguous()  # (B, H', W', dim)
         return x if self.norm_first else self.norm(x)
+
+    @torch.jit.unused
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether `conv_fast` may take images, (B, C, H, W), and gains by it."""
+        return is_fast_conv(x, self.conv)
+
+    @torch.jit.unused
+    def conv_fast(self, x: Tensor) -> Tensor:
+        """The convolution of (B, C, H, W), with `is_fast(x)`."""
+        return conv2d(x, self.conv)
 
 
 class TokenEmbed(nn.Module):

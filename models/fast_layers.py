@@ -20,6 +20,7 @@ from layers.fast import FastLinear, dtype_of, is_linear, takes
 from layers.fast_attention import attention_of, has_few_tokens, takes_attention, window_attention
 from layers.fast_conv import FastDepthwiseConv2d, is_depthwise
 from layers.fast_norm import layer_norm
+from layers.fast_patches import FastConv2d, is_dense
 from layers.mlp import fast_mlp, is_fast_mlp
 
 
@@ -27,9 +28,9 @@ def use_fast_layers(model: nn.Module) -> int:
     """Lets the layers of a model of timm or torchvision take the fast paths in eager code.
 
     Changed in place are torch's linear layers and layer norms, its depthwise convolutions with stride 1 that keep the size,
-    timm's MLPs and timm's modules of attention, those of Swin included: each becomes of a class derived from its own.
-    Parameters, buffers, state-dict keys, hooks and what is computed stay as they are, but for rounding; copies and pickles
-    keep the class. A second call changes nothing.
+    its dense ones with many weights, timm's MLPs and timm's modules of attention, those of Swin included: each becomes of a
+    class derived from its own. Parameters, buffers, state-dict keys, hooks and what is computed stay as they are, but for
+    rounding; copies and pickles keep the class. A second call changes nothing.
 
     Args:
         model: Any; our own have fast paths without it.
@@ -182,6 +183,8 @@ def _fast_class(module: nn.Module) -> type[nn.Module]:
         return _put_in_front(_NORMS[kind.forward], kind)
     if is_depthwise(module):
         return FastDepthwiseConv2d
+    if is_dense(module):
+        return FastConv2d
     if kind is TimmMlp and is_linear(module.fc1, module.fc2):  # type: ignore[arg-type]
         return FastMlp
     if kind is WindowAttention:
