@@ -23,7 +23,14 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-std=gnu11", "-fPIC")
+WITHOUT = ("-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-sanitize=all", "-fvisibility=default")
+"""Against arguments of `CC`. Libraries linked by the first two's opposites turn the process's smallest numbers to zeros, a
+sanitizer ends it, and of hidden functions none is found."""
+
+FLAGS = (
+    *("-O2", *WITHOUT, "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-ffp-contract=fast", "-std=gnu11", "-fPIC"),
+)
 
 
 class CompilerWarning(UserWarning):
@@ -94,9 +101,11 @@ def _compile() -> ctypes.CDLL:
         raise FileNotFoundError("torch's OpenMP library is not found")
     with tempfile.TemporaryDirectory(prefix="drop-path-zoo-") as folder:
         code, result = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-        for step in ([*FLAGS, "-c", SOURCE, "-o", code], ["-shared", code, threads, "-lm", "-o", result]):
-            output_of([*compiler, *step], seconds=120)
+        for step in (["-c", SOURCE, "-o", code], ["-shared", code, threads, "-lm", "-o", result]):
+            output_of([*compiler, *FLAGS, *step], seconds=120)
         kernels = ctypes.CDLL(str(result))
+        if not hasattr(kernels, "start"):
+            raise FileNotFoundError("the compiler left the kernels out")
         return kernels
 
 
@@ -129,9 +138,10 @@ def output_of(command: Sequence[str | os.PathLike[str]], *, seconds: float) -> b
 def _threads_of_torch() -> str | None:
     """The file of the OpenMP library that torch runs on; other libraries may have loaded others."""
     try:
-        files = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+        lines = Path("/proc/self/maps").read_bytes().split(b"\n")  # names of files may be in any encoding
     except OSError:
         return None
+    files = {os.fsdecode(line.split(maxsplit=5)[-1].strip()) for line in lines if line}
     loaded = [file for file in files if Path(file).name.startswith(("libgomp", "libiomp5", "libomp"))]
     home = Path(torch.__file__).resolve().parent  # as the system writes it
     own = [file for file in loaded if home in Path(file).parents or home.with_name("torch.libs") in Path(file).parents]

@@ -1,5 +1,6 @@
 """Kernels for CPUs are compiled by the compiler at hand, or torch's forms run."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,31 @@ def test_the_environments_compiler(given: str, command: list[str], monkeypatch: 
 def test_a_compiler_with_arguments_compiles() -> None:
     said = in_a_new_process(STEP, CC=f"env LANG=C '{shutil.which('cc')}' -pipe")
     assert "sum 128.0 True" in said and "training is slower" not in said
+
+
+def test_a_compilers_arguments_change_neither_results_nor_the_process() -> None:
+    smallest = "print('smallest', (torch.tensor([1e-40]) * 1).item() > 0)"
+    for argument in ("-ffast-math", "-Ofast", "-fsanitize=address,undefined", "-fvisibility=hidden"):
+        said = in_a_new_process(f"{STEP}\n{smallest}", CC=f"{shutil.which('cc')} {argument}")
+        assert "sum 128.0 True" in said and "smallest True" in said, argument
+
+
+def test_a_compiler_that_leaves_the_kernels_out(tmp_path: Path) -> None:
+    (tmp_path / "empty.c").write_text("")
+    (tmp_path / "empty").write_text(
+        f"#!/bin/sh\nfor last; do :; done\n{shutil.which('cc')} -shared -x c {tmp_path / 'empty.c'} -o $last\n"
+    )
+    (tmp_path / "empty").chmod(0o755)
+    said = in_a_new_process(STEP, CC=str(tmp_path / "empty"))
+    assert "sum 128.0 False" in said and said.count("training is slower") == 1 and "left the kernels out" in said
+
+
+def test_files_in_memory_may_have_names_in_any_encoding(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/images \xe9\x85.bin"
+    with open(name, "wb") as file:
+        file.write(b"numbers")
+    code = f"import mmap, os; m = mmap.mmap(os.open({name!r}, os.O_RDONLY), 0, prot=mmap.PROT_READ)\n{STEP}"
+    assert "sum 128.0 True" in in_a_new_process(code)
 
 
 def test_torch_behind_a_link_has_kernels_too(tmp_path: Path) -> None:
