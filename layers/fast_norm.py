@@ -82,8 +82,14 @@ def is_trained_on_cpu(x: Tensor, shape: list[int], weight: Tensor | None, bias: 
         and all(tuple(of) == x.shape[-1:] for of in (shape, *(t.shape for t in (weight, bias) if t is not None)))
         and (x.requires_grad or _is_trained(weight, bias))
         and (fast_cpu.has_kernels(x) or (x.dtype == torch.bfloat16 and _is_trained(weight, bias)))
-        and (x.dtype == torch.bfloat16 or all(t is None or t.dtype == x.dtype for t in (weight, bias)))
+        and _has_dtypes(x, weight, bias)
     )
+
+
+def _has_dtypes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch computes a norm with these dtypes: weights in x's own, or all in float32."""
+    dtypes = {t.dtype for t in (weight, bias) if t is not None}
+    return dtypes <= {x.dtype} or (x.dtype == torch.bfloat16 and dtypes == {torch.float32})
 
 
 def _is_trained(*weights: Tensor | None) -> bool:

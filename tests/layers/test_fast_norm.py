@@ -123,6 +123,21 @@ def test_who_gets_torchs_own() -> None:
     assert torch.equal(compiled(x, weight, bias, 1e-6), plain(x, weight, bias, 1e-6))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float16, torch.float16),
+                                    (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])  # fmt: skip
+def test_weights_of_other_dtypes_are_refused_as_torch_does(
+    dtypes: tuple[torch.dtype, torch.dtype], cpu_kernels: bool
+) -> None:
+    x, *weights = tensors((64, 16), True)
+    weight, bias = (each.detach().to(dtype).requires_grad_() for each, dtype in zip(weights, dtypes, strict=True))  # type: ignore[union-attr]
+    told = []
+    for form in (exact, plain):
+        with pytest.raises(RuntimeError) as caught:
+            form(x, weight, bias, 1e-6)  # type: ignore[arg-type]
+        told.append(str(caught.value))
+    assert told[0] == told[1] and "scalar type" in told[0]
+
+
 def test_under_autocast_and_scripted() -> None:
     norm, x = LayerNorm(8), torch.randn(4, 8)
     with torch.autocast("cpu", torch.bfloat16):
