@@ -214,7 +214,7 @@ def _gradients_as_given(grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of the products of two contiguous tensors."""
+    """Sum of the products of two tensors, the first contiguous."""
     if a.dtype != torch.float32:
         return (a * b).sum()
-    return torch.dot(a.view(-1), b.view(-1))
+    return torch.dot(a.view(-1), b.reshape(-1))

@@ -13,7 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from layers import fast_conv
 from layers.fast import plain_paths, takes
-from layers.fast_conv import FastDepthwiseConv2d, depthwise_weight_gradient, has_fast_gradient, is_depthwise
+from layers.fast_conv import (
+    FastDepthwiseConv2d,
+    depthwise_weight_gradient,
+    has_fast_gradient,
+    is_depthwise,
+    star_relu_conv,
+)
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 needs_bfloat16 = pytest.mark.skipif(
@@ -186,6 +192,23 @@ def test_backward_under_autocast_stays_in_float32() -> None:
         found = torch.autograd.grad(y, [x, *module.parameters()], upstream)
     for a, b in zip(found, expected[1:], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_star_relu_of_images_that_lie_in_any_order() -> None:
+    x, weight = torch.randn(2, 6, 9, 9).permute(0, 2, 3, 1), torch.randn(6, 1, 7, 7)
+    assert not x.is_contiguous()
+    for images in (x, x.contiguous()[:, ::2], x[:, :1].expand(2, 9, 9, 6)):
+        numbers = (images, torch.tensor([1.5]), torch.tensor([-0.5]), weight)
+        given = [each.detach().requires_grad_() for each in numbers]
+        plain = [each.detach().double().requires_grad_() for each in given]
+        y = star_relu_conv(*given)
+        stars = plain[1] * F.relu(plain[0]).square() + plain[2]
+        exact = F.conv2d(stars.permute(0, 3, 1, 2), plain[3], padding=3, groups=6).permute(0, 2, 3, 1)
+        upstream = torch.randn(y.shape)
+        expected = torch.autograd.grad(exact, plain, upstream.double())
+        for found, reference in zip(torch.autograd.grad(y, given, upstream), expected, strict=True):
+            torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-3)
 
 
 def test_torch_fx_sees_a_convolution() -> None:
