@@ -235,7 +235,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias by oneDNN, or the plain way where there is little of it."""
     if not is_large(x, weight):
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return onednn_product(x, weight, bias)
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "none") -> Tensor:
+    """act(x @ weight.T + bias) by oneDNN; act: none, relu or gelu."""
+    # a bias is read as if its numbers lay one behind another
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], "none" if act == "gelu" else "")
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:

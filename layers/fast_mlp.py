@@ -17,6 +17,7 @@ from layers.fast import (
     is_large,
     linear,
     no_view,
+    onednn_product,
     plain_gradients,
     product,
     wants_plain_gradients,
@@ -56,7 +57,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
     fused = {"squared_relu": "relu"}.get(act, act)
     if fused not in ("gelu", "relu") or not is_large(x, weight):
         return ACTS[act](F.linear(x, weight, bias))
-    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, fused, [], "none")
+    y = onednn_product(x, weight, bias, fused)
     return y.square_() if act == "squared_relu" else y
 
 

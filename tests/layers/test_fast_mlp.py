@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers.fast import plain_paths, takes
+from layers import fast
+from layers.fast import linear, plain_paths, takes
 from layers.fast_mlp import ACTS, linear_act, mlp
 from tests.layers.test_fast import error, nodes
 
@@ -63,3 +64,19 @@ def test_without_gradients(act: str) -> None:
         found = called(inputs(), act)
     with plain_paths():
         assert error(found, F.linear(ACTS[act](F.linear(x, weight, bias)), *inputs()[3:]).double()) < 1e-6
+
+
+def test_a_bias_whose_numbers_do_not_lie_one_behind_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "_HAS_FAST_MKL", False)
+    monkeypatch.setattr(fast, "FEWEST_PRODUCTS", 1)
+    x, weight1, bias1, weight2, bias2 = inputs()
+    for lying in (lambda b: torch.stack((b, b + 9), 1)[:, 0], lambda b: b[7].expand(b.shape)):
+        one, two = lying(bias1), lying(bias2)
+        assert not one.is_contiguous() and not two.is_contiguous()
+        hidden = F.linear(x.double(), weight1.double(), one.double())
+        for act in ("gelu", "relu"):
+            exact = F.linear(ACTS[act](hidden), weight2.double(), two.double())
+            for mode in (torch.enable_grad, torch.no_grad):
+                with mode():
+                    assert error(mlp(x, weight1, one, weight2, two, act), exact) < 1e-6
+        assert error(linear(x, weight1, one), hidden) < 1e-6
