@@ -28,8 +28,9 @@ them after `models.fast_layers.use_fast_layers`.
 """
 
 import contextlib
+import functools
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -185,6 +186,23 @@ def run(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(_NoGradients(), *inputs)
 
 
+def in_own_dtype(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of autograd's backward pass without autocast, which it may be called under.
+
+    Products of float32 would be in another dtype then, which kernels beside them do not expect.
+    """
+
+    @functools.wraps(backward)
+    def without_autocast(ctx: Any, *grads: Tensor) -> Any:
+        device = grads[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
+
+    return without_autocast
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -195,6 +213,7 @@ class _Linear(torch.autograd.Function):
         return no_view(product(x, weight.to(x.dtype), bias))
 
     @staticmethod
+    @in_own_dtype
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):

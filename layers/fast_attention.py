@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers import fast_cpu
-from layers.fast import plain_gradients, run, wants_plain_gradients
+from layers.fast import in_own_dtype, plain_gradients, run, wants_plain_gradients
 
 MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 256}
 """Tokens of attention up to which its products are faster apart, in training, and its weights few enough to keep."""
@@ -101,6 +101,7 @@ class _KernelAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @in_own_dtype
     def backward(ctx: Any, *grads: Tensor) -> Any:
         qkv, bias, out, logs = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
@@ -130,6 +131,7 @@ class _KernelAttentionOf(torch.autograd.Function):
         return out
 
     @staticmethod
+    @in_own_dtype
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, out, logs = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
@@ -153,21 +155,21 @@ class _Attention(torch.autograd.Function):
             return torch.bmm(weights, v)
 
     @staticmethod
+    @in_own_dtype
     def backward(ctx: Any, *grads: Tensor) -> Any:
         parts, weights, bias = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
             return plain_gradients(_plain_attention_of, ctx, (parts, bias), grads[0])
-        with torch.autocast("cpu", enabled=False):
-            q, k, v = parts.unbind(0)
-            grad, found = grads[0].contiguous(), torch.empty_like(parts)
-            torch.bmm(weights.mT, grad, out=found[2])
-            of_weights = torch.bmm(grad, v.mT)
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_bias = None if bias is None else of_scores.unflatten(0, (-1, len(bias))).sum(0).to(bias.dtype)
-            scale = q.shape[-1] ** -0.5
-            _scaled_product(of_scores, k, scale, out=found[0])
-            _scaled_product(of_scores.mT, q, scale, out=found[1])
-            return found, of_bias
+        q, k, v = parts.unbind(0)
+        grad, found = grads[0].contiguous(), torch.empty_like(parts)
+        torch.bmm(weights.mT, grad, out=found[2])
+        of_weights = torch.bmm(grad, v.mT)
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_bias = None if bias is None else of_scores.unflatten(0, (-1, len(bias))).sum(0).to(bias.dtype)
+        scale = q.shape[-1] ** -0.5
+        _scaled_product(of_scores, k, scale, out=found[0])
+        _scaled_product(of_scores.mT, q, scale, out=found[1])
+        return found, of_bias
 
 
 def _softmax(products: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:

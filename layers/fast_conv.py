@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers import fast_cpu, fast_cuda
-from layers.fast import are_plain, dtype_of, fit, no_view, plain_gradients, run, takes, wants_plain_gradients
+from layers.fast import (
+    are_plain,
+    dtype_of,
+    fit,
+    in_own_dtype,
+    no_view,
+    plain_gradients,
+    run,
+    takes,
+    wants_plain_gradients,
+)
 
 LARGE_KERNELS = range(5, 8)
 """Sides of depthwise kernels whose gradient is taken as a convolution: oneDNN's own is good at smaller ones, and rows of
@@ -139,6 +149,7 @@ class _DepthwiseConv(torch.autograd.Function):
         return _conv(x, weight, bias)
 
     @staticmethod
+    @in_own_dtype
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
@@ -156,6 +167,7 @@ class _StarReluConv(torch.autograd.Function):
         return no_view(_depthwise(_star_relu(x, scale, shift), weight))
 
     @staticmethod
+    @in_own_dtype
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, scale, shift, weight = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
@@ -196,11 +208,6 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of a depthwise convolution's input x, (B, H, W, C), and of its weight, if wanted, in their own dtype."""
-    with torch.autocast(x.device.type, enabled=False):  # backward may be called under it
-        return _gradients_as_given(grad, x, weight, of_weight)
-
-
-def _gradients_as_given(grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool) -> tuple[Tensor, Tensor | None]:
     if of_weight and has_fast_gradient(x, weight.shape[2:]):
         return _depthwise(grad, weight.flip(2, 3)), depthwise_weight_gradient(grad, x, weight)
     turned = x.device.type != "cpu"

@@ -14,6 +14,7 @@ from layers import fast_cpu
 from layers.fast import (
     bias_gradient,
     cast,
+    in_own_dtype,
     is_large,
     linear,
     no_view,
@@ -72,6 +73,7 @@ class _Mlp(torch.autograd.Function):
         return no_view(product(_act(hidden, act), weight2.to(x.dtype), bias2))
 
     @staticmethod
+    @in_own_dtype
     def backward(ctx: Any, *grads: Tensor) -> Any:
         *inputs, hidden = ctx.saved_tensors
         x, weight1, _, weight2, _ = inputs
@@ -110,7 +112,7 @@ def _act(x: Tensor, act: str) -> Tensor:
 
 def _act_gradient(x: Tensor, grad: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """act(x), the gradient of x in the place of that of act(x), and, where it comes at no cost, its sum over rows."""
-    if fast_cpu.has_kernels(x, grad):
+    if x.dtype == grad.dtype and fast_cpu.has_kernels(x, grad):
         y, sums = fast_cpu.activation_backward_(x, grad, act)
         return y, grad, sums
     if act == "squared_relu":

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from layers import fast
 from layers.fast import linear, plain_paths, takes
-from layers.fast_mlp import ACTS, linear_act, mlp
+from layers.fast_mlp import ACTS, _act_gradient, linear_act, mlp
 from tests.layers.test_fast import error, nodes
 
 pytestmark = pytest.mark.skipif(not takes(torch.empty(1)), reason="torch without oneDNN has no fast paths")
@@ -80,3 +80,29 @@ def test_a_bias_whose_numbers_do_not_lie_one_behind_another(monkeypatch: pytest.
                 with mode():
                     assert error(mlp(x, weight1, one, weight2, two, act), exact) < 1e-6
         assert error(linear(x, weight1, one), hidden) < 1e-6
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("act", ACTS)
+def test_a_backward_pass_under_autocast_computes_in_float32(act: str) -> None:
+    # so few channels that torch's products are taken, which autocast gives another dtype than the hidden tensor's
+    given = [torch.randn(s).requires_grad_() for s in ((512, 8), (48, 8), (48,), (8, 48), (8,))]
+    plain = [x.detach().double().requires_grad_() for x in given]
+    exact = F.linear(ACTS[act](F.linear(*plain[:3])), *plain[3:])
+    upstream = torch.randn(exact.shape)
+    y = called(given, act)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, given, upstream, retain_graph=True)
+        again = torch.autograd.grad(y, given, upstream, create_graph=True)
+    expected = torch.autograd.grad(exact, plain, upstream.double())
+    for a, b, reference in zip(found, again, expected, strict=True):
+        assert error(a, reference) < 2e-6 and error(b.detach(), reference) < 2e-6
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_a_hidden_tensor_and_a_gradient_of_different_dtypes() -> None:
+    # as hooks on saved tensors can make them; the kernel would read and write behind the end of the smaller one
+    x, grad = torch.randn(64, 48), torch.randn(64, 48).bfloat16()
+    exact = torch.ops.aten.gelu_backward(grad.double(), x.double())
+    y, found, sums = _act_gradient(x, grad, "gelu")
+    assert sums is None and error(found, exact) < 3e-3 and error(y, F.gelu(x.double())) < 1e-6
