@@ -209,7 +209,7 @@ class _Linear(torch.autograd.Function):
         of_x, of_weight, *_ = getattr(ctx, "needs_input_grad", (False, False))
         # as torch does, only what a gradient is computed of
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
-        ctx.shapes = x.shape, weight.shape, None if bias is None else bias.shape
+        ctx.shapes = shapes_of(x, weight, bias)
         return no_view(product(x, weight.to(x.dtype), bias))
 
     @staticmethod
@@ -218,13 +218,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
             plain = lambda x, weight, bias: F.linear(x, weight.to(x.dtype), bias)  # noqa: E731
-            # the gradients do not depend on the numbers of what was not kept
-            zero = torch.zeros((), dtype=grads[0].dtype, device=grads[0].device)
-            inputs = tuple(
-                zero.expand(shape).requires_grad_() if kept is None and shape is not None else kept
-                for kept, shape in zip((x, weight, None), ctx.shapes, strict=True)
-            )
-            return plain_gradients(plain, ctx, inputs, grads[0])
+            return plain_gradients(plain, ctx, stand_ins((x, weight, None), ctx.shapes, grads[0]), grads[0])
         grad = grads[0].contiguous()
         return (
             product(grad, weight.to(grad.dtype).t(), None) if ctx.needs_input_grad[0] else None,
@@ -310,6 +304,22 @@ def is_batched(x: Tensor) -> bool:
     """Whether x stands for many tensors at once, of `is_grads_batched` or torch.func."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]
     return functorch.is_legacy_batchedtensor(x) or functorch.maybe_current_level() is not None
+
+
+def shapes_of(*tensors: Tensor | None) -> list[torch.Size | None]:
+    """Of what is perhaps not kept, for `stand_ins`."""
+    return [None if tensor is None else tensor.shape for tensor in tensors]
+
+
+def stand_ins(
+    kept: tuple[Tensor | None, ...], shapes: list[torch.Size | None], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Inputs for `plain_gradients`: for what was not kept, since no gradient depends on its numbers, zeros."""
+    zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
+    return tuple(
+        zero.expand(shape).requires_grad_() if tensor is None and shape is not None else tensor
+        for tensor, shape in zip(kept, shapes, strict=True)
+    )
 
 
 def plain_gradients(plain: Any, ctx: Any, inputs: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,6 +20,8 @@ from layers.fast import (
     no_view,
     plain_gradients,
     run,
+    shapes_of,
+    stand_ins,
     takes,
     wants_plain_gradients,
 )
@@ -145,15 +147,16 @@ def depthwise_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor
 class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight)  # as torch does, not the bias, which may be changed in place
+        ctx.shapes = shapes_of(x, weight, bias)
         return _conv(x, weight, bias)
 
     @staticmethod
     @in_own_dtype
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
-            return plain_gradients(_conv, ctx, (x, weight, bias), grads[0])
+            return plain_gradients(_conv, ctx, stand_ins((x, weight, None), ctx.shapes, grads[0]), grads[0])
         grad, image = (each.permute(0, 2, 3, 1) for each in (grads[0], x))
         of_x, of_weight = _depthwise_gradients(grad, image, weight.to(x.dtype), ctx.needs_input_grad[1])
         of_bias = grads[0].sum((0, 2, 3)) if ctx.needs_input_grad[2] else None

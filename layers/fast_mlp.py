@@ -21,6 +21,8 @@ from layers.fast import (
     onednn_product,
     plain_gradients,
     product,
+    shapes_of,
+    stand_ins,
     wants_plain_gradients,
     weight_gradient,
 )
@@ -68,38 +70,50 @@ class _Mlp(torch.autograd.Function):
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, act: str
     ) -> Tensor:
         hidden = product(x, weight1.to(x.dtype), bias1)
-        ctx.save_for_backward(x, weight1, bias1, weight2, bias2, hidden)
-        ctx.act = act
+        of_x, of_weight1, of_bias1, of_weight2, *_ = ctx.needs_input_grad
+        behind = of_x or of_weight1 or of_bias1
+        # only what a gradient is computed of, or a second one taken for: the rest may be changed in place, as of torch
+        ctx.save_for_backward(
+            x if of_x or of_weight1 else None,
+            weight1 if of_x or of_weight1 else None,
+            bias1 if of_bias1 else None,
+            weight2 if behind else None,
+            hidden if behind or of_weight2 else None,
+        )
+        ctx.shapes, ctx.act = shapes_of(x, weight1, bias1, weight2, bias2), act
         return no_view(product(_act(hidden, act), weight2.to(x.dtype), bias2))
 
     @staticmethod
     @in_own_dtype
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        *inputs, hidden = ctx.saved_tensors
-        x, weight1, _, weight2, _ = inputs
+        x, weight1, bias1, weight2, hidden = ctx.saved_tensors
         act, wanted = ctx.act, ctx.needs_input_grad
         if wants_plain_gradients(grads[0]):
-            return *plain_gradients(_plain_mlp(act), ctx, tuple(inputs), grads[0]), None
+            inputs = stand_ins((x, weight1, bias1, weight2, None), ctx.shapes, grads[0])
+            return *plain_gradients(_plain_mlp(act, hidden), ctx, inputs, grads[0]), None
         grad = grads[0].contiguous()
         of_bias2 = bias_gradient(grad) if wanted[4] else None
         if not any(wanted[:3]):
             return None, None, None, weight_gradient(grad, _act(hidden, act)) if wanted[3] else None, of_bias2, None
-        y, of_hidden, of_bias1 = _act_gradient(hidden, product(grad, weight2.to(x.dtype).t(), None), act)
+        y, of_hidden, of_bias1 = _act_gradient(hidden, product(grad, weight2.to(grad.dtype).t(), None), act)
         return (
-            product(of_hidden, weight1.to(x.dtype).t(), None) if wanted[0] else None,
+            product(of_hidden, weight1.to(grad.dtype).t(), None) if wanted[0] else None,
             weight_gradient(of_hidden, x) if wanted[1] else None,
-            (bias_gradient(of_hidden) if of_bias1 is None else of_bias1.to(x.dtype)) if wanted[2] else None,
+            (bias_gradient(of_hidden) if of_bias1 is None else of_bias1.to(grad.dtype)) if wanted[2] else None,
             weight_gradient(grad, y) if wanted[3] else None,
             of_bias2,
             None,
         )
 
 
-def _plain_mlp(act: str) -> Any:
-    """torch's form of `mlp`."""
+def _plain_mlp(act: str, hidden: Tensor | None) -> Any:
+    """torch's form of `mlp`, around the hidden tensor, where it was kept: not all that it was computed from is."""
 
     def plain(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
-        return F.linear(ACTS[act](F.linear(x, weight1.to(x.dtype), bias1)), weight2.to(x.dtype), bias2)
+        found = F.linear(x, weight1.to(x.dtype), bias1)
+        # with found's gradients, and the numbers of hidden
+        inner = found if hidden is None else found + (hidden - found).detach()
+        return F.linear(ACTS[act](inner), weight2.to(x.dtype), bias2)
 
     return plain
 

@@ -194,6 +194,20 @@ def test_backward_under_autocast_stays_in_float32() -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
 
 
+def test_a_bias_may_be_changed_in_place_as_of_torch() -> None:
+    module, x = conv(), torch.randn(2, 6, 9, 9, requires_grad=True)
+    y = module(x)
+    assert is_fast(y) and module.bias is not None
+    with torch.no_grad():
+        module.bias.add_(1)
+    y.sum().backward()
+    y = module(x)
+    with torch.no_grad():
+        module.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.usefixtures("cpu_kernels")
 def test_star_relu_of_images_that_lie_in_any_order() -> None:
     x, weight = torch.randn(2, 6, 9, 9).permute(0, 2, 3, 1), torch.randn(6, 1, 7, 7)

@@ -1,6 +1,8 @@
 """Two linear layers with an activation between them: any part of the gradients, and what they leave as it was."""
 
 import itertools
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +108,55 @@ def test_a_hidden_tensor_and_a_gradient_of_different_dtypes() -> None:
     exact = torch.ops.aten.gelu_backward(grad.double(), x.double())
     y, found, sums = _act_gradient(x, grad, "gelu")
     assert sums is None and error(found, exact) < 3e-3 and error(y, F.gelu(x.double())) < 1e-6
+
+
+def plainly(given: list[torch.Tensor], act: str) -> torch.Tensor:
+    return F.linear(ACTS[act](F.linear(*given[:3])), *given[3:])  # type: ignore[arg-type]
+
+
+def outcome(form: Any, wanted: tuple[bool, ...], changed: int | None, unkept: Any) -> bool:
+    """Whether a backward pass succeeds; an input was changed in place before, those without gradients came of a mode."""
+    with unkept():
+        frozen = [x.clone() for x in inputs()]
+    given = [x.requires_grad_() if want else y for x, y, want in zip(inputs(), frozen, wanted, strict=True)]
+    try:
+        y = form(given, "gelu")
+        with torch.no_grad():
+            if changed is not None:
+                given[changed].add_(1)
+        y.sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def test_what_is_not_trained_may_be_changed_in_place_or_come_of_inference_mode_as_of_torch() -> None:
+    found = set()
+    for wanted in itertools.product([True, False], repeat=5):
+        if not any(wanted):
+            continue
+        for changed in (i for i in range(5) if not wanted[i] or i == 4):
+            may = outcome(plainly, wanted, changed, nullcontext)
+            assert outcome(called, wanted, changed, nullcontext) == may, (wanted, changed)
+            found.add(may)
+        may = outcome(plainly, wanted, None, torch.inference_mode)
+        assert outcome(called, wanted, None, torch.inference_mode) == may, wanted
+        found.add(may)
+    assert found == {True, False}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_second_derivatives_of_each_part_alone(act: str) -> None:
+    for wanted in itertools.product([True, False], repeat=5):
+        if not any(wanted[:4]):
+            continue
+        seconds = []
+        for form, dtype in ((called, torch.float32), (plainly, torch.float64)):
+            given = [x.to(dtype).requires_grad_(want) for x, want in zip(inputs(), wanted, strict=True)]
+            upstream = torch.linspace(-1, 1, 48, dtype=dtype).expand(6, 100, 48).clone().requires_grad_()
+            parts = [x for x in given if x.requires_grad]
+            first = torch.autograd.grad(form(given, act), parts, upstream, create_graph=True)
+            whole = sum(g.square().sum() for g in first)
+            seconds.append(torch.autograd.grad(whole, [upstream, *parts], materialize_grads=True))  # type: ignore[arg-type]
+        for found, exact in zip(*seconds, strict=True):
+            assert error(found, exact) < 1e-5 or found.norm() == exact.norm() == 0, wanted
