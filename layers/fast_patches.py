@@ -17,8 +17,11 @@ from layers.fast import (
     bias_gradient,
     dtype_of,
     fit,
+    in_own_dtype,
     plain_gradients,
     run,
+    shapes_of,
+    stand_ins,
     takes,
     wants_plain_gradients,
     weight_gradient,
@@ -148,27 +151,25 @@ def _has_runs(x: Tensor, kernel: Sequence[int]) -> bool:
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.shape = stride, padding
+        ctx.save_for_backward(x, weight)  # as torch does, not the bias, which may be changed in place
+        ctx.shapes, ctx.window = shapes_of(x, weight, bias), (stride, padding)
         return F.conv2d(x, weight.to(x.dtype), bias, stride, padding)
 
     @staticmethod
+    @in_own_dtype
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, bias = ctx.saved_tensors
-        stride, padding = ctx.shape
+        (x, weight), (stride, padding) = ctx.saved_tensors, ctx.window
         grad, wanted = grads[0], ctx.needs_input_grad
         if wants_plain_gradients(grad):
             plain = lambda x, weight, bias: F.conv2d(x, weight.to(x.dtype), bias, stride, padding)  # noqa: E731
-            return *plain_gradients(plain, ctx, (x, weight, bias), grad), None, None
-        with torch.autocast("cpu", enabled=False):  # backward may be called under it
-            of_x = None
-            if wanted[0]:
-                only_x = (True, False, False)
-                of_x = torch.ops.aten.convolution_backward(
-                    grad, x, weight.to(x.dtype), None, stride, padding, (1, 1), False, (0, 0), 1, only_x
-                )[0]
-            of_weight = None
-            if wanted[1]:
-                of_weight = patch_weight_gradient(grad, x, weight.shape[2:], stride, padding).to(weight.dtype)
-            of_bias = bias_gradient(grad.permute(0, 2, 3, 1).contiguous()) if wanted[2] else None
+            return *plain_gradients(plain, ctx, stand_ins((x, weight, None), ctx.shapes, grad), grad), None, None
+        of_x = of_weight = None
+        if wanted[0]:
+            only_x = (True, False, False)
+            of_x = torch.ops.aten.convolution_backward(
+                grad, x, weight.to(x.dtype), None, stride, padding, (1, 1), False, (0, 0), 1, only_x
+            )[0]
+        if wanted[1]:
+            of_weight = patch_weight_gradient(grad, x, weight.shape[2:], stride, padding).to(weight.dtype)
+        of_bias = bias_gradient(grad.permute(0, 2, 3, 1).contiguous()) if wanted[2] else None
         return of_x, of_weight, of_bias, None, None

@@ -166,6 +166,19 @@ def test_second_derivatives_and_activations_computed_again() -> None:
 
 
 @needs_bfloat16
+def test_a_bias_may_be_changed_before_backward_and_images_may_be_frozen() -> None:
+    module, x = conv().bfloat16(), torch.randn(2, 32, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)
+    bias: Any = module.bias
+    expected = torch.autograd.grad(module(x).sum(), list(module.parameters()))
+    y = module(x)
+    with torch.no_grad():
+        bias.add_(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), list(module.parameters()))
+    assert all(map(torch.equal, found, expected))
+
+
+@needs_bfloat16
 def test_in_a_model() -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3, stride=2), nn.Conv2d(64, 64, 3, groups=64))
     assert use_fast_layers(model) == 1 and type(model[1]) is FastConv2d and use_fast_layers(model) == 0
