@@ -38,7 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done or saved, 1 failed while running, 2 a mistake in what was given."""
     args = parse_args(argv)
-    return run_command(lambda: train(args))
+    # of a run the folder holds what came of it: a log that cannot be written does not make it fail
+    return run_command(lambda: train(args), printed=args.print_config or args.json_schema or args.dry_run)
 
 
 def train(args: argparse.Namespace) -> int:

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["advise"]:
         return advice_command.main(argv[1:])
     args = parse_args(argv)
-    return run_command(lambda: tune(args))
+    # of a study the folder holds what came of it: a log that cannot be written does not make it fail
+    return run_command(lambda: tune(args), printed=args.print_config or args.json_schema or args.dry_run)
 
 
 def tune(args: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ a stage are alike. Frozen parameters stand apart, behind a +. Published figures 
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -128,12 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n\n".join(map(stage_table, configs)) if args.stages else zoo_table(configs), flush=True)
         return 0
 
-    try:
-        return run_command(show)
-    except BrokenPipeError:
-        # the reader, such as head, has seen enough; what is still to be flushed at exit goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return run_command(show)
 
 
 if __name__ == "__main__":

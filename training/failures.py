@@ -1,19 +1,15 @@
 """What an error in mid-run means to the person who runs it: one to three lines that name it and what to do."""
 
-import errno
 import os
 from pathlib import Path
 
 from files.durable import CheckpointError
-from files.errors import ConfigError, Failure, is_out_of_memory, wanted_memory
+from files.errors import ConfigError, Failure, is_of_machine, is_out_of_memory, wanted_memory
 from training.data.dataset import ReadError
 from training.data.skipping import lost_worker
 from training.distributed import World
 from training.lost_rank import describe_lost, is_lost, report
 
-# What a machine runs out of, or a disk that fails: never a mistake of the code.
-_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE,
-            errno.ENOMEM}  # fmt: skip
 _ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's words
 GO_ON = "go on from the last checkpoint with --resume"
 
@@ -50,7 +46,7 @@ def explain(error: Exception, world: World, folder: Path | None) -> Failure | Co
             "data.batch_size: too small for this model and image size: a batch norm has one value per channel, "
             "which has no variance; give a larger one, or larger images"
         )
-    if isinstance(error, OSError) and (error.errno in _MACHINE or _is_below(error.filename, folder)):
+    if isinstance(error, OSError) and (is_of_machine(error) or _is_below(error.filename, folder)):
         where = f": {error.filename}" if error.filename else ""
         return Failure(f"{error.strerror or error}{where}\n{GO_ON}")
     return None

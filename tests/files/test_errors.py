@@ -1,5 +1,6 @@
 """What a script makes of an error: lines a person can act on, and an exit code."""
 
+import errno
 import io
 import os
 import sys
@@ -75,6 +76,53 @@ def test_a_machine_without_memory_costs_two_lines(
     said = capsys.readouterr().err.splitlines()
     assert said[0] == f"error: out of memory: {told}" and said[1].startswith("use a smaller model") and len(said) == 2
     assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("memory")) and wanted_memory(error) == told
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EAGAIN, errno.ENOSPC])
+def test_what_a_machine_runs_out_of_costs_a_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> int:
+        raise OSError(number, os.strerror(number), "a\nb")
+
+    assert run_command(fails) == 1
+    assert capsys.readouterr().err == f"error: {os.strerror(number)}: a\\nb\n"
+
+
+def test_other_errors_of_the_system_are_mistakes_of_ours() -> None:
+    with pytest.raises(FileNotFoundError):
+        run_command(lambda: len(os.listdir("/nowhere/at/all")))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("printed", "given", "code", "kind"),
+    [(True, 0, 1, "error"), (True, 2, 2, "error"), (False, 0, 0, "warning")],
+)
+def test_a_disk_that_is_too_full_for_what_is_printed(
+    printed: bool, given: int, code: int, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half a table on a full disk must not look like a whole one."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run_command(lambda: print("a row") or given, printed=printed) == code
+        print("dropped")  # the null device is in its place, so that closing it does not fail either
+    said = f"{kind}: standard output cannot be written: {os.strerror(errno.ENOSPC)}; what stands there is not all\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_reader_that_leaves_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+
+        def tell() -> int:
+            print("a row", flush=True)
+            return 0 if sys.stdout.deserted else 9  # type: ignore[attr-defined]
+
+        assert run_command(tell) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_ctrl_c_costs_a_line(capsys: pytest.CaptureFixture[str]) -> None:

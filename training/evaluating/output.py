@@ -81,24 +81,21 @@ def predict(request: PredictRequest, wanted: Wanted) -> int:
     kept += files_of(request.model, request.choice)
     _refuse_to_overwrite(wanted.output, [] if sheet is None else sheet.planned, kept)
     unread = 0
-    try:
-        with _opened(wanted.output) as file:
-            writer = open_writer(wanted.chosen, file, plan)
-            try:
-                for row in predictor.predictions():
-                    if isinstance(row, NoPrediction):
-                        unread += 1
-                        tqdm.write(f"skipped: {row.path!r}: {row.reason}", file=sys.stderr)
-                        continue
-                    writer.row(row)
-                    if sheet is not None:
-                        sheet.add(row)
-            finally:
-                writer.end()
-    except BrokenPipeError:  # who reads it, as `head` does, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
-    except OSError as error:
-        raise Failure(f"--output {wanted.output}: cannot be written: {error.strerror}") from None
+    with _opened(wanted.output) as file:
+        writer = open_writer(wanted.chosen, file, plan)
+        try:
+            for row in predictor.predictions():
+                if wanted.output is None and sheet is None and getattr(sys.stdout, "deserted", False):
+                    break  # who reads it, as `head` does, has enough
+                if isinstance(row, NoPrediction):
+                    unread += 1
+                    tqdm.write(f"skipped: {row.path!r}: {row.reason}", file=sys.stderr)
+                    continue
+                writer.row(row)
+                if sheet is not None:
+                    sheet.add(row)
+        finally:
+            writer.end()
     if predictor.turns is not None:
         predictor.turns.warn()
     if sheet is not None:
@@ -152,17 +149,42 @@ def _opened(path: Path | None) -> Iterator[IO[str]]:
             temp.touch()
         except OSError:  # the file may be written, its folder may not
             temp = None
+    with _naming(path):
+        file = (temp or path).open("w", newline="", encoding="utf-8", errors="surrogateescape")
     try:
-        with (temp or path).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            yield file
+        yield _Named(file, path)  # type: ignore[misc]
+        with _naming(path):
+            file.flush()
             if temp is not None:
-                file.flush()
                 os.fsync(file.fileno())
-        if temp is not None:
-            shutil.copymode(path, temp)
-            os.replace(temp, path)
-            sync_folder(path.parent)
+            file.close()
+            if temp is not None:
+                shutil.copymode(path, temp)
+                os.replace(temp, path)
+                sync_folder(path.parent)
     except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
         if temp is not None:
             temp.unlink(missing_ok=True)
         raise
+
+
+class _Named:
+    """A file whose failures name it; those of whoever reads images meanwhile pass."""
+
+    def __init__(self, file: IO[str], path: Path) -> None:
+        self.file = file
+        self.path = path
+
+    def write(self, text: str) -> int:
+        with _naming(self.path):
+            return self.file.write(text)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"--output {path}: cannot be written: {error.strerror}") from None
