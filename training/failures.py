@@ -5,6 +5,7 @@ from pathlib import Path
 
 from files.durable import CheckpointError
 from files.errors import ConfigError, Failure, is_of_machine, is_out_of_memory, wanted_memory
+from training.checkpoint import has_checkpoints
 from training.data.dataset import ReadError
 from training.data.skipping import lost_worker
 from training.distributed import World
@@ -12,6 +13,13 @@ from training.lost_rank import describe_lost, is_lost, report
 
 _ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's words
 GO_ON = "go on from the last checkpoint with --resume"
+
+
+def way_on(world: World, folder: Path | None) -> str:
+    """`GO_ON`, or nothing where there is no checkpoint yet, as of a dry run. Other processes do not know the folder."""
+    if world.is_main and (folder is None or not has_checkpoints(folder / "checkpoints")):
+        return ""
+    return GO_ON
 
 
 def explain(error: Exception, world: World, folder: Path | None) -> Failure | ConfigError | None:
@@ -27,7 +35,7 @@ def explain(error: Exception, world: World, folder: Path | None) -> Failure | Co
         folder: That of the run; None where it is not made yet.
     """
     if is_lost(error) and world.size > 1:
-        return Failure(f"{describe_lost(world, error)}\n{GO_ON}")
+        return Failure(f"{describe_lost(world, error)}\n{way_on(world, folder)}".rstrip())
     report(world, error)
     if isinstance(error, (OSError, CheckpointError)) and folder is not None and not folder.exists():
         return Failure(f"the run folder {folder} is gone: deleted or moved while the run went on")
@@ -37,10 +45,8 @@ def explain(error: Exception, world: World, folder: Path | None) -> Failure | Co
     if lost is not None:
         return ReadError(lost)
     if is_out_of_memory(error):
-        return Failure(
-            f"out of memory on {world.device}: {wanted_memory(error)}\n"
-            f"lower data.batch_size (and raise optim.accumulate as much); {GO_ON}"
-        )
+        ways = ["lower data.batch_size (and raise optim.accumulate as much)", way_on(world, folder)]
+        return Failure(f"out of memory on {world.device}: {wanted_memory(error)}\n{'; '.join(filter(None, ways))}")
     if isinstance(error, ValueError) and str(error).startswith(_ONE_VALUE):
         return ConfigError(
             "data.batch_size: too small for this model and image size: a batch norm has one value per channel, "
@@ -48,7 +54,7 @@ def explain(error: Exception, world: World, folder: Path | None) -> Failure | Co
         )
     if isinstance(error, OSError) and (is_of_machine(error) or _is_below(error.filename, folder)):
         where = f": {error.filename}" if error.filename else ""
-        return Failure(f"{error.strerror or error}{where}\n{GO_ON}")
+        return Failure(f"{error.strerror or error}{where}\n{way_on(world, folder)}".rstrip())
     return None
 
 

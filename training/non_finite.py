@@ -17,10 +17,11 @@ from tqdm import tqdm
 from files.durable import save_text
 from files.errors import Failure
 from files.words import counted
+from training.checkpoint import has_checkpoints
 from training.distributed import World
 
 if TYPE_CHECKING:
-    from training.config import OptimSection
+    from training.config import OptimSection, TrainConfig
     from training.state import Progress
 
 COLUMNS = ("epoch", "step", "rank", "samples")
@@ -43,15 +44,17 @@ class NonFiniteSteps:
 
     Args:
         optim: The config's section.
+        ways: What may be changed so that it does not happen.
 
     Attributes:
         limit: Steps that may be left out; None: stop at the first.
         path: The list, of which each process writes its own rows; None: not written.
     """
 
-    def __init__(self, optim: OptimSection) -> None:
+    def __init__(self, optim: OptimSection, ways: Sequence[str] = ()) -> None:
         self.limit = optim.max_non_finite if optim.on_non_finite == "skip" else None
         self.path: Path | None = None
+        self.ways = ways
         self._buffers: list[Tensor] = []
 
     def keep(self, model: nn.Module) -> None:
@@ -69,14 +72,14 @@ class NonFiniteSteps:
         ranks = [rank for rank, fault in enumerate(faults) if fault == max(faults)]
         own = suspects(seen) if world.rank in ranks else []
         if self.limit is None:
-            raise _error(world, progress.step, ranks, own, "stopped before the optimizer step")
+            raise self._error(world, progress.step, ranks, own, "stopped before the optimizer step")
         if own:
             self._append(progress, world.rank, own)
         if progress.non_finite >= self.limit:
             were = "was" if progress.non_finite == 1 else "were"
             why = f"{counted(progress.non_finite, 'step')} {were} left out before it, "
             why += f"optim.max_non_finite is {self.limit}"
-            raise _error(world, progress.step, ranks, own, why)
+            raise self._error(world, progress.step, ranks, own, why)
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), self._buffers, strict=True):
                 buffer.copy_(before)
@@ -101,6 +104,16 @@ class NonFiniteSteps:
         kept = [row for row in rows if int(row[1]) < step]
         save_text(self.path, "".join(",".join(row) + "\n" for row in (COLUMNS, *kept)))
 
+    def _error(self, world: World, step: int, ranks: list[int], own: list[int], what: str) -> NonFiniteError:
+        """The error to raise on this rank; it names its own samples where it is at fault."""
+        shown = ", ".join(map(str, own[:16])) + (f" and {len(own) - 16} more" if len(own) > 16 else "")
+        where = f"\nrank {world.rank}: in training samples {shown}" if own else ""
+        saved = self.path is not None and has_checkpoints(self.path.parent / "checkpoints")
+        further = [" or ".join(self.ways), "the last checkpoint is good" if saved else ""]
+        advice = "; ".join(filter(None, further))
+        told = f"step {step}: loss or gradient is not finite on rank {', '.join(map(str, ranks))}; {what}{where}"
+        return NonFiniteError(f"{told}\n{advice}".rstrip())
+
     def _append(self, progress: Progress, rank: int, samples: list[int]) -> None:
         """Adds a row, on disk when this returns, by one write: several processes may do so at once."""
         if self.path is None:
@@ -120,11 +133,15 @@ def suspects(seen: Seen) -> list[int]:
     return found or [index for _, _, indices in seen for index in indices.tolist()]
 
 
-def _error(world: World, step: int, ranks: list[int], own: list[int], what: str) -> NonFiniteError:
-    """The error to raise on this rank; it names its own samples where it is at fault."""
-    shown = ", ".join(map(str, own[:16])) + (f" and {len(own) - 16} more" if len(own) > 16 else "")
-    where = f"\nrank {world.rank}: in training samples {shown}" if own else ""
-    return NonFiniteError(
-        f"step {step}: loss or gradient is not finite on rank {', '.join(map(str, ranks))}; {what}{where}\n"
-        "lower optim.lr, set optim.clip_grad, or use runtime.precision=float32; the last checkpoint is good"
-    )
+def ways_out(config: TrainConfig, model: nn.Module, precision: torch.dtype) -> list[str]:
+    """What of a run may be changed so that its steps are finite; nothing that is so already."""
+    ways = ["lower optim.lr"]
+    if config.optim.clip_grad is None:
+        ways.append("set optim.clip_grad")
+    if precision != torch.float32:
+        ways.append("use runtime.precision=float32")
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if normed and config.drop_path.mode == "skip" and config.drop_path.rate != 0:
+        # over two samples of one position each the gradient of a batch norm is 300 times that of its input, layer by layer
+        ways.append("give the batch norms more samples (data.batch_size, or drop_path.mode=mask)")
+    return ways

@@ -39,7 +39,7 @@ from training.freezing import Freezing
 from training.image_sizes import check_sizes
 from training.loss import build_loss, class_weights
 from training.lr_schedule import build_scheduler
-from training.non_finite import NonFiniteSteps
+from training.non_finite import NonFiniteSteps, ways_out
 from training.optim import build_ema, build_optimizer
 from training.precision import training_dtype
 from training.prefetch import Feed, build_feed
@@ -230,7 +230,7 @@ def build(
         train_loader=train_loader,
         val_loader=val_loader,
         skips=SkipList(config.data),
-        non_finite=NonFiniteSteps(config.optim),
+        non_finite=NonFiniteSteps(config.optim, ways_out(config, model, precision)),
         mixer=mixer,
         loss_fn=loss_fn.to(world.device),
         precision=precision,

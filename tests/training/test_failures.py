@@ -31,9 +31,17 @@ def test_what_says_all_or_is_ours_stays(error: Exception, tmp_path: Path) -> Non
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE, errno.EDQUOT])
 def test_a_machine_that_fails(number: int) -> None:
     assert "a.csv" in told(OSError(number, "words of the system", "/elsewhere/a.csv"))
-    assert told(OSError(number, "words of the system")).startswith(
-        "words of the system\ngo on from the last checkpoint"
-    )
+    assert told(OSError(number, "words of the system")) == "words of the system"
+
+
+def test_only_where_there_is_a_checkpoint_it_is_said_to_go_on_from_it(tmp_path: Path) -> None:
+    """A dry run has none, nor has a run in its first epoch."""
+    full = OSError(errno.ENOSPC, "words of the system")
+    for error in (full, MemoryError("wanted")):
+        assert "--resume" not in told(error) and "--resume" not in told(error, tmp_path)
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert told(full, tmp_path) == "words of the system\ngo on from the last checkpoint with --resume"
+    assert told(MemoryError("wanted"), tmp_path).endswith("; go on from the last checkpoint with --resume")
 
 
 def test_a_file_of_the_run_that_cannot_be_written(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from training.checkpoint import latest_checkpoint
 from training.config import load_config
 from training.console import StopSignals
 from training.loop import Stepped, train, train_step
-from training.non_finite import COLUMNS, NonFiniteError, suspects
+from training.non_finite import COLUMNS, NonFiniteError, suspects, ways_out
 from training.report import page
 from training.run import check_same_run, describe_result
 from training.run_folder import RunFolder
@@ -208,3 +208,38 @@ def test_a_step_that_the_scaler_leaves_out_leaves_the_average() -> None:
     reference = build_tiny("ema.enabled=true", "optim.warmup_epochs=0", "data.batch_size=16")
     reference.scheduler.step_update(progress.step)
     assert setup.lr == reference.lr and progress.step == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ways"),
+    [
+        ((), ["lower optim.lr", "set optim.clip_grad"]),
+        (
+            ("optim.clip_grad=1", "runtime.precision=bfloat16"),
+            ["lower optim.lr", "use runtime.precision=float32"],
+        ),
+    ],
+)
+def test_nothing_is_advised_that_is_so_already(overrides: tuple[str, ...], ways: list[str]) -> None:
+    setup = build_tiny("runtime.precision=float32", "optim.clip_grad=null", *overrides)
+    assert ways_out(setup.config, setup.model, setup.precision) == ways == setup.non_finite.ways
+
+
+@pytest.mark.parametrize(("mode", "rate", "told"), [("skip", 0.5, True), ("mask", 0.5, False), ("skip", 0, False)])
+def test_batch_norms_that_see_few_samples_are_told(mode: str, rate: float, told: bool) -> None:
+    """A batch norm over two samples of one position multiplies gradients by up to 300, in each block anew."""
+    model = "model={name: timm/resnet10t, in_chans: 1, image_size: 32}"
+    setup = build_tiny(model, f"drop_path.mode={mode}", f"drop_path.rate={rate}")
+    assert any("drop_path.mode=mask" in way for way in setup.non_finite.ways) == told
+
+
+def test_the_last_checkpoint_is_told_where_there_is_one(tmp_path: Path) -> None:
+    setup = build_tiny()
+    (batch,) = first_batches(setup)
+    setup.non_finite.path = tmp_path / "non_finite.csv"
+    with pytest.raises(NonFiniteError) as before:
+        take(setup, poisoned(batch), Progress())
+    assert "checkpoint" not in str(before.value) and "lower optim.lr" in str(before.value)
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    with pytest.raises(NonFiniteError, match="; the last checkpoint is good"):
+        take(setup, poisoned(batch), Progress())
