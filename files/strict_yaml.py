@@ -362,7 +362,10 @@ def _parse(
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        problem = str(error.problem) if isinstance(error, _Refused) else f"not valid YAML: {error.problem}"
+        told = str(error.problem)
+        if told.startswith("but ") and error.context:  # goes on with its sentence
+            told = f"{error.context}, {told}"
+        problem = told if isinstance(error, _Refused) else f"not valid YAML: {told}"
         if "'\\t'" in problem:
             problem += " (indent with spaces, not tabs)"
     raise ConfigError(f"{source}:{line}: {problem}" if source is not None else problem)

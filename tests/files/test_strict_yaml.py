@@ -95,7 +95,7 @@ def test_lines() -> None:
         ("a:\n\tb: 1\n", "f.yaml:2: not valid YAML: found character '\\t' that cannot start any token (indent"),
         ("a: 1\nb: [1\n", "f.yaml:3: not valid YAML"),
         ("a: b: c\n", "f.yaml:1: not valid YAML: mapping values are not allowed here"),
-        ("a: 1\n---\nb: 2\n", "f.yaml:2: not valid YAML: but found another document"),
+        ("a: 1\n---\nb: 2\n", "f.yaml:2: not valid YAML: expected a single document in the stream, but found another"),
         ("a: 1\nb: \x00\n", "f.yaml:2: a control character"),
         ("a: " + "1" * 5000, "f.yaml:1: Exceeds the limit"),
         ("a: " + "[" * 20 + "]" * 20, "f.yaml:1: nested deeper than 20 levels"),
