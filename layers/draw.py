@@ -151,3 +151,13 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """(B,) -> (B, 1, ...) with x's number of dimensions and dtype; one number stays one."""
     values = values.to(x.dtype)
     return values.view(-1, *(1,) * (x.ndim - 1)) if values.ndim and x.ndim > 1 else values
+
+
+def is_of_vmap(value: object) -> bool:
+    """Whether a value is a tensor that stands for one of each call of a torch.func.vmap, so that no one number is known."""
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    while isinstance(value, Tensor) and functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return True
+        value = functorch.get_unwrapped(value)  # of torch.func.grad, say, inside vmap
+    return False

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from layers.branches import batch_norms, held_modules, left_alone, masked_compiled, samples_to_compute
 from layers.counts import SampleCounts
-from layers.draw import Draw, per_sample
+from layers.draw import Draw, is_of_vmap, per_sample
 from layers.mlp import Mlp
 from layers.rates import check_choice, check_drop_prob
 from layers.token_mixers import TOKEN_MIXERS
@@ -99,6 +99,8 @@ class DropPath(nn.Module):
     and more, and `skip` and `batch` mask branches with a batch norm (which then sees every batch), branches with
     convolutions that inductor compiles for a known number of samples only (all but `layers.token_mixers.DepthwiseConv`),
     and callables that are neither modules nor methods of one. Draws and results are those of eager code.
+
+    Inside torch.func.vmap with randomness "different" each call has a number of its own: dropped samples are masked there.
 
     torch.fx and TorchScript: a graph traced in training calls this module with the branch's output, so mode `skip` masks
     the same draw there, and rates may change as in eager code. TorchScript compiles evaluation, where this is the
@@ -283,12 +285,16 @@ class DropPath(nn.Module):
             self._counts.add(batch, kept, batch)
             return Draw(batch, kept * scale)
         count, order = self.choose(batch, x.device)
-        if runs is not None and self.skips_here() and not (torch.compiler.is_compiling() and self.masks_compiled(runs)):
+        if runs is not None and self.skips_here() and not self._masks_here(runs, count):
             draw = self._draw_to_skip(batch, count, order, scale, runs)
             return draw.as_mask() if self.masks_all else draw
         self._counts.add(batch, count, batch)
         # the rank of each sample in that order: the same kept set as `order[:count]` when gathering
         return Draw(batch, (order.argsort() < count) * scale)
+
+    def _masks_here(self, runs: Any, count: int | Tensor) -> bool:
+        """Whether what skips elsewhere is masked: by the compiler, or since vmap drew a number of its own for each call."""
+        return self.masks_compiled(runs) if torch.compiler.is_compiling() else is_of_vmap(count)
 
     def _draw_nothing(self, batch: int, device: torch.device) -> Draw:
         """A draw at rate 0: the numbers are drawn and counted as at any rate, and nothing is made of them."""

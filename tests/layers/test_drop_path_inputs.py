@@ -10,7 +10,40 @@ import torch
 from torch import Tensor, nn
 
 from layers.drop_path import DropPath, Mode
-from stochastic_depth.proof import verify_skip
+from stochastic_depth import set_drop_path, verify_skip
+
+
+class Plain(nn.Module):
+    """A block of ours whose branch is one linear layer."""
+
+    def __init__(self, mode: Mode) -> None:
+        super().__init__()
+        self.block = nn.Module()
+        self.block.fc = nn.Linear(5, 5)
+        self.drop_path = DropPath(0.5, mode=mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path.residual(x, self.block.fc)
+
+
+class TimmsBlock(nn.Module):
+    """The same, written as timm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop_path = nn.Linear(5, 5), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.fc(x))
+
+
+class Timms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = TimmsBlock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
 
 
 class Method(nn.Module):
@@ -101,6 +134,38 @@ def test_inside_torch_func_and_in_inference_mode() -> None:
     with pytest.warns(UserWarning, match=WARNING):
         found = torch.func.grad(lambda w: torch.func.functional_call(model, w, (x,)).sum())(weights)
     assert all(g.shape == weights[key].shape for key, g in found.items())
+
+
+@pytest.mark.parametrize("mode", ["skip", "batch"])
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("of_gradients", [False, True])
+def test_vmap_that_draws_for_each_call(mode: Mode, foreign: bool, of_gradients: bool) -> None:
+    """Each of its calls keeps samples of its own, as many as the law allows, and every other is its shortcut."""
+    torch.manual_seed(0)
+    module: nn.Module = Timms() if foreign else Plain(mode)
+    if foreign:
+        set_drop_path(module, 0.5, profile="constant", mode=mode, input_size=(5,))
+    module.train()
+    weights = {key: value.detach() for key, value in module.named_parameters()}
+    x, calls = torch.randn(6, 5), 40
+
+    def branch(w: dict[str, Tensor], shift: Tensor) -> Tensor:
+        return torch.func.functional_call(module, w, (x + shift,)) - x - shift
+
+    shifts = torch.zeros(calls)
+    if of_gradients:
+        of_bias = torch.func.grad(lambda w, shift: branch(w, shift)[:, 0].sum())
+        found = torch.func.vmap(of_bias, in_dims=(None, 0), randomness="different")(weights, shifts)
+        kept = found["block.fc.bias"][:, 0] / 2.0  # each kept sample gives its factor, 2
+    else:
+        found = torch.func.vmap(branch, in_dims=(None, 0), randomness="different")(weights, shifts)
+        expected = 2.0 * nn.functional.linear(x, weights["block.fc.weight"], weights["block.fc.bias"])
+        is_kept = (found - expected).abs().amax(-1) < 1e-5  # (calls, 6)
+        assert torch.equal(found.abs().amax(-1) > 1e-5, is_kept)
+        assert len({tuple(row.tolist()) for row in is_kept}) > (1 if mode == "batch" else 10)
+        kept = is_kept.sum(-1)
+    counts = {round(float(n), 4) for n in kept}
+    assert counts == ({0.0, 6.0} if mode == "batch" else {3.0})
 
 
 @pytest.mark.parametrize("kind", [None, 3, ["mlp"]])
