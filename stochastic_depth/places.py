@@ -1,11 +1,15 @@
 """Where other people's models drop paths: the one file that knows foreign classes."""
 
+import functools
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from layers.branches import held_modules
 from layers.drop_path import DropPath
 from stochastic_depth.law import drop_law
 
@@ -220,6 +224,28 @@ def functions(model: nn.Module) -> dict[str, str]:
     return {
         f"{name}.{key}".lstrip("."): getattr(value, "__name__", type(value).__name__)
         for name, module in model.named_modules()
-        for key, value in vars(module).items()
+        for key, value in (*vars(module).items(), *_methods(module).items())
         if PLACE.fullmatch(key) and callable(value) and not isinstance(value, (nn.Module, type))
     }
+
+
+def _methods(module: nn.Module) -> dict[str, Any]:
+    """Methods in places for stochastic depth that drop by themselves: their code reaches no drop-path module."""
+    methods = {key: getattr(module, key) for key in _named_as_places(type(module))}
+    return {key: method for key, method in methods.items() if not _hands_on(method)}
+
+
+@functools.lru_cache(maxsize=1024)
+def _named_as_places(kind: type) -> tuple[str, ...]:
+    """The methods of a class that are called as a place for stochastic depth is."""
+    names = (key for cls in kind.__mro__ for key in vars(cls) if PLACE.fullmatch(key))
+    return tuple(key for key in dict.fromkeys(names) if inspect.isroutine(inspect.getattr_static(kind, key)))
+
+
+def _hands_on(method: Any) -> bool:
+    """Whether a method may call a drop-path module, or a place for one."""
+    return any(
+        is_slot(key, part)
+        for holder in held_modules(method) or ()
+        for key, part in (("", holder), *holder.named_children())
+    )

@@ -207,6 +207,54 @@ def test_it_is_refused_beside_modules_of_ours_too(kind: str) -> None:
     assert warned in drop_path_report(model, input_size=Net.size).warnings
 
 
+class ByMethod(nn.Module):
+    """A block whose second branch is dropped by a method, beside a module for the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.drop_path1 = timm.layers.DropPath(0.2)
+
+    def drop_path(self, x: Tensor) -> Tensor:
+        return timm.layers.drop_path(x, 0.3, self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.fc1(x))
+        return x + self.drop_path(self.fc2(x))
+
+
+class ByStaticMethod(ByMethod):
+    """The same, without the block."""
+
+    @staticmethod
+    def drop_path(x: Tensor) -> Tensor:  # type: ignore[override]
+        return timm.layers.drop_path(x, 0.3, True)
+
+
+class HandsOn(ByMethod):
+    """Its method calls the module."""
+
+    def drop_path(self, x: Tensor) -> Tensor:
+        return self.drop_path1(x).clone()
+
+
+@pytest.mark.parametrize("kind", [ByMethod, ByStaticMethod])
+def test_a_method_that_drops_by_itself_is_refused(kind: type[nn.Module]) -> None:
+    model = Net(Residual(nn.Identity()), kind())
+    before = traces(model)
+    with pytest.raises(ValueError, match=r"^blocks\.1\.drop_path \(drop_path\): .*put layers.drop_path.DropPath or nn"):
+        set_drop_path(model, 0.3, input_size=Net.size)
+    assert traces(model) == before
+    warned = "blocks.1.drop_path: drop_path is not known to drop whole samples; set_drop_path refuses it"
+    assert warned in drop_path_report(model, input_size=Net.size).warnings
+
+
+def test_a_method_that_hands_on_to_a_module_is_no_fault() -> None:
+    model = Net(Residual(nn.Identity()), HandsOn())
+    assert set_drop_path(model, 0.3, input_size=Net.size).rates == [0.0, 0.3]
+    assert not drop_path_report(model, input_size=Net.size).warnings
+
+
 @pytest.mark.parametrize("build_module", [NoRate, lambda: Tokens(name="tokens")])
 def test_a_class_called_drop_path_is_refused_under_any_name(build_module: Callable[[], nn.Module]) -> None:
     module = build_module()
