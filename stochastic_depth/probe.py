@@ -103,6 +103,7 @@ class Call:
     Attributes:
         slots: By slot, its calls; a slot that serves two branches is called twice.
         parts: Other parts called since the last slot was, and the rows they were given.
+        called: All parts that were called.
     """
 
     args: tuple[Any, ...]
@@ -110,6 +111,7 @@ class Call:
     slots: dict[str, list["SlotCall"]] = field(default_factory=dict)
     parts: list[tuple[str, int]] = field(default_factory=list)
     times: int = 1
+    called: set[str] = field(default_factory=set)
 
     @property
     def rows(self) -> int:
@@ -180,6 +182,8 @@ def _watch_once(model: nn.Module, owners: list[Owner], input_size: Sequence[int]
 
         def hook(_m: nn.Module, args: tuple[Any, ...]) -> None:
             call = calls.get(owner.name)
+            if call is not None:
+                call.called.add(part)
             if call is None or call.times > 1 or not args or not isinstance(args[0], Tensor) or not args[0].ndim:
                 return
             if part in owner.slots:

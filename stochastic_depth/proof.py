@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layers.branches import takes_batch_statistics
 from layers.drop_path import DropPath
 from stochastic_depth.blocks import unwrap
 from stochastic_depth.graft import Entry, GraftedDropPath, beside_samples, hook_block, hook_branch
@@ -136,6 +137,10 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> dict[str, Pl
                 plan = Plan(reason="not called in a forward pass")
             elif dims := {slot.batch_dim for slot in owner.slots.values() if isinstance(slot, GraftedDropPath)} - {0}:
                 plan = Plan(reason=f"samples lie in dimension {dims.pop()} there, behind tokens")
+            elif norms := _norms_not_called(owner.module, calls[owner.name]):
+                plan = Plan(
+                    reason=f"{norms[0]}, a batch norm, is not called as a module: what uses its numbers runs on all samples"
+                )
             else:
                 call = calls[owner.name]
                 key = (*structure(owner.module), call.key)
@@ -148,6 +153,15 @@ def convert_to_skip(model: nn.Module, input_size: Sequence[int]) -> dict[str, Pl
             _install(owner, plan, calls.get(owner.name))
             plans[owner.beside or owner.name] = plan
     return plans
+
+
+def _norms_not_called(block: nn.Module, call: Call) -> list[str]:
+    """Batch norms of a block that its forward pass does not call, as where it calls `F.batch_norm` on their numbers.
+
+    A trial does not see that, since such code goes by the norm's own flag, nor do the hooks that spare its statistics.
+    """
+    norms = (name for name, module in block.named_modules() if takes_batch_statistics(module))
+    return [name for name in norms if name and name not in call.called]
 
 
 def _two_of_three(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,11 @@ class Plain(nn.Module):
 
     def __init__(self, mode: Mode) -> None:
         super().__init__()
-        self.block = nn.Module()
-        self.block.fc = nn.Linear(5, 5)
+        self.block = nn.ModuleDict({"fc": nn.Linear(5, 5)})
         self.drop_path = DropPath(0.5, mode=mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop_path.residual(x, self.block.fc)
+        return self.drop_path.residual(x, self.block["fc"])
 
 
 class TimmsBlock(nn.Module):

@@ -2,6 +2,7 @@
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
+import copy
 import math
 import re
 import warnings
@@ -239,6 +240,41 @@ def test_what_cannot_be_skipped_is_masked_and_says_so() -> None:
     assert [b.mode for b in report.blocks] == ["mask", "mask"]
     assert [b.realised_rate for b in report.blocks] == [0.5, 0.5], "the draw is the same"
     assert report.compute_saved == 0.0
+
+
+class UsesNumbers(nn.Module):
+    """A block whose code normalises by a batch norm's numbers, without calling it: in a branch, or in front of one."""
+
+    def __init__(self, *, calls: bool = False) -> None:
+        super().__init__()
+        self.fc1, self.bn, self.fc2 = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+        self.drop_path, self.calls = nn.Identity(), calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, bn = self.fc1(x), self.bn
+        if self.calls:
+            return x + self.drop_path(self.fc2(bn(y)))
+        z = nn.functional.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, 0.1)
+        return x + self.drop_path(self.fc2(z))
+
+
+def test_a_batch_norm_whose_numbers_alone_are_used_sees_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    model = Stack(UsesNumbers(), UsesNumbers(calls=True)).train()
+    notes = set_drop_path(model, 0.8, profile="constant", mode="skip", input_size=(3, 4, 4)).notes
+    why = "bn, a batch norm, is not called as a module: what uses its numbers runs on all samples"
+    assert f"1 drop-path module: masks, since {why}" in notes
+    assert "1 drop-path module: skips per branch" in notes
+    block = model.blocks[0]
+    assert isinstance(block, UsesNumbers)
+    expected = copy.deepcopy(block.bn)
+    for step in range(8):  # of 4 samples one is kept, or none
+        images = torch.randn(4, 3, 4, 4)
+        torch.manual_seed(step)
+        model(images).sum().backward()
+        expected(block.fc1(images.flatten(1)[:, :8]))
+    torch.testing.assert_close(block.bn.running_mean, expected.running_mean)
+    torch.testing.assert_close(block.bn.running_var, expected.running_var)
 
 
 def test_structures_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
