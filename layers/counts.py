@@ -46,10 +46,14 @@ class SampleCounts:
             self.kept.add_(kept)
             self.computed.add_(computed)
         else:
-            numbers = self.numbers
-            numbers[0] += seen
-            numbers[1] += int(kept)
-            numbers[2] += int(computed)
+            self.add_numbers(seen, int(kept), int(computed))
+
+    def add_numbers(self, seen: int, kept: int, computed: int) -> None:
+        """`add`, of numbers and in eager code."""
+        numbers = self.numbers
+        numbers[0] += seen
+        numbers[1] += kept
+        numbers[2] += computed
 
     def samples_seen(self) -> int:
         """Samples drawn for."""

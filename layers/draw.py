@@ -1,5 +1,6 @@
 """One draw of stochastic depth on its way past a branch: which samples are computed, and how the result is added."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,6 +82,8 @@ class Draw:
 
     def put_scaled(self, out: Tensor) -> Tensor:
         """The branch's output for the computed samples, each by its factor, in their places, (B', ...) -> (B, ...)."""
+        if self.scale is None and self.kept is None:
+            return out
         if (order := self._order_on_gpu(out)) is not None:
             return samples_cuda.put_samples(out, order, self._factor_on_gpu, self.counting)
         if self.kept is None or self._factor is None:
@@ -151,6 +154,39 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """(B,) -> (B, 1, ...) with x's number of dimensions and dtype; one number stays one."""
     values = values.to(x.dtype)
     return values.view(-1, *(1,) * (x.ndim - 1)) if values.ndim and x.ndim > 1 else values
+
+
+@functools.lru_cache(maxsize=256)
+def draw_of_all(batch: int) -> Draw:
+    """The draw that keeps all of a batch and scales nothing."""
+    return Draw(batch)
+
+
+def draw_unread(batch: int, *, count: bool) -> None:
+    """Takes from torch's CPU generator what a draw for a batch takes: a count, if wanted, and a number for each sample.
+
+    Into the same memory again and again, since nobody reads it: half the time of new tensors.
+    """
+    if count:
+        _unread((), torch.float64).uniform_()
+    _unread((batch,), torch.get_default_dtype()).uniform_()
+
+
+@functools.lru_cache(maxsize=64)
+def _unread(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # it is changed in place, in any mode
+        return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def runs_as_written() -> bool:
+    """Whether code runs now and as written, nobody looking on: no compiler, tracer, fake tensors, vmap or torch.func.grad."""
+    looked_at = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch.jit.is_tracing()
+    return not looked_at and numbers_are_known()
+
+
+def numbers_are_known() -> bool:
+    """Whether a number that is drawn is known at once: not in code that is compiled, nor inside vmap or torch.func.grad."""
+    return not is_compiling() and torch._C._functorch.maybe_current_level() is None  # type: ignore[attr-defined]
 
 
 def is_of_vmap(value: object) -> bool:

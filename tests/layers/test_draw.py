@@ -6,8 +6,10 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layers.draw import Draw, per_sample
+from layers.drop_path import DropPath, Mode
 
 KEPT = [None, [2, 0], [1], []]
 
@@ -141,3 +143,44 @@ def test_no_sample_kept_leaves_the_shortcut_and_gives_zero_gradients() -> None:
 def test_a_mask_keeps_factors_and_places() -> None:
     kept = Draw(4, torch.tensor([2.0, 3.0]), torch.tensor([3, 1]))
     assert torch.equal(kept.as_mask().scale, torch.tensor([0.0, 3.0, 0.0, 2.0]))  # type: ignore[arg-type]
+
+
+def state_after(call: Callable[[], object]) -> Tensor:
+    torch.manual_seed(3)
+    call()
+    return torch.get_rng_state()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [0, 1, 15, 16, 17, 1000])
+@pytest.mark.parametrize("mode", ["mask", "skip", "batch"])
+def test_what_nobody_reads_takes_the_same_numbers(mode: Mode, batch: int, dtype: torch.dtype) -> None:
+    """At rate 0, where nothing is made of them, in each of the ways in which they are drawn."""
+
+    def numbers() -> None:
+        if mode != "mask":
+            torch.rand((), dtype=torch.float64)
+        torch.rand(batch)
+
+    default, x = torch.get_default_dtype(), torch.zeros(batch, 2)
+    torch.set_default_dtype(dtype)
+    try:
+        expected, module = state_after(numbers), DropPath(0.0, mode=mode)
+        for _ in range(2):  # with new memory, then in the same
+            assert torch.equal(state_after(lambda: module(x)), expected)
+        with torch.device("cpu"):  # a mode that looks on
+            assert torch.equal(state_after(lambda: module(x)), expected)
+        assert torch.equal(state_after(lambda: torch.func.jvp(module, (x,), (x,))), expected)
+        assert module.samples_seen == 3 * batch and module.samples_dropped == 0  # not of torch.func's
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_memory_of_unread_numbers_is_of_no_mode() -> None:
+    module, x = DropPath(0.0, mode="skip"), torch.zeros(77, 2)  # a batch of no other test
+    with FakeTensorMode():
+        assert module(torch.zeros(77, 2)).shape == (77, 2)
+    with torch.inference_mode():
+        module(x)
+    expected = state_after(lambda: (torch.rand((), dtype=torch.float64), torch.rand(77)))
+    assert torch.equal(state_after(lambda: module(x)), expected)
