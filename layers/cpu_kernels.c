@@ -464,6 +464,7 @@ MEAN_MINUS_SELF(float)
 MEAN_MINUS_SELF(bfloat16)
 
 #include "cpu_attention.c"
+#include "cpu_depthwise.c"
 #ifdef __AVX512BF16__
 #include "cpu_attention_bfloat16.c"
 #ifdef __AMX_BF16__

@@ -50,13 +50,21 @@ def is_depthwise(conv: nn.Module) -> bool:
 
 
 def has_fast_gradient(x: Tensor, kernel: Sequence[int]) -> bool:
-    """Whether the gradient of a depthwise kernel is faster as a convolution.
+    """Whether the gradient of a depthwise kernel is faster by a kernel of ours, or as a convolution.
 
     Args:
-        x: Images, on a CPU.
+        x: Images, (B, C, H, W).
         kernel: Its sides.
     """
-    return x.device.type == "cpu" and x.numel() >= LARGE_IMAGES and all(side in LARGE_KERNELS for side in kernel)
+    return x.device.type == "cpu" and (
+        fast_cpu.has_depthwise_weight(x.permute(0, 2, 3, 1), kernel, dtype_of(x))
+        or (x.numel() >= LARGE_IMAGES and all(side in LARGE_KERNELS for side in kernel))
+    )
+
+
+def has_fast_forward(x: Tensor, kernel: Sequence[int]) -> bool:
+    """Whether a depthwise convolution itself is faster by a kernel of ours; x: (B, C, H, W), kernel: its sides."""
+    return fast_cpu.has_depthwise(x.permute(0, 2, 3, 1), kernel, dtype_of(x))
 
 
 class FastDepthwiseConv2d(nn.Conv2d):
@@ -72,13 +80,16 @@ class FastDepthwiseConv2d(nn.Conv2d):
         """Whether `forward_fast` may take x, (B, C, H, W), and gains by it."""
         return (
             takes(x)  # first: torch.fx, which has no tensors, turns back here
-            and torch.is_grad_enabled()
-            and self.weight.requires_grad
             and x.ndim == 4
-            and (x.device.type == "cuda" or has_fast_gradient(x, self.kernel_size))
+            and x.shape[1] == self.in_channels
             and are_plain(self.weight, self.bias)
             and fit(x, self.weight, self.bias)
+            and (self._trains_faster(x) or has_fast_forward(x, self.kernel_size))
         )
+
+    def _trains_faster(self, x: Tensor) -> bool:
+        is_trained = torch.is_grad_enabled() and self.weight.requires_grad
+        return is_trained and (x.device.type == "cuda" or has_fast_gradient(x, self.kernel_size))
 
     @torch.jit.unused
     def forward_fast(self, x: Tensor) -> Tensor:
@@ -114,7 +125,7 @@ def star_relu_conv(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> T
         x = x.to(dtype)
         form = fast_cuda.star_relu if fast_cuda.has_kernels(x) else fast_cuda.plain_star_relu
         return run(_DepthwiseConv, form(x, scale, shift).permute(0, 3, 1, 2), weight, None).permute(0, 2, 3, 1)
-    return run(_StarReluConv, x.to(dtype), scale.to(dtype), shift.to(dtype), weight.to(dtype))
+    return run(_StarReluConv, x.to(dtype), scale.to(dtype), shift.to(dtype), weight)
 
 
 def depthwise_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -130,6 +141,8 @@ def depthwise_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor
     Returns:
         (C, 1, K, K), summed over the samples in float32.
     """
+    if fast_cpu.has_depthwise_weight(x, weight.shape[2:], x.dtype):
+        return fast_cpu.depthwise_weight_gradient(grad.contiguous(), x, weight.shape[2])[0].to(weight.dtype)
     height, width, channels = x.shape[1:]
     found = weight.new_zeros(weight.shape, dtype=torch.float32)
     for some, grads in zip(x.split(SAMPLES_AT_A_TIME), grad.split(SAMPLES_AT_A_TIME), strict=True):
@@ -149,18 +162,19 @@ class _DepthwiseConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)  # as torch does, not the bias, which may be changed in place
         ctx.shapes = shapes_of(x, weight, bias)
-        return _conv(x, weight, bias)
+        return no_view(_conv(x, weight, bias))
 
     @staticmethod
     @in_own_dtype
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
-            return plain_gradients(_conv, ctx, stand_ins((x, weight, None), ctx.shapes, grads[0]), grads[0])
+            return plain_gradients(_plain_conv, ctx, stand_ins((x, weight, None), ctx.shapes, grads[0]), grads[0])
         grad, image = (each.permute(0, 2, 3, 1) for each in (grads[0], x))
-        of_x, of_weight = _depthwise_gradients(grad, image, weight.to(x.dtype), ctx.needs_input_grad[1])
-        of_bias = grads[0].sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        return of_x.permute(0, 3, 1, 2), None if of_weight is None else of_weight.to(weight.dtype), of_bias
+        of_x, of_weight, of_bias = _depthwise_gradients(grad, image, weight, ctx.needs_input_grad[1])
+        if ctx.needs_input_grad[2]:
+            of_bias = grads[0].sum((0, 2, 3)) if of_bias is None else of_bias.to(grad.dtype)
+        return of_x.permute(0, 3, 1, 2), of_weight, of_bias
 
 
 class _StarReluConv(torch.autograd.Function):
@@ -174,10 +188,9 @@ class _StarReluConv(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, scale, shift, weight = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
-            plain = lambda x, scale, shift, weight: _depthwise(fast_cuda.plain_star_relu(x, scale, shift), weight)  # noqa: E731
-            return plain_gradients(plain, ctx, (x, scale, shift, weight), grads[0])
+            return plain_gradients(_plain_star_relu_conv, ctx, (x, scale, shift, weight), grads[0])
         image = _star_relu(x, scale, shift)
-        grad, grad_weight = _depthwise_gradients(grads[0], image, weight, ctx.needs_input_grad[3])
+        grad, grad_weight, _ = _depthwise_gradients(grads[0], image, weight, ctx.needs_input_grad[3])
         del image
         grad = grad.contiguous()
         if fast_cpu.has_kernels(x, grad):
@@ -204,23 +217,55 @@ def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, C, H, W) to the same, in x's dtype."""
+    """(B, C, H, W) to the same, in x's dtype; without gradients."""
+    if has_fast_forward(x, weight.shape[2:]):
+        return fast_cpu.depthwise(x.permute(0, 2, 3, 1), weight.to(x.dtype), bias).permute(0, 3, 1, 2)
+    return _plain_conv(x, weight, bias)
+
+
+def _plain_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`_conv` by torch."""
     padding = [weight.shape[2] // 2, weight.shape[3] // 2]
     return F.conv2d(x, weight.to(x.dtype), bias, padding=padding, groups=weight.shape[0])
 
 
-def _depthwise_gradients(grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a depthwise convolution's input x, (B, H, W, C), and of its weight, if wanted, in their own dtype."""
-    if of_weight and has_fast_gradient(x, weight.shape[2:]):
-        return _depthwise(grad, weight.flip(2, 3)), depthwise_weight_gradient(grad, x, weight)
-    turned = x.device.type != "cpu"
-    if turned and not of_weight:
-        return _depthwise(grad, weight.flip(2, 3)), None
-    of_x, found, _ = torch.ops.aten.convolution_backward(
-        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [1, 1],
-        [weight.shape[2] // 2, weight.shape[3] // 2], [1, 1], False, [0, 0], weight.shape[0], [not turned, of_weight, False],
-    )  # fmt: skip
-    return _depthwise(grad, weight.flip(2, 3)) if turned else of_x.permute(0, 2, 3, 1), found
+def _plain_star_relu_conv(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    """`star_relu_conv` by torch."""
+    y = fast_cuda.plain_star_relu(x, scale, shift)
+    return _plain_conv(y.permute(0, 3, 1, 2), weight, None).permute(0, 2, 3, 1)
+
+
+def _depthwise_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of a depthwise convolution.
+
+    Args:
+        grad: Of its result, (B, H, W, C).
+        x: Its input, (B, H, W, C).
+        weight: (C, 1, K, K).
+        of_weight: Whether the weight's gradient is wanted.
+
+    Returns:
+        Those of x and, if wanted, of the weight, each in its dtype, and of the bias in float32, where it comes at no cost.
+    """
+    kernel, turned = weight.to(x.dtype), weight.flip(2, 3)
+    if of_weight and fast_cpu.has_depthwise_weight(x, weight.shape[2:], x.dtype):
+        grad = grad.contiguous()
+        found, of_bias = fast_cpu.depthwise_weight_gradient(grad, x, weight.shape[2])
+        return _depthwise(grad, turned), found.to(weight.dtype), of_bias
+    image = x.permute(0, 3, 1, 2)
+    if of_weight and has_fast_gradient(image, weight.shape[2:]):
+        return _depthwise(grad, turned), depthwise_weight_gradient(grad, x, weight), None
+    by_turning = x.device.type != "cpu" or has_fast_forward(grad.permute(0, 3, 1, 2), weight.shape[2:])
+    if by_turning and not of_weight:
+        return _depthwise(grad, turned), None, None
+    padding, wanted = [weight.shape[2] // 2, weight.shape[3] // 2], [not by_turning, of_weight, False]
+    of_x, of_kernel, _ = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2), image, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], weight.shape[0], wanted
+    )
+    of_x = _depthwise(grad, turned) if by_turning else of_x.permute(0, 2, 3, 1)
+    return of_x, None if of_kernel is None else of_kernel.to(weight.dtype), None
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

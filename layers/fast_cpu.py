@@ -1,9 +1,10 @@
 """Faster ways of the same on a CPU in training: passes over memory in one, where torch takes several.
 
 An activation with its gradient and that of the bias, StarReLU and its gradients, sums over rows, layer norm with its
-gradients summed in float32, softmax of scores with their bias, pooling minus its input; attention over some hundred tokens,
-in bfloat16 where the processor has its products (AVX512-BF16, AMX); and on matrix tiles (AMX) the gradients of linear
-layers' weights in bfloat16. They are written in C (`cpu_*.c`), and `cpu_compiler` compiles them.
+gradients summed in float32, softmax of scores with their bias, pooling minus its input; the gradients of depthwise
+convolutions' weights, and in bfloat16 these convolutions; attention over some hundred tokens, in bfloat16 where the
+processor has its products (AVX512-BF16, AMX); and on matrix tiles (AMX) the gradients of linear layers' weights in bfloat16.
+They are written in C (`cpu_*.c`), and `cpu_compiler` compiles them.
 
 Who may take them, and how they are turned off, is said in `layers.fast`.
 """
@@ -11,6 +12,7 @@ Who may take them, and how they are turned off, is said in `layers.fast`.
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +46,9 @@ MOST_TOKENS = 1024
 
 MOST_WIDTH = 256
 """Channels of a head, likewise."""
+
+MOST_POSITIONS = 256
+"""Positions of a line up to which those that a depthwise convolution meets stand on the stack of a thread, too."""
 
 MOST_LINE = 2**15
 """Numbers up to which a line of an image stands on the stack of a thread, which may have 256 kB of it."""
@@ -379,6 +384,59 @@ def mean_minus_self(x: Tensor, size: int, backward: bool = False) -> Tensor:
     lines = x.shape[0] * x.shape[1]
     _start(f"mean_minus_self_{TYPES[x.dtype]}", lines, x, y, *x.shape[1:], size // 2, int(backward))
     return y
+
+
+def has_depthwise(x: Tensor, kernel: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether `depthwise` takes images, (B, H, W, C), once they are of a dtype, and a kernel with these sides, and gains."""
+    return _takes_depthwise("depthwise", x, kernel, dtype)
+
+
+def has_depthwise_weight(x: Tensor, kernel: Sequence[int], dtype: torch.dtype) -> bool:
+    """The same of `depthwise_weight_gradient`, whose gradients are images like x."""
+    return _takes_depthwise("depthwise_weight", x, kernel, dtype)
+
+
+def _takes_depthwise(name: str, x: Tensor, kernel: Sequence[int], dtype: torch.dtype) -> bool:
+    return (
+        dtype in TYPES
+        and kernel[0] == kernel[1]
+        and x.numel() >= FEWEST // 4  # there is more to do than in a pass over memory
+        and x.shape[-1] % MULTIPLE == 0
+        and x.shape[-2] <= MOST_POSITIONS
+        and _is_readable(x)
+        and _has_kernel(f"{name}_{kernel[0]}_{TYPES[dtype]}")
+    )
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A depthwise convolution with stride 1 that keeps the size, (B, H, W, C) to the same, with `has_depthwise`.
+
+    Args:
+        x: Images.
+        weight: (C, 1, K, K).
+        bias: (C,) or `None`.
+    """
+    y, side = torch.empty_like(x), weight.shape[2]
+    by_place = weight.float().flatten(1).t().contiguous()  # (K * K, C)
+    bias = None if bias is None else bias.float().contiguous()
+    units = len(x) * x.shape[-1] // MULTIPLE
+    _start(f"depthwise_{side}_{TYPES[x.dtype]}", units, x, by_place, bias, y, *x.shape[1:])
+    return y
+
+
+def depthwise_weight_gradient(grad: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Gradients of a depthwise convolution's weight, (C, 1, K, K), and of its bias, (C,), in float32.
+
+    Args:
+        grad: Gradient of the result, (B, H, W, C), without gaps.
+        x: Images, (B, H, W, C), with `has_depthwise_weight`.
+        side: K.
+    """
+    sums = x.new_empty(len(x), side * side + 1, x.shape[-1], dtype=torch.float32)
+    units = len(x) * x.shape[-1] // MULTIPLE
+    _start(f"depthwise_weight_{side}_{TYPES[x.dtype]}", units, x, grad, sums, *x.shape[1:])
+    *of_weight, of_bias = sums.sum(0).split((side * side, 1))
+    return of_weight[0].t().reshape(-1, 1, side, side), of_bias[0]
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

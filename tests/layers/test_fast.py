@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers import fast, fast_conv
+from layers import fast, fast_conv, fast_cpu
 from layers.drop_path import DropPath
 from layers.fast import (
     FEWEST_PRODUCTS,
@@ -309,18 +309,25 @@ def test_evaluation_equals_the_plain_form(name: str, precision: str, mode: Any) 
 
 
 @pytest.mark.parametrize("side, batch", [(5, 3), (7, 9), (3, 3), (9, 3)])
+@pytest.mark.parametrize("kernels", [True, False])
 @precisions
-def test_depthwise_kernels_of_any_size(precision: str, side: int, batch: int) -> None:
-    """Sides of which the gradient is a convolution, with more samples than are taken at a time, and others."""
-    conv_calls = []
+def test_depthwise_kernels_of_any_size(precision: str, kernels: bool, side: int, batch: int) -> None:
+    """Sides of which the gradient is a kernel's or a convolution, with more samples than are taken at a time, and others."""
+    calls: list[str] = []
     module = randomised(SepConv(DIM, kernel_size=side))
     x = torch.randn(batch, 11, 13, DIM)
     with pytest.MonkeyPatch.context() as patch:
-        real = fast_conv.depthwise_weight_gradient
-        patch.setattr(fast_conv, "depthwise_weight_gradient", lambda *args: conv_calls.append(1) or real(*args))
+        for place, name in ((fast_conv, "conv"), (fast_cpu, "kernel")):
+            real = place.depthwise_weight_gradient
+            counted = lambda *args, name=name, real=real: calls.append(name) or real(*args)  # noqa: E731
+            patch.setattr(place, "depthwise_weight_gradient", counted)
         patch.setattr(fast_conv, "LARGE_IMAGES", 1)
+        patch.setattr(fast_cpu, "FEWEST", 1)
+        if not kernels:
+            patch.setattr(fast_cpu, "_takes_depthwise", lambda *_: False)
         check_errors(module, x, precision)
-    assert len(conv_calls) == (side in (5, 7))
+    by_kernel = kernels and fast_cpu.library() and side in ((5, 7) if precision == "float32" else (3, 5, 7))
+    assert calls == (["kernel"] if by_kernel else ["conv"] if side in (5, 7) else [])
 
 
 @pytest.mark.parametrize("hidden", [None, 128])

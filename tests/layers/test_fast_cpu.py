@@ -368,6 +368,76 @@ def test_other_libraries_find_their_tiles_as_they_left_them() -> None:
         assert torch.equal(layer(x), before)
 
 
+SIZES = [(1, 1), (2, 3), (3, 7), (5, 14), (9, 15), (17, 8), (4, fast_cpu.MOST_POSITIONS)]
+"""Heights and widths of images: less than a kernel's reach, whole pieces of a line, and others."""
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("side", [5, 7])
+def test_depthwise(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_cpu, "FEWEST", 4)
+    for height, width in SIZES:
+        x, weight, bias = torch.randn(2, height, width, 48).bfloat16(), torch.randn(48, 1, side, side), torch.randn(48)
+        assert fast_cpu.has_depthwise(x, (side, side), torch.bfloat16)
+        for added in (None, bias):
+            exact = F.conv2d(
+                x.double().permute(0, 3, 1, 2), weight.double(), None if added is None else added.double(),
+                padding=side // 2, groups=48,
+            )  # fmt: skip
+            found = fast_cpu.depthwise(x, weight, added)
+            assert found.dtype == x.dtype and error(found, exact.permute(0, 2, 3, 1)) < EXACT[torch.bfloat16]
+    x = torch.zeros(1, 12, 12, 16).bfloat16()
+    x[0, 2, 11, 5] = torch.nan
+    reached = fast_cpu.depthwise(x, weight[:16], None).isnan().nonzero()[:, 1:]
+    expected = [[row, column, 5] for row in range(3 + side // 2) if row >= 2 - side // 2
+                for column in range(11 - side // 2, 12)]  # fmt: skip
+    assert reached.tolist() == expected
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", [3, 5, 7])
+def test_gradients_of_a_depthwise_weight(side: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_cpu, "FEWEST", 4)
+    for batch, (height, width) in zip((0, 1, 2, 3, 2, 1, 2), SIZES, strict=True):
+        x, grad = (torch.randn(batch, height, width, 48).to(dtype) for _ in range(2))
+        takes = fast_cpu.has_depthwise_weight(x, (side, side), dtype)
+        assert takes == ((side > 3 or dtype == torch.bfloat16) and batch > 0)
+        if side == 3 and dtype == torch.float32:
+            continue  # torch is as fast
+        weight, bias = (
+            torch.zeros(48, 1, side, side).double().requires_grad_(),
+            torch.zeros(48).double().requires_grad_(),
+        )
+        image = x.double().permute(0, 3, 1, 2)
+        y = F.conv2d(image, weight, bias, padding=side // 2, groups=48)
+        exact = torch.autograd.grad(y, [weight, bias], grad.double().permute(0, 3, 1, 2))
+        found = fast_cpu.depthwise_weight_gradient(grad, x, side)
+        for a, b in zip(found, exact, strict=True):
+            assert a.shape == b.shape and a.dtype == torch.float32
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
+
+
+def test_which_images_a_depthwise_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_cpu, "FEWEST", 4 * 2 * 8 * 8 * 32)
+    x, bfloat16 = torch.randn(2, 8, 8, 32), torch.bfloat16
+    assert fast_cpu.has_depthwise(x, (7, 7), bfloat16) and fast_cpu.has_depthwise_weight(x, (7, 7), x.dtype)
+    assert not fast_cpu.has_depthwise(x, (7, 7), x.dtype), "oneDNN's are as fast"
+    others = {
+        "few numbers": (x[1:], (7, 7)),
+        "other sides": (x, (5, 7)),
+        "large sides": (x, (9, 9)),
+        "channels": (torch.randn(2, 8, 8, 40), (7, 7)),
+        "gaps": (torch.randn(2, 8, 8, 64)[..., :32], (7, 7)),
+        "order": (torch.randn(2, 32, 8, 8).permute(0, 2, 3, 1), (7, 7)),
+        "wide": (torch.randn(1, 8, fast_cpu.MOST_POSITIONS + 1, 32), (7, 7)),
+    }
+    for name, (images, kernel) in others.items():
+        assert not fast_cpu.has_depthwise(images, kernel, bfloat16), name
+        assert not fast_cpu.has_depthwise_weight(images, kernel, bfloat16), name
+    assert not fast_cpu.has_depthwise(x, (7, 7), torch.float16)
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     x, grad, scores = torch.randn(2, 500, 64), torch.randn(2, 500, 64), torch.randn(40, 49, 49)
     qkv, bias = torch.randn(3, 130, 3, 5, 32), torch.randn(5, 130, 130, requires_grad=True)
@@ -380,6 +450,8 @@ def test_bits_do_not_depend_on_threads() -> None:
         return [
             *rows,
             images,
+            fast_cpu.depthwise(half.reshape(-1)[: 2 * 20 * 25 * 64].view(2, 20, 25, 64), torch.ones(64, 1, 7, 7), None),
+            *fast_cpu.depthwise_weight_gradient(grad.view(2, 20, 25, 64), x.view(2, 20, 25, 64), 7),
             *fast_cpu.activation_backward_(x, grad.clone(), "gelu"),
             *fast_cpu.star_relu_backward_(x, grad.clone(), 0.8),
             fast_cpu.softmax(scores, None, 1.0, x.dtype),
