@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import wait
 from layers.fast import weight_gradient
-from layers.fast_conv import depthwise_weight_gradient
+from layers.fast_conv import depthwise_conv, depthwise_weight_gradient
 from layers.fast_patches import patch_weight_gradient
 from stochastic_depth.blocks import find_blocks
 
@@ -118,8 +118,9 @@ class Linear(Operation):
 class Convolution(Operation):
     """Of (channels, height, width), with a kernel (outputs, channels / groups, *kernel).
 
-    Ways: memory in channels-last order or contiguous; the gradient of a weight in bfloat16 also by way of float32, that of
-    a depthwise one as a convolution, and that of a dense one in bfloat16 on a CPU as of a linear layer of patches.
+    Ways: memory in channels-last order or contiguous; the gradient of a weight in bfloat16 also by way of float32, and
+    that of a dense one in bfloat16 on a CPU as of a linear layer of patches; of depthwise ones our kernels' ways, or as a
+    convolution.
     """
 
     channels: int
@@ -174,9 +175,13 @@ class Convolution(Operation):
             if direction == "weight" and is_bfloat16_on_cpu and self.groups == 1 and self.dilation == (1, 1):
                 sizes = (self.kernel, self.stride, self.padding)
                 found[f"patches {layout}"] = partial(patch_weight_gradient, g, x, *sizes)
-            if direction == "weight" and self.keeps_size and self.groups == self.channels == self.outputs:
-                images = (g.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1))
-                found[f"images with gradients {layout}"] = partial(depthwise_weight_gradient, *images, w)
+            if self.keeps_size and self.groups == self.channels == self.outputs:
+                if direction == "weight":
+                    images = (g.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1))
+                    found[f"depthwise {layout}"] = partial(depthwise_weight_gradient, *images, w)
+                elif is_bfloat16_on_cpu:
+                    image, kernel = (x, w) if direction == "forward" else (g, w.flip(2, 3))
+                    found[f"depthwise {layout}"] = partial(depthwise_conv, image, kernel, None)
         return found
 
 
