@@ -296,8 +296,11 @@ def no_view(y: Tensor) -> Tensor:
 
 
 def wants_plain_gradients(grad: Tensor) -> bool:
-    """Whether a gradient is itself differentiated, or taken for many upstream gradients at once (`is_grads_batched`)."""
-    return torch.is_grad_enabled() or is_batched(grad)
+    """Whether a gradient is itself differentiated, backward or forward, or taken for many upstream gradients at once.
+
+    The last is torch.func.vmap's way, and that of `is_grads_batched`.
+    """
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_batched(grad)
 
 
 def is_batched(x: Tensor) -> bool:
@@ -315,11 +318,13 @@ def stand_ins(
     kept: tuple[Tensor | None, ...], shapes: list[torch.Size | None], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Inputs for `plain_gradients`: for what was not kept, since no gradient depends on its numbers, zeros."""
-    zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
-    return tuple(
-        zero.expand(shape).requires_grad_() if tensor is None and shape is not None else tensor
-        for tensor, shape in zip(kept, shapes, strict=True)
-    )
+    # torch.func forbids requires_grad_()
+    zero = torch.zeros((), dtype=grad.dtype, device=grad.device, requires_grad=True)
+    with torch.enable_grad():
+        return tuple(
+            zero.expand(shape) if tensor is None and shape is not None else tensor
+            for tensor, shape in zip(kept, shapes, strict=True)
+        )
 
 
 def plain_gradients(plain: Any, ctx: Any, inputs: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -495,6 +495,35 @@ def test_many_upstream_gradients_at_once(name: str) -> None:
         assert error(a, b.double()) < (1e-4 if a.numel() <= 2 else 1e-5)
 
 
+def through_vmap(y: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    upstream = torch.stack([towards(y), -2 * towards(y).square()])
+    return torch.func.vmap(lambda v: torch.autograd.grad(y, inputs, v, retain_graph=True))(upstream)
+
+
+def forward_through_backward(y: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(towards(y), towards(y).square())
+        found = [forward_ad.unpack_dual(of) for of in torch.autograd.grad(y, inputs, upstream)]
+    return tuple(part if part is not None else of.primal.new_zeros(()) for of in found for part in of)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("transform", [through_vmap, forward_through_backward])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_backward_pass_within_a_transform_of_torch_func(name: str, transform: Any) -> None:
+    module, x = randomised(MODULES[name]()), torch.randn(LARGE, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH):  # torch's other kernels have no forward mode
+        if name == "mlp silu" and transform is forward_through_backward:
+            with pytest.raises(NotImplementedError, match="silu_backward"):  # torch has none, and says so
+                transform(module(x), [x])
+            return
+        found = transform(module(x), [x, *module.parameters()])
+        with plain_paths():
+            expected = transform(module(x), [x, *module.parameters()])
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape and error(a, b.double()) < (1e-4 if a.numel() <= 2 else 1e-5)
+
+
 # ---- who gets the plain form ----------------------------------------------------------------------------------------
 
 
