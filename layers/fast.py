@@ -166,7 +166,8 @@ class FastLinear(nn.Linear):
     @torch.jit.unused
     def is_fast(self, x: Tensor) -> bool:
         """Whether `forward_fast` may take x, (..., C)."""
-        return takes(x) and are_plain(self.weight, self.bias) and fit(x, self.weight, self.bias)
+        # a parametrisation, which makes a class of its own, may compute another weight each time that one is read
+        return is_linear(self) and takes(x) and are_plain(self.weight, self.bias) and fit(x, self.weight, self.bias)
 
     @torch.jit.unused
     def forward_fast(self, x: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class FastDepthwiseConv2d(nn.Conv2d):
         """Whether `forward_fast` may take x, (B, C, H, W), and gains by it."""
         return (
             takes(x)  # first: torch.fx, which has no tensors, turns back here
+            and type(self) is FastDepthwiseConv2d  # as in FastLinear
             and x.ndim == 4
             and x.shape[1] == self.in_channels
             and are_plain(self.weight, self.bias)

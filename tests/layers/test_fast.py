@@ -693,6 +693,27 @@ def test_modules_that_were_changed_get_the_plain_form(name: str) -> None:
         assert torch.equal(y, mlp(x))
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [FastLinear(DIM, DIM), fast_conv.FastDepthwiseConv2d(DIM, DIM, 7, padding=3, groups=DIM)],
+    ids=["linear", "conv"],
+)
+def test_a_weight_that_is_computed_is_computed_once(layer: nn.Module) -> None:
+    # as spectral_norm's, which is another each time that it is read
+    layer, read = copy.deepcopy(layer), [0]
+
+    class Counted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            read[0] += 1
+            return x * read[0]
+
+    parametrize.register_parametrization(layer, "weight", Counted())
+    x = torch.randn(16, DIM, 16, 16) if isinstance(layer, nn.Conv2d) else torch.randn(LARGE)
+    read[0] = 0
+    layer(x).sum().backward()
+    assert read[0] == 1
+
+
 def test_weights_that_are_no_plain_tensors_get_the_plain_form() -> None:
     mlp, x = Mlp(DIM).requires_grad_(False), torch.randn(LARGE)
     expected = mlp(x)
