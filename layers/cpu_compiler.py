@@ -10,12 +10,15 @@ import ctypes
 import functools
 import os
 import platform
+import selectors
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +36,21 @@ FLAGS = (
 )
 
 
+MOST_SAID = 2**24
+"""Bytes that are read of what a program writes: one that writes without end would fill the memory."""
+
+_lock = threading.RLock()  # again by the same thread: what a signal calls in the middle may want the kernels too
+
+
+def _unlock() -> None:
+    """In a new process, which has none of the threads that could give a lock back."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_unlock)
+
+
 class CompilerWarning(UserWarning):
     """This machine's compiler did not compile the kernels."""
 
@@ -41,7 +59,13 @@ class CompilerWarning(UserWarning):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; `None` where they cannot be had. Compiled once in a process."""
+    """The compiled kernels; `None` where they cannot be had. Compiled once in a process, whichever threads want them."""
+    with _lock:  # a cache computes for each thread that asks before it knows
+        return _library()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
     if not is_supported():
         return None
     try:
@@ -53,7 +77,7 @@ def library() -> ctypes.CDLL | None:
         warnings.warn(
             f"training is slower without the kernels for this CPU, which did not compile ({reason})",
             CompilerWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
     return kernels
@@ -103,10 +127,22 @@ def _compile() -> ctypes.CDLL:
         code, result = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         for step in (["-c", SOURCE, "-o", code], ["-shared", code, threads, "-lm", "-o", result]):
             output_of([*compiler, *FLAGS, *step], seconds=120)
-        kernels = ctypes.CDLL(str(result))
+        kernels = _load(result)
         if not hasattr(kernels, "start"):
             raise FileNotFoundError("the compiler left the kernels out")
         return kernels
+
+
+def _load(file: Path) -> ctypes.CDLL:
+    """A library, of which nothing is read from its file later on."""
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError:
+        with contextlib.suppress(OSError), open(os.memfd_create("kernels"), "wb", buffering=0) as memory:
+            # folders for temporary files are often such that nothing may be run from them, but memory is not
+            memory.write(file.read_bytes())
+            return ctypes.CDLL(f"/proc/self/fd/{memory.fileno()}")
+        raise
 
 
 def output_of(command: Sequence[str | os.PathLike[str]], *, seconds: float) -> bytes:
@@ -120,12 +156,13 @@ def output_of(command: Sequence[str | os.PathLike[str]], *, seconds: float) -> b
 
     Raises:
         OSError: It cannot be started.
-        subprocess.SubprocessError: It failed, or took longer; with what it wrote to standard error as `stderr`.
+        subprocess.SubprocessError: It failed, with what it wrote to standard error as `stderr`, took longer, or wrote
+            more than `MOST_SAID`.
     """
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
     with subprocess.Popen(command, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True) as process:
         try:
-            said, complaints = process.communicate(timeout=seconds)
+            said, complaints = _read(process, time.monotonic() + seconds, seconds)
         except BaseException:  # Ctrl-C too, which does not reach it there
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -133,6 +170,27 @@ def output_of(command: Sequence[str | os.PathLike[str]], *, seconds: float) -> b
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, said, complaints)
     return said
+
+
+def _read(process: subprocess.Popen[bytes], end: float, seconds: float) -> tuple[bytes, bytes]:
+    """What a process writes to standard output and error until it has ended, by a time of the clock."""
+    said = {process.stdout: bytearray(), process.stderr: bytearray()}
+    with selectors.DefaultSelector() as open_ones:
+        for pipe in said:
+            open_ones.register(pipe, selectors.EVENT_READ)  # type: ignore[arg-type]
+        while open_ones.get_map():
+            for key, _ in open_ones.select(max(0.0, end - time.monotonic())):
+                some = os.read(key.fd, 2**16)
+                said[key.fileobj] += some  # type: ignore[index]
+                if not some:
+                    open_ones.unregister(key.fileobj)
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(process.args, seconds)
+            if sum(map(len, said.values())) > MOST_SAID:
+                raise subprocess.SubprocessError(f"{process.args[0]} writes without end")  # type: ignore[index]
+    process.wait(timeout=max(0.0, end - time.monotonic()))
+    output, complaints = map(bytes, said.values())
+    return output, complaints
 
 
 def _threads_of_torch() -> str | None:

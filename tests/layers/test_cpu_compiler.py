@@ -1,5 +1,6 @@
 """Kernels for CPUs are compiled by the compiler at hand, or torch's forms run."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -119,6 +120,72 @@ def test_a_compiler_that_leaves_the_kernels_out(tmp_path: Path) -> None:
     assert "sum 128.0 False" in said and said.count("training is slower") == 1 and "left the kernels out" in said
 
 
+def script(file: Path, lines: str) -> str:
+    file.write_text(f"#!/bin/sh\n{lines}\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+THREADS = """
+import os, threading
+from layers import cpu_compiler
+found, ready = [], threading.Barrier(4)
+def want():
+    ready.wait()
+    found.append(cpu_compiler.library())
+threads = [threading.Thread(target=want) for _ in range(3)]
+for thread in threads:
+    thread.start()
+ready.wait()
+while not os.path.exists(os.environ["CALLS"]):
+    pass
+child = os.fork()  # which has no thread that could give a lock back
+if not child:
+    os._exit(cpu_compiler.library() is None)
+print("child", os.waitpid(child, 0)[1])
+for thread in threads:
+    thread.join()
+print("threads", found[0] is not None and found == found[:1] * 3)
+"""
+
+
+def test_threads_that_want_the_kernels_at_once_wait_for_one_compiler(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    slow = script(tmp_path / "slow", f'echo x >>{calls}; sleep 0.3; exec {shutil.which("cc")} "$@"')
+    said = in_a_new_process(THREADS, CC=slow, CALLS=str(calls))
+    assert "child 0" in said and "threads True" in said
+    assert len(calls.read_text().splitlines()) == 4, "it compiles and links, once in each process"
+
+
+def test_a_folder_that_nothing_may_be_run_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = ctypes.CDLL
+
+    def refuses(name: str) -> ctypes.CDLL:
+        if not name.startswith("/proc/self/fd/"):
+            raise OSError("failed to map segment from shared object")
+        return load(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuses)
+    kernels = cpu_compiler._library.__wrapped__()
+    assert kernels is not None and kernels.start
+
+
+@pytest.mark.parametrize("to", [1, 2])
+def test_a_compiler_that_writes_without_end_is_ended(to: int, tmp_path: Path) -> None:
+    endless = script(tmp_path / "endless", f"exec yes >&{to}")
+    began = time.monotonic()
+    with pytest.raises(subprocess.SubprocessError, match="writes without end"):
+        cpu_compiler.output_of([endless], seconds=60)
+    assert time.monotonic() - began < 30
+    much = cpu_compiler.output_of(["/bin/sh", "-c", "yes | head -c 1000000"], seconds=60)
+    assert len(much) == 1_000_000
+
+
+def test_a_compiler_that_hangs_with_its_output_closed_is_ended() -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        cpu_compiler.output_of(["/bin/sh", "-c", "exec >&- 2>&-; sleep 60"], seconds=1)
+
+
 def test_files_in_memory_may_have_names_in_any_encoding(tmp_path: Path) -> None:
     name = os.fsencode(tmp_path) + b"/images \xe9\x85.bin"
     with open(name, "wb") as file:
@@ -154,7 +221,7 @@ def test_the_compiler_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(cpu_compiler, "is_supported", lambda: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert cpu_compiler.describe_compiler() is None and cpu_compiler.library.__wrapped__() is None
+        assert cpu_compiler.describe_compiler() is None and cpu_compiler._library.__wrapped__() is None
 
 
 # it starts another program, says its id, and waits for it
