@@ -126,7 +126,9 @@ def star_relu_conv(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> T
         x = x.to(dtype)
         form = fast_cuda.star_relu if fast_cuda.has_kernels(x) else fast_cuda.plain_star_relu
         return run(_DepthwiseConv, form(x, scale, shift).permute(0, 3, 1, 2), weight, None).permute(0, 2, 3, 1)
-    return run(_StarReluConv, x.to(dtype), scale.to(dtype), shift.to(dtype), weight)
+    # copies of the two numbers are kept, so that they may be changed in place, or come of inference mode, as of torch
+    scale, shift = (number.to(dtype, copy=True) for number in (scale, shift))
+    return run(_StarReluConv, x.to(dtype), scale, shift, weight)
 
 
 def depthwise_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:

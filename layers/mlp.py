@@ -128,7 +128,7 @@ def fast_mlp(x: Tensor, fc1: Any, act: nn.Module, fc2: Any, scale: Tensor | None
     if x.device.type != "cpu":
         return F.linear(act(F.linear(x, fc1.weight, fc1.bias)), *scaled(weight, bias, scale))
     if isinstance(act, StarReLU):
-        shift = act.bias * weight.sum(1)
+        shift = act.bias.clone() * weight.sum(1)  # a product keeps it: its own may be changed in place, as of torch
         weight, bias = weight * act.scale, shift if bias is None else bias + shift
     weight, bias = scaled(weight, bias, scale)
     return mlp(x, fc1.weight, fc1.bias, weight, bias, name)

@@ -225,6 +225,33 @@ def test_star_relu_of_images_that_lie_in_any_order() -> None:
             torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("precision", ["float32", pytest.param("autocast", marks=needs_bfloat16)])
+def test_star_relus_numbers_may_be_changed_in_place_or_come_of_inference_mode(precision: str) -> None:
+    values, weight = (torch.tensor([1.5]), torch.tensor([-0.5])), torch.randn(6, 1, 7, 7)
+    x = torch.randn(2, 9, 9, 6, requires_grad=True)
+    with torch.inference_mode():
+        inferred = [value.clone() for value in values]
+    trained = [value.clone().requires_grad_() for value in values]
+    found = []
+    for numbers, change in (
+        (trained, False),
+        ([value.clone() for value in values], True),
+        (inferred, False),
+        (trained, True),
+    ):
+        given = weight.clone().requires_grad_()
+        wanted = [x, given, *(number for number in numbers if number.requires_grad)]
+        with torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext():
+            y = star_relu_conv(x, numbers[0], numbers[1], given)
+        with torch.no_grad():
+            for number in numbers if change else []:
+                number.add_(1)
+        found.append(torch.autograd.grad(y.sum(), wanted))
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
 def test_torch_fx_sees_a_convolution() -> None:
     module, x = conv(), torch.randn(2, 6, 9, 9)
     traced = torch.fx.symbolic_trace(module)

@@ -25,6 +25,21 @@ def assert_zero_gradients(module: nn.Module) -> None:
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
+def test_star_relus_bias_may_be_changed_before_backward_or_come_of_inference_mode(x: Tensor) -> None:
+    mlp = Mlp(DIM, act="star_relu")
+    wanted = [parameter for name, parameter in mlp.named_parameters() if name != "act.bias"]
+    expected = torch.autograd.grad(mlp(x).sum(), wanted)
+    for frozen in (False, True):
+        mlp.act.bias = nn.Parameter(torch.zeros(1), requires_grad=not frozen)
+        y = mlp(x)
+        nn.init.ones_(mlp.act.bias)
+        assert all(map(torch.equal, torch.autograd.grad(y.sum(), wanted), expected))
+    with torch.inference_mode():
+        inferred = torch.zeros(1)
+    mlp.act.bias = nn.Parameter(inferred, requires_grad=False)
+    assert all(map(torch.equal, torch.autograd.grad(mlp(x).sum(), wanted), expected))
+
+
 # ---- activations ----------------------------------------------------------------------------------------------------
 
 
