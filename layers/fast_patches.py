@@ -122,25 +122,30 @@ def patch_weight_gradient(
     """
     in_channels_last = x.is_contiguous(memory_format=torch.channels_last)
     sizes = (kernel[0], kernel[1], x.shape[1]) if in_channels_last else (x.shape[1], *kernel)
-    at_a_time = max(1, PATCHES // max(1, grad[0, 0].numel() * x.shape[1] * kernel[0] * kernel[1])) if len(x) else 1
+    _, channels, height, width = grad.shape
+    most = PATCHES // (width * x.shape[1] * kernel[0] * kernel[1])
+    # lines at a time, of images or of a part of one that has more; not fewer than the kernel takes
+    lines = max(most, -(-fast_cpu.FEWEST // (width * channels)))
+    images = max(1, lines // height)
     found: Tensor | None = None
-    for some, grads in zip(x.split(at_a_time), grad.split(at_a_time), strict=True):
-        patches = _patches(some, kernel, stride, padding, in_channels_last)
-        part = weight_gradient(grads.permute(0, 2, 3, 1).contiguous(), patches)
-        found = part if found is None else found.float() + part
+    for some, grads in zip(x.split(images), grad.split(images), strict=True):
+        windows = _windows(some, kernel, stride, padding, in_channels_last)
+        for patches, upstream in zip(windows.split(lines, 1), grads.permute(0, 2, 3, 1).split(lines, 1), strict=True):
+            part = weight_gradient(upstream.contiguous(), patches.flatten(3))
+            found = part if found is None else found.float() + part
     assert found is not None  # no images are split into one part
     found = found.unflatten(1, sizes)
     return found.permute(0, 3, 1, 2) if in_channels_last else found
 
 
-def _patches(
+def _windows(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], in_channels_last: bool
 ) -> Tensor:
-    """(B, H', W', K) of images (B, C, H, W): patches, their numbers in the order of the images' memory."""
+    """(B, H', W', ...) of images (B, C, H, W): views of patches, their numbers in the order of the images' memory."""
     if any(padding):
         x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     x = x.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])  # (B, C, H', W', *kernel)
-    return x.permute(0, 2, 3, 4, 5, 1).flatten(3) if in_channels_last else x.permute(0, 2, 3, 1, 4, 5).flatten(3)
+    return x.permute(0, 2, 3, 4, 5, 1) if in_channels_last else x.permute(0, 2, 3, 1, 4, 5)
 
 
 def _has_runs(x: Tensor, kernel: Sequence[int]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layers import fast_cpu, fast_patches
-from layers.fast import plain_paths, takes
+from layers.fast import plain_paths, takes, weight_gradient
 from layers.fast_patches import FastConv2d, is_dense, is_fast_conv, patch_weight_gradient
 from layers.patch_embed import PatchEmbed
 from models.fast_layers import use_fast_layers
@@ -66,8 +66,19 @@ def test_the_gradient_of_a_weight(name: str, layout: str, batch: int, monkeypatc
     sizes: Any = (module.kernel_size, module.stride, module.padding)
     found = patch_weight_gradient(grad, x, *sizes)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(fast_patches, "PATCHES", 2 * grad.shape[2] * grad.shape[3] * module.weight[0].numel())
-    torch.testing.assert_close(patch_weight_gradient(grad, x, *sizes), expected, rtol=1e-4, atol=1e-4)
+    line, rows = grad.shape[3] * module.weight[0].numel(), []
+
+    def counted(grad: Tensor, patches: Tensor) -> Tensor:
+        rows.append(patches.numel())
+        return weight_gradient(grad, patches)
+
+    monkeypatch.setattr(fast_patches, "weight_gradient", counted)
+    monkeypatch.setattr(fast_cpu, "FEWEST", 1)
+    for lines in (2 * grad.shape[2], 2, 1):
+        monkeypatch.setattr(fast_patches, "PATCHES", lines * line)
+        rows.clear()
+        torch.testing.assert_close(patch_weight_gradient(grad, x, *sizes), expected, rtol=1e-4, atol=1e-4)
+        assert max(rows) <= lines * line and sum(rows) == batch * grad.shape[2] * line
 
 
 @needs_bfloat16
