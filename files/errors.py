@@ -36,11 +36,14 @@ class FieldError(ValueError):
     Args:
         key: Dotted, relative to the model; as a path where a key of it has dots of its own.
         message: What is wrong with it.
+        beside: The key, dotted, that it does not go with: where that stands is said too, since whoever gave the one may
+            not know of the other, as one from a default file.
     """
 
-    def __init__(self, key: str | tuple[str, ...], message: str) -> None:
+    def __init__(self, key: str | tuple[str, ...], message: str, *, beside: str | None = None) -> None:
         super().__init__(message)
         self.key_path = tuple(key.split(".")) if isinstance(key, str) else key
+        self.beside = None if beside is None else tuple(beside.split("."))
 
 
 def printable(text: str) -> str:
@@ -56,10 +59,16 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`'; did you mean X?'` for the closest known word, or an empty string."""
+def nearest(word: str, known: Iterable[str], *, before: str = "") -> str:
+    """`'; did you mean X?'` for the closest known word, or an empty string.
+
+    Args:
+        word: What was given.
+        known: What it may be.
+        before: What stands before all of them, and is said but not compared: it would make any two short words alike.
+    """
     match = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    return f"; did you mean {before + match[0]!r}?" if match else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -87,7 +87,8 @@ def split_name(name: str) -> tuple[str, str, str]:
     base, _, tag = rest.partition(".")
     version = (timm if library == "timm" else torchvision).__version__
     if base not in _names(library):
-        hint = nearest(f"{library}/{base}", [f"{library}/{known}" for known in _names(library)])
+        hint = nearest(base, _names(library), before=f"{library}/")
+        hint = hint or f"; `python -m models '{library}/*'` lists them"
         raise ConfigError(f"unknown model {name!r}{hint} ({library} {version})")
     if tag and tag not in (tags := published_tags(library, base)):
         known = ", ".join(tags) or "none"

@@ -55,6 +55,8 @@ def test_our_own_mistakes_are_not_hidden() -> None:
 def test_nearest() -> None:
     assert nearest("cosin", ["linear", "cosine"]) == "; did you mean 'cosine'?"
     assert nearest("zzz", ["linear", "cosine"]) == ""
+    assert nearest("resnet19", ["vgg19", "resnet18"], before="timm/") == "; did you mean 'timm/resnet18'?"
+    assert nearest("", ["vgg19", "resnet18"], before="torchvision/") == ""
 
 
 @pytest.mark.parametrize(
