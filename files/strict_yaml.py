@@ -57,6 +57,24 @@ class Document:
                 return f"{self.source}:{place}: {key}"
         return f"{self.source}: {key}" if self.source else key
 
+    def where_beside(self, key_path: KeyPath, other: KeyPath) -> str:
+        """A line that says where another key was given; empty where that is where the first was: a file, a command line."""
+        if not self.places:
+            return ""
+        value: Any = self.data
+        for key in other:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            return f"\n{dotted(other)} is not given: that is its default"
+        first, second = (
+            place if isinstance(place, str) else f"{self.source}:{place}"
+            for path in (key_path, other)
+            for place in [next(self.places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.places)]
+        )
+        if first.partition(":")[0] == second.partition(":")[0]:
+            return ""
+        return f"\nwhere {dotted(other)} is given: {second}"
+
     def set(self, key_path: tuple[str, ...], value: Any, *, place: str) -> None:
         """Sets one key, making the sections on the way; a section given as value replaces the old one as a whole."""
         section = self.data
@@ -425,7 +443,11 @@ def _rephrase(model_cls: type[BaseModel], document: Document, error: ValidationE
         choices = [c for _, i in arms for c in re.findall(r"'([^']+)'", i.get("ctx", {}).get("expected", ""))]
         message += nearest(item["input"], choices)
     more = f" (and {len(items) - 1} more)" if len(items) > 1 else ""
-    return f"{document.where(key_path)}{message}{more}"
+    found = item.get("ctx", {}).get("error")
+    beside = ""
+    if isinstance(found, FieldError) and found.beside is not None:
+        beside = document.where_beside(key_path, (*key_path[: len(key_path) - len(found.key_path)], *found.beside))
+    return f"{document.where(key_path)}{message}{more}{beside}"
 
 
 def _phrase(item: Any, key_path: KeyPath, model_cls: type[BaseModel]) -> str:

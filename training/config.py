@@ -79,7 +79,7 @@ class ScheduleSection(Section):
         for key in type(self).model_fields:
             if key not in ("kind", *allowed) and getattr(self, key) is not None:
                 which = f"its keys are {', '.join(allowed)}" if allowed else "it takes no further key"
-                raise FieldError(key, f"has no effect with kind {self.kind!r}; {which}")
+                raise FieldError(key, f"has no effect with kind {self.kind!r}; {which}", beside="kind")
         # what rises or falls to an end has the whole run for it by default
         if "cutoff_epochs" in allowed and "end" not in allowed and self.cutoff_epochs is None:
             raise FieldError("kind", f"{self.kind!r} needs cutoff_epochs: epochs, greater than 0")
@@ -233,7 +233,9 @@ class OptimSection(Section):
             raise FieldError("max_non_finite", "has no effect with on_non_finite 'stop'; set optim.on_non_finite=skip")
         if self.warmup_epochs > self.epochs:
             raise FieldError(
-                "warmup_epochs", f"must be at most optim.epochs ({self.epochs}), got {self.warmup_epochs:g}"
+                "warmup_epochs",
+                f"must be at most optim.epochs ({self.epochs}), got {self.warmup_epochs:g}",
+                beside="epochs",
             )
         check_schedule(self)
         return self
@@ -346,21 +348,26 @@ class TrainConfig(Section):
         size, of_model = self.data.image_size, self.model.overrides.get("image_size")
         if size is not None and of_model is not None and of_model not in (size, [size, size]):
             raise FieldError(
-                "data.image_size", f"is {size}, but model.image_size is {of_model}; give one of them, or both alike"
+                "data.image_size",
+                f"is {size}, but model.image_size is {of_model}; give one of them, or both alike",
+                beside="model.image_size",
             )
         return self
 
     @model_validator(mode="after")
     def _check_validated_where_needed(self) -> "TrainConfig":
         if self.early_stopping.patience is not None and self.log.validate_every > 1:
-            raise FieldError("early_stopping.patience", "needs a validation after every epoch: log.validate_every=1")
+            needed = "needs a validation after every epoch: log.validate_every=1"
+            raise FieldError("early_stopping.patience", needed, beside="log.validate_every")
         return self
 
     @model_validator(mode="after")
     def _check_balanced_once(self) -> "TrainConfig":
         if self.data.sampler == "balanced" and self.loss.class_weights == "auto":
             raise FieldError(
-                "loss.class_weights", "'auto' would do again what data.sampler 'balanced' does; choose one"
+                "loss.class_weights",
+                "'auto' would do again what data.sampler 'balanced' does; choose one",
+                beside="data.sampler",
             )
         return self
 
@@ -370,21 +377,24 @@ class TrainConfig(Section):
         ends = {"cutoff_epochs": schedule.cutoff_epochs, "points": schedule.points and schedule.points[-1][0]}
         for key, end in ends.items():
             if end is not None and end > epochs:
-                raise FieldError(f"drop_path.schedule.{key}", f"ends at epoch {end:g}, beyond optim.epochs ({epochs})")
+                told = f"ends at epoch {end:g}, beyond optim.epochs ({epochs})"
+                raise FieldError(f"drop_path.schedule.{key}", told, beside="optim.epochs")
         return self
 
     @model_validator(mode="after")
     def _check_sizes_fit(self) -> "TrainConfig":
         last, epochs = (self.data.image_size_schedule or [[0, 0]])[-1][0], self.optim.epochs
         if last >= epochs:
-            raise FieldError("data.image_size_schedule", f"epoch {last} is none of this run's, 0 to {epochs - 1}")
+            told = f"epoch {last} is none of this run's, 0 to {epochs - 1}"
+            raise FieldError("data.image_size_schedule", told, beside="optim.epochs")
         return self
 
     @model_validator(mode="after")
     def _check_freeze_fits(self) -> "TrainConfig":
         frozen, epochs = self.freeze.epochs, self.optim.epochs
         if frozen != "all" and frozen > epochs:
-            raise FieldError("freeze.epochs", f"{frozen} is beyond optim.epochs ({epochs}); all: the whole run")
+            told = f"{frozen} is beyond optim.epochs ({epochs}); all: the whole run"
+            raise FieldError("freeze.epochs", told, beside="optim.epochs")
         return self
 
 

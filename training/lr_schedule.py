@@ -80,7 +80,7 @@ def check_schedule(optim: OptimSection) -> None:
     for key in SCHEDULE_KEYS:
         if getattr(optim, key) is not None and key not in own:
             takes = f"its keys are {', '.join(own)}" if own else "it takes none of these keys"
-            raise FieldError(key, f"has no effect with schedule {kind!r}; {takes}")
+            raise FieldError(key, f"has no effect with schedule {kind!r}; {takes}", beside="schedule")
     for key, default in own.items():
         if getattr(optim, key) is None:
             if default == "needed":
@@ -91,14 +91,16 @@ def check_schedule(optim: OptimSection) -> None:
     left = optim.epochs - optim.warmup_epochs - (optim.cooldown_epochs or 0)
     if optim.cooldown_epochs and left <= 0:
         raise FieldError(
-            "cooldown_epochs", f"leaves no epoch between warm-up and cooldown, of optim.epochs ({optim.epochs})"
+            "cooldown_epochs",
+            f"leaves no epoch between warm-up and cooldown, of optim.epochs ({optim.epochs})",
+            beside="epochs",
         )
     longest = left if kind in ("wsd", "rsqrt") else optim.epochs
     last = optim.decay_milestones[-1] if optim.decay_milestones else optim.decay_epochs
     if last is not None and last > longest:
         key = "decay_milestones" if optim.decay_milestones else "decay_epochs"
         what = "the epochs between warm-up and cooldown" if kind in ("wsd", "rsqrt") else "optim.epochs"
-        raise FieldError(key, f"{last:g} is beyond {what} ({longest:g})")
+        raise FieldError(key, f"{last:g} is beyond {what} ({longest:g})", beside="epochs")
     if optim.cycle_limit in (None, 1):
         for key in ("cycle_mul", "cycle_decay"):
             if getattr(optim, key) is not None:

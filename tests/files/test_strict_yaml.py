@@ -30,6 +30,8 @@ class Inner(BaseModel):
     def _check(self) -> "Inner":
         if self.epochs > 100:
             raise FieldError("epochs", f"too many: {self.epochs}")
+        if self.epochs == 100 and not self.on:
+            raise FieldError("epochs", "needs on", beside="on")
         return self
 
 
@@ -50,6 +52,33 @@ def fault(text: str) -> str:
     with pytest.raises(ConfigError) as caught:
         validate(Outer, parse_yaml(text, source="f.yaml"))
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "line"),
+    [
+        ("{epochs: 100, on: false}", [], ""),
+        ("{on: false}", ["optim.epochs=100"], "where optim.on is given: f.yaml:2"),
+        ("{epochs: 100}", ["optim.on=false"], "where optim.on is given: on the command line: optim.on=false"),
+        ("{}", ["optim.on=false", "optim.epochs=100"], ""),
+        ("{}", ["optim={epochs: 100, on: false}"], ""),
+        ("{}", ["optim.epochs=100"], "optim.on is not given: that is its default"),
+        ("{epochs: 100}", [], "optim.on is not given: that is its default"),
+    ],
+)
+def test_a_fault_of_two_keys_says_where_the_other_stands(text: str, words: list[str], line: str) -> None:
+    document = parse_yaml(f"name: a\noptim: {text}\n", source="f.yaml")
+    set_overrides(document, words, annotation=lambda key: annotation_at(Outer, key), example="a=1")
+    with pytest.raises(ConfigError) as caught:
+        validate(Outer, document)
+    told = str(caught.value).splitlines()
+    assert told[0].endswith(": needs on") and told[1:] == ([line] if line else [])
+
+
+def test_plain_data_have_no_places() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(Outer, {"name": "a", "optim": {"epochs": 100}})
+    assert str(caught.value) == "optim.epochs: needs on"
 
 
 @pytest.mark.parametrize(

@@ -217,10 +217,36 @@ def test_two_image_sizes(path: Path) -> None:
         assert fault(path, f"model.image_size={size}", word) == expected
         assert fault(path, word, f"model.image_size={size}") == expected
     path.write_text(MINIMAL.replace("digits", "digits\n  image_size: 32"))
-    assert fault(path, "model.image_size=16") == f"{path}:5: data.image_size: {both.format(16)}"
+    other = "\nwhere model.image_size is given: on the command line: model.image_size=16"
+    assert fault(path, "model.image_size=16") == f"{path}:5: data.image_size: {both.format(16)}{other}"
     for size in ("32", "[32, 32]", "null"):
         assert load_config(path, [f"model.image_size={size}"]).data.image_size == 32
     assert load_config(path, ["model.image_size=16", "data.image_size=null"]).data.image_size is None
+
+
+@pytest.mark.parametrize(
+    ("word", "other"),
+    [
+        ("data.image_size=32", "model.image_size"),
+        ("optim.decay_rate=0.5", "optim.schedule"),
+        ("data.root=x", "data.dataset"),
+        ("drop_path.schedule.end=0.5", "drop_path.schedule.kind"),
+        ("freeze.epochs=99", "optim.epochs"),
+        ("optim.warmup_epochs=99", "optim.epochs"),
+    ],
+)
+def test_the_default_file_is_named_where_it_has_the_other_key(word: str, other: str) -> None:
+    """Who gives one key on the command line has not read there what it does not go with."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [word])
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"on the command line: {word}: ")
+    found = re.fullmatch(
+        rf"where {re.escape(other)} is given: {re.escape(str(config_module.DEFAULT_CONFIG))}:(\d+)", second
+    )
+    assert (
+        found and other.rpartition(".")[2] in config_module.DEFAULT_CONFIG.read_text().splitlines()[int(found[1]) - 1]
+    )
 
 
 def test_the_digits_take_one_thread() -> None:
@@ -314,7 +340,9 @@ def test_faults_in_the_file_name_its_line(path: Path) -> None:
     assert fault(path) == f"{path}:1: model.name: required key is missing"
     # The default warm-up of 5 epochs stands in no line; the section does.
     path.write_text(MINIMAL)
-    assert fault(path, "optim.epochs=3") == f"{path}:5: optim.warmup_epochs: must be at most optim.epochs (3), got 5"
+    told = f"{path}:5: optim.warmup_epochs: must be at most optim.epochs (3), got 5"
+    other = "where optim.epochs is given: on the command line: optim.epochs=3"
+    assert fault(path, "optim.epochs=3") == f"{told}\n{other}"
     assert fault(path.with_name("runn.yaml")).endswith("no such file; did you mean 'run.yaml'?")
 
 

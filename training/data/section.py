@@ -183,7 +183,8 @@ class DataSection(Section):
                 raise FieldError(at, f"dataset {self.dataset!r} needs a {key}, for example data.{key}={EXAMPLES[key]}")
         for key in sorted({key for other in KINDS.values() for key in (*other.needs, *other.takes)}):
             if getattr(self, key) is not None and key not in (*kind.needs, *kind.takes):
-                raise FieldError(key, f"has no effect with dataset {self.dataset!r}; leave it out or set it to null")
+                told = f"has no effect with dataset {self.dataset!r}; leave it out or set it to null"
+                raise FieldError(key, told, beside="dataset")
         if self.image_size_schedule is not None:
             epochs = [epoch for epoch, _ in self.image_size_schedule]
             if epochs[0] != 0 or any(b <= a for a, b in pairwise(epochs)):
@@ -191,14 +192,17 @@ class DataSection(Section):
             if any(size < 1 for _, size in self.image_size_schedule):
                 raise FieldError("image_size_schedule", f"sizes must be at least 1, got {self.image_size_schedule}")
         if kind.in_memory and self.on_error == "skip":
-            raise FieldError("on_error", f"'skip' has no effect with dataset {self.dataset!r}, which is in memory")
+            told = f"'skip' has no effect with dataset {self.dataset!r}, which is in memory"
+            raise FieldError("on_error", told, beside="dataset")
         if self.sampler == "balanced":
             self.balance_power = 1.0 if self.balance_power is None else self.balance_power
         elif self.balance_power is not None:
             raise FieldError("balance_power", "has no effect with sampler 'shuffle'; set data.sampler=balanced")
         if kind.in_memory and self.decoder != "auto":
             raise FieldError(
-                "decoder", f"has no effect with dataset {self.dataset!r}, which is in memory; leave it out"
+                "decoder",
+                f"has no effect with dataset {self.dataset!r}, which is in memory; leave it out",
+                beside="dataset",
             )
         if self.on_error == "skip":
             self.max_skipped = self.max_skipped or 100
