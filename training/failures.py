@@ -15,11 +15,9 @@ _ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's w
 GO_ON = "go on from the last checkpoint with --resume"
 
 
-def way_on(world: World, folder: Path | None) -> str:
-    """`GO_ON`, or nothing where there is no checkpoint yet, as of a dry run. Other processes do not know the folder."""
-    if world.is_main and (folder is None or not has_checkpoints(folder / "checkpoints")):
-        return ""
-    return GO_ON
+def way_on(folder: Path | None) -> str:
+    """`GO_ON`, or nothing where there is no checkpoint yet, as of a dry run."""
+    return GO_ON if folder is not None and has_checkpoints(folder / "checkpoints") else ""
 
 
 def explain(error: Exception, world: World, folder: Path | None) -> Failure | ConfigError | None:
@@ -35,7 +33,7 @@ def explain(error: Exception, world: World, folder: Path | None) -> Failure | Co
         folder: That of the run; None where it is not made yet.
     """
     if is_lost(error) and world.size > 1:
-        return Failure(f"{describe_lost(world, error)}\n{way_on(world, folder)}".rstrip())
+        return Failure(f"{describe_lost(world, error)}\n{way_on(folder)}".rstrip())
     report(world, error)
     if isinstance(error, (OSError, CheckpointError)) and folder is not None and not folder.exists():
         return Failure(f"the run folder {folder} is gone: deleted or moved while the run went on")
@@ -45,7 +43,7 @@ def explain(error: Exception, world: World, folder: Path | None) -> Failure | Co
     if lost is not None:
         return ReadError(lost)
     if is_out_of_memory(error):
-        ways = ["lower data.batch_size (and raise optim.accumulate as much)", way_on(world, folder)]
+        ways = ["lower data.batch_size (and raise optim.accumulate as much)", way_on(folder)]
         return Failure(f"out of memory on {world.device}: {wanted_memory(error)}\n{'; '.join(filter(None, ways))}")
     if isinstance(error, ValueError) and str(error).startswith(_ONE_VALUE):
         return ConfigError(
@@ -54,7 +52,7 @@ def explain(error: Exception, world: World, folder: Path | None) -> Failure | Co
         )
     if isinstance(error, OSError) and (is_of_machine(error) or _is_below(error.filename, folder)):
         where = f": {error.filename}" if error.filename else ""
-        return Failure(f"{error.strerror or error}{where}\n{way_on(world, folder)}".rstrip())
+        return Failure(f"{error.strerror or error}{where}\n{way_on(folder)}".rstrip())
     return None
 
 

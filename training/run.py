@@ -72,6 +72,7 @@ def run(
         with prepared as (setup, run_folder, checkpoint, claim, signals):
             world = setup.world
             on_main(world, lambda: claim.make(run_folder, fresh=resume is None))
+            claim.folder = run_folder.path  # on the other processes as well, which say from where to go on
             if world.is_main:
                 print(describe(setup))
                 start = "" if checkpoint is None else f", going on from step {checkpoint.step}"
@@ -103,7 +104,11 @@ def dry_run(config: TrainConfig, folder: Path | None, *, resume: Resume = None, 
 
 
 class _Claim(contextlib.ExitStack):
-    """The lock of the run's folder, on the main process; taken once the folder is there and held until the end."""
+    """The lock of the run's folder, on the main process; taken once the folder is there and held until the end.
+
+    Attributes:
+        folder: The run's, on every process, from when it is there; for a run that only looks at it, None.
+    """
 
     folder: Path | None = None
 
@@ -143,6 +148,7 @@ def _prepared(
             claim.folder = path
         if writes and resume is not None and path is not None and path.is_dir():
             on_main(world, lambda: claim.take(path))  # a checkpoint is read when nobody writes it
+            claim.folder = path
         if world.is_main and resume == "auto" and path is None:
             print(f"--resume auto: no run runs/{name}-* yet; starting one")
         checkpoint = same_data = None

@@ -1,10 +1,12 @@
 """An error in mid-run becomes words where a person can do something about it, and stays what it is where it is ours."""
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from files.durable import CheckpointError
 from files.errors import ConfigError, Failure
@@ -42,6 +44,16 @@ def test_only_where_there_is_a_checkpoint_it_is_said_to_go_on_from_it(tmp_path: 
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     assert told(full, tmp_path) == "words of the system\ngo on from the last checkpoint with --resume"
     assert told(MemoryError("wanted"), tmp_path).endswith("; go on from the last checkpoint with --resume")
+
+
+def test_another_process_says_to_go_on_only_where_there_is_a_checkpoint(tmp_path: Path) -> None:
+    other, lost = replace(WORLD, rank=1, size=2), dist.DistError("the connection broke")
+    for error in (OSError(errno.ENOSPC, "words of the system"), MemoryError("wanted"), lost):
+        for folder in (None, tmp_path):
+            assert "--resume" not in str(explain(error, other, folder))
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    for error in (OSError(errno.ENOSPC, "words of the system"), MemoryError("wanted"), lost):
+        assert str(explain(error, other, tmp_path)).endswith("go on from the last checkpoint with --resume")
 
 
 def test_a_file_of_the_run_that_cannot_be_written(tmp_path: Path) -> None:
