@@ -124,7 +124,7 @@ def draw_legend(axes: Axes, **options: Any) -> None:
 
 
 def _focus(axes: Axes, epochs: Sequence[Sequence[float]], series: Sequence[Sequence[float]]) -> None:
-    """Starts the axis below the last three quarters of the epochs: the first rise would flatten all the rest.
+    """Starts the axis of percentages below the last three quarters of the epochs: the first rise would flatten the rest.
 
     The last value of every line stays in view, however short its run.
     """
@@ -134,6 +134,17 @@ def _focus(axes: Axes, epochs: Sequence[Sequence[float]], series: Sequence[Seque
     if shown:
         margin = 0.06 * max(max(shown) - min(shown), 0.5)
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    keep_percent(axes)
+
+
+def keep_percent(axes: Axes) -> None:
+    """Ends an axis of percentages where they end: a margin, or an interval, would number some below 0 or above 100.
+
+    What is left beyond is for the mark of a point at the end, and too little for a tick.
+    """
+    low, high = axes.get_ylim()
+    mark = 0.03 * (min(high, 100.0) - max(low, 0.0))
+    axes.set_ylim(max(low, -mark), min(high, 100.0 + mark))
 
 
 def run_charts(run: Run) -> list[tuple[str, Markup]]:

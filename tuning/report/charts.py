@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from files.words import counted
-from training.report.charts import INK, PALE, SERIES, SOFT, draw_chart
+from training.report.charts import INK, PALE, SERIES, SOFT, draw_chart, keep_percent
 from training.report.runs import is_known
 from tuning.report.reading import RATE, Study, is_number
 from tuning.report.words import PERCENT, axis_name
@@ -49,7 +49,6 @@ def error_chart(study: Study) -> Figure | None:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # powers as text: no mathematics is set here
             axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(8))
         reach = list(losses)
@@ -82,6 +81,8 @@ def error_chart(study: Study) -> Figure | None:
         low, high = min(reach), max(reach) if top is None else top
         margin = 0.06 * max(high - low, 0.1 * abs(high), 1e-9)
         axes.set_ylim(low - margin, high + margin)
+        if study.metric.percent:
+            keep_percent(axes)
 
     name = axis_name(axis)
     what = f"Each trial's mean {study.loss_name} (diamonds)" + (", its runs (dots)" if one_by_one else "")
@@ -119,6 +120,8 @@ def race_chart(study: Study) -> Figure | None:
         axes.set_xlim(-0.25, len(rounds) - 0.75)
         margin = 0.06 * max(top - low, 0.1 * abs(top), 1e-9)
         axes.set_ylim(low - margin, top + margin)
+        if study.metric.percent:
+            keep_percent(axes)
 
     told = [f"Mean {study.loss_name} of each trial after each round: a line that ends was dropped there"]
     told += ["blue: the winner"] if study.winner is not None else []
@@ -153,6 +156,8 @@ def final_chart(study: Study) -> Figure | None:
         axes.plot(range(len(configs)), means, "D", color=SERIES[0], markersize=7, markeredgewidth=0)
         axes.set_xticks(range(len(configs)), [_short(config["label"]) for config in configs])
         axes.set_xlim(-0.4, len(configs) - 0.6)
+        if percent:
+            keep_percent(axes)
 
     what = f"{study.verdict.get('metric', 'score')}{' in %' if percent else ''} on the {study.verdict['split']} part"
     return draw_chart(f"{what}: a line for each seed, diamonds for the means", draw, xlabel="")

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from layers.schedule import DropPathSchedule
@@ -55,6 +56,31 @@ def test_ticks_of_a_single_epoch_are_epochs() -> None:
     _, svg = charts.draw_chart("one", lambda axes: charts._line(axes, [1.0], [0.5]))
     ticks = [text for text in re.findall(r">([^<>]+)</text>", svg) if text.replace(".", "").isdigit()]
     assert "1" in ticks and not any(text.startswith(("0.9", "1.0")) for text in ticks)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.05, 0.05), (60.0, 130.0), (-30.0, 118.0), (99.9, 100.1)])
+def test_no_axis_of_percentages_has_a_number_that_is_none(low: float, high: float) -> None:
+    """A diverged run has 0 % in every epoch, of which a margin would show as much below 0 as above."""
+    axes = Figure().subplots()
+    axes.set_ylim(low, high)
+    assert not all(0 <= tick <= 100 for tick in ticks_in_view(axes))
+    charts.keep_percent(axes)
+    assert all(0 <= tick <= 100 for tick in ticks_in_view(axes)) and len(ticks_in_view(axes)) > 1
+    below, above = axes.get_ylim()  # the mark of a point at the end is whole
+    assert (low > 0 or below < 0) and (high < 100 or above > 100)
+
+
+def test_an_axis_within_percentages_stays() -> None:
+    axes = Figure().subplots()
+    axes.plot([40.0, 60.0])
+    before = axes.get_ylim()
+    charts.keep_percent(axes)
+    assert axes.get_ylim() == before
+
+
+def ticks_in_view(axes: Axes) -> list[float]:
+    low, high = axes.get_ylim()
+    return [tick for tick in axes.get_yticks() if low <= tick <= high]
 
 
 @pytest.mark.filterwarnings("error")
