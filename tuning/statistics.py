@@ -161,6 +161,8 @@ def format_p(p: float) -> str:
     """As in "p = 0.008": no rounding makes it cross 0.05."""
     if p < 0.001:
         return "p < 0.001"
+    if p < LEVEL <= round(p, 3):
+        return f"p < {LEVEL:g}"
     return f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from tuning.statistics import (
     FLIPS,
+    LEVEL,
     Comparison,
     bootstrap_interval,
     claim,
@@ -157,5 +158,11 @@ def test_claim_of_a_metric_that_is_better_lower() -> None:
 
 def test_no_rounding_crosses_the_level() -> None:
     assert format_p(0.0469) == "p = 0.047" and format_p(0.0547) == "p = 0.055"
+    assert format_p(102 / 2**11) == "p < 0.05" and format_p(104 / 2**11) == "p = 0.051"
+    for seeds in range(6, 17):
+        for count in range(2, 2**seeds // 10, 2):  # every p that so many seeds can have
+            p = count / 2**seeds
+            words = format_p(p)
+            assert (words.startswith("p <") or float(words.removeprefix("p = ")) < LEVEL) == (p < LEVEL)
     assert format_difference(0.951, unit="points") == "1.0 point"
     assert evidence(made(1.0, None, None, 1), unit="points") == "1 seed"
