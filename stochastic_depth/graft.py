@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from layers.branches import batch_norms, takes_batch_statistics, wants_known_batch
+from layers.branches import takes_batch_statistics
 from layers.draw import Draw
 from layers.drop_path import DropPath, Mode
 from layers.samples import replace_samples
 from stochastic_depth.hooks import TrainingHooks, Way, take_off
+from stochastic_depth.inside import KeepStatistics, Parts, keep_statistics
 from stochastic_depth.law import bounded, drop_law
 from stochastic_depth.places import Owner, branch_ends, find_owners, is_identity, misplaced, unknown_modules
 from stochastic_depth.standing import Standing
@@ -43,6 +44,7 @@ class GraftedDropPath(DropPath):
         self.parts = 1
         self.reason = ""  # why it does not skip, or skips with its whole block
         self.tried = False  # whether `convert_to_skip` has looked at it
+        self.as_tried: Standing | None = None  # its block as that looked at it
         self.applied = True  # whether a forward pass calls it at all: blocks without a shortcut do not
         self.begins: tuple[Entry, ...] = ()
         self.takes_nothing = False
@@ -75,7 +77,7 @@ class GraftedDropPath(DropPath):
         """`least`; one on a GPU, where not all that takes no sample on a CPU does so too."""
         return 1 if device.type == "cuda" else self.least
 
-    def select(self, x: Tensor, parts: "Parts | None", groups: int = 1) -> Tensor:
+    def select(self, x: Tensor, parts: Parts | None, groups: int = 1) -> Tensor:
         """Draws, remembers the draw for the branch's end, and returns the samples to compute.
 
         Args:
@@ -89,13 +91,13 @@ class GraftedDropPath(DropPath):
         draw = self.way.draw = self.draw(x, parts, groups=groups)
         return draw.take(x, groups)
 
-    def norms_of(self, runs: "Parts", count: int) -> Sequence[nn.Module]:
+    def norms_of(self, runs: Parts, count: int) -> Sequence[nn.Module]:
         """The batch norms that take statistics of what they are given."""
         if norms := runs.norms():
             self.warn_of_batch_norm()
         return norms
 
-    def masks_compiled(self, runs: "Parts") -> bool:
+    def masks_compiled(self, runs: Parts) -> bool:
         """Whether compiled code masks a branch, since one of its parts wants to know its batch."""
         return runs.masked_compiled
 
@@ -146,7 +148,8 @@ class Around:
     ) -> None:
         self.block = block
         self.drop_path = drop_path
-        self.standing = Standing(block, [drop_path], [block.get_submodule(entry.part) for entry in entries])
+        inside = {part for entry in entries for part in (entry.inner if entry.alone else entry.parts)}
+        self.standing = Standing(block, [drop_path], [block.get_submodule(entry.part) for entry in entries], inside)
         self.windows = any(entry.windows for entry in entries)
         self.known = known
         self.runs = False
@@ -175,48 +178,6 @@ class Around:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "runs": False}
-
-
-class Parts:
-    """Modules of a block that run on the kept samples only. Known by name: a batch norm may be replaced by a synchronised
-    one at any time."""
-
-    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
-        modules = {name: block.get_submodule(name) for name in names}
-        self.block = block
-        self.norm_names = [name for name, module in modules.items() if takes_batch_statistics(module)]
-        self.masked_compiled = any(map(wants_known_batch, modules.values()))
-
-    def norms(self) -> list[nn.Module]:
-        """Batch norms that take statistics of what they see."""
-        return batch_norms(self.block.get_submodule(name) for name in self.norm_names)
-
-
-class KeepStatistics:
-    """Hooks of a batch norm inside a branch: with no sample kept it takes no statistics, whatever it is given.
-
-    Not a flag set from the beginning of the branch to its end, which an exception would leave behind.
-    """
-
-    def __init__(self, block: nn.Module, drop_path: GraftedDropPath) -> None:
-        self.block = block
-        self.drop_path = drop_path
-        self.held = False
-
-    def before(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
-        """Puts the batch norm into evaluation for this one call."""
-        if torch.compiler.is_compiling():
-            return
-        draw = self.drop_path.way.draw
-        self.held = module.training and draw is not None and module in draw.idle
-        if self.held:
-            module.training = False
-
-    def after(self, module: nn.Module, _args: tuple[Any, ...], _out: object) -> None:
-        """Puts it back."""
-        if not torch.compiler.is_compiling() and self.held:
-            self.held = False
-            module.training = True
 
 
 class SelectKept:
@@ -288,7 +249,7 @@ class BlockSkip:
     def __init__(self, drop_paths: Sequence[GraftedDropPath], parts: Parts, known: Collection[int | str]) -> None:
         self.drop_paths = list(drop_paths)  # the first draws for all
         self.block = parts.block
-        self.standing = Standing(parts.block, drop_paths)
+        self.standing = Standing(parts.block, drop_paths, inside=parts.names)
         self.parts = parts
         self.known = known  # as in `Around`
         self.inputs: list[Tensor] = []
@@ -371,15 +332,14 @@ def graft(model: nn.Module) -> None:
 
 
 def apply_again(model: nn.Module) -> None:
-    """Has a block tried anew where somebody has replaced a module that a hook was on, as converting batch norms does.
+    """Has a block tried anew where somebody has replaced or added modules, as converting batch norms does.
 
     Of a block without a place of its own the ends of the branches are found again.
     """
     for owner in find_owners(model):
         slots = {key: slot for key, slot in owner.slots.items() if isinstance(slot, GraftedDropPath)}
-        parts = set(owner.module.modules())
-        lost = any(module not in parts for slot in slots.values() for module in slot.hooks.modules())
-        if any([_apply_after(owner, key) for key in slots]) or lost:
+        changed = any(slot.as_tried is not None and not slot.as_tried.untouched() for slot in slots.values())
+        if any([_apply_after(owner, key) for key in slots]) or changed:
             take_off_hooks(owner)
 
 
@@ -430,6 +390,11 @@ class Entry:
     alone: bool = False
     parts: tuple[str, ...] = ()
 
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """The first module of it and what runs in that."""
+        return tuple(part for part in self.parts if f"{part}.".startswith(f"{self.part}."))
+
 
 def hook_branch(
     owner: nn.Module, entries: Sequence[Entry], drop_path: GraftedDropPath, known: Collection[int | str] = ()
@@ -443,24 +408,25 @@ def hook_branch(
     for entry in entries:
         first = owner.get_submodule(entry.part)
         if entry.alone:
-            parts = Parts(owner, [p for p in entry.parts if f"{p}.".startswith(f"{entry.part}.")])
+            parts = Parts(owner, entry.inner, drop_path.way, hooks)
             skip = SkipModule(around, parts, windows=entry.windows)
             hooks.add(first, skip.before, before=True)
             hooks.add(first, skip.after, before=False)
         else:
-            parts = Parts(owner, entry.parts)
+            parts = Parts(owner, entry.parts, drop_path.way, hooks)
             hooks.add(first, SelectKept(around, parts, windows=entry.windows), before=True)
-        drop_path.has_batch_norm |= bool(parts.norm_names)
+        drop_path.has_batch_norm |= bool(parts.found)
     _keep_statistics(owner, {part for entry in entries for part in entry.parts}, drop_path)
 
 
 def hook_block(owner: nn.Module, drop_paths: Sequence[GraftedDropPath], known: Collection[int | str] = ()) -> None:
     """Hooks that skip a whole block; `known` as of `hook_branch`."""
     names = [name for name, _ in owner.named_modules() if name]
-    skip = BlockSkip(drop_paths, parts := Parts(owner, names), known)
+    parts = Parts(owner, names, drop_paths[0].way, drop_paths[0].hooks)
+    skip = BlockSkip(drop_paths, parts, known)
     for i, module in enumerate(drop_paths):
         module.role = "block" if i == 0 else "silent"
-        module.has_batch_norm = bool(parts.norm_names)
+        module.has_batch_norm = bool(parts.found)
     hooks = drop_paths[0].hooks
     hooks.add(owner, skip.before, before=True, with_kwargs=True)
     hooks.add(owner, skip.after, before=False)
@@ -468,12 +434,9 @@ def hook_block(owner: nn.Module, drop_paths: Sequence[GraftedDropPath], known: C
 
 
 def _keep_statistics(owner: nn.Module, names: Collection[str], drop_path: GraftedDropPath) -> None:
-    """Hooks behind those that draw: a batch norm may be the first module of a branch, or its last."""
     for name, module in owner.named_modules():
         if name in names and takes_batch_statistics(module):
-            keep = KeepStatistics(owner, drop_path)
-            drop_path.hooks.add(module, keep.before, before=True)
-            drop_path.hooks.add(module, keep.after, before=False, always_call=True)
+            keep_statistics(owner, module, drop_path.way, drop_path.hooks)
 
 
 def grafted(model: nn.Module) -> Iterator[GraftedDropPath]:

@@ -24,6 +24,7 @@ from stochastic_depth.graft import Entry, GraftedDropPath, beside_samples, hook_
 from stochastic_depth.law import full_precision, undisturbed
 from stochastic_depth.places import Owner, find_owners
 from stochastic_depth.probe import Call, SlotCall, clone, in_float32, watch_calls
+from stochastic_depth.standing import Standing
 from stochastic_depth.structure import outline, structure
 
 TOLERANCE = 1e-4  # of float32, in which conversions are tried
@@ -276,9 +277,11 @@ def _disagreement(
                 or max(parameter.shape) == parameter.numel()
             ):
                 parameter.uniform_(0.5, 1.5)  # a layer scale of 1e-6 would hide any error
+    called: set[str] = set()
     for slot, module in zip(owner.slots, own, strict=True):
         skipped = entries is None or slot in entries
         module.choose = _none if nothing and skipped else _two_of_three  # instead of the method
+        module.register_forward_pre_hook(lambda *_, slot=slot: called.add(slot))
         module.mode, module.role, module.drop_prob, module.break_even = "skip", "mask", 0.5, 0.0
         module.multiplier = 1.0  # a schedule may be at 0, where nothing would be dropped and all agree
         module.takes_nothing = nothing and skipped
@@ -294,6 +297,8 @@ def _disagreement(
         deviation = verify_skip(trial, call)
     except Exception as error:  # somebody's code may raise anything
         return f"{type(error).__name__} when given the kept samples only"
+    if called != set(owner.slots):  # code that somebody put over a block's own may run the block that it was made for
+        return "a copy of it does not run its own modules"
     if math.isinf(deviation):
         return "another gradient is missing"
     return "" if deviation <= TOLERANCE else "outputs or gradients differ"
@@ -341,8 +346,9 @@ def _tensors(value: object) -> list[Tensor]:
 def _install(owner: Owner, plan: Plan, call: Call | None) -> None:
     known = beside_samples(call.args, call.kwargs) if call else []
     slots = {key: s for key, s in owner.slots.items() if isinstance(s, GraftedDropPath)}
+    as_tried = Standing(owner.module, [], inside=[name for name, _ in owner.module.named_modules() if name])
     for key, slot in slots.items():
-        slot.tried, slot.reason = True, plan.reason
+        slot.tried, slot.reason, slot.as_tried = True, plan.reason, as_tried
         slot.takes_nothing = key in plan.takes_nothing
     if plan.block:
         hook_block(owner.module, list(slots.values()), known)

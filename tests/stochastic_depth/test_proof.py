@@ -527,3 +527,13 @@ def test_a_schedule_at_0_proves_nothing_of_a_block() -> None:
     set_drop_path(model, 0.5, profile="constant", mode="mask", schedule=late, input_size=(3, 4, 4))
     result = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 4, 4))
     assert "neither branches nor block agree" in result.notes[0]
+
+
+def test_code_that_runs_another_block_proves_nothing() -> None:
+    """A lambda over the block, put over its forward, goes on running that block in a copy of it."""
+    model = Net(Residual(nn.Identity()), Residual(nn.Identity())).train()
+    block = model.blocks[0]
+    block.forward = lambda x: x + block.drop_path(block.mlp(x) - block.mlp(x).mean(0, keepdim=True))
+    depth = set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=Net.size)
+    assert any("a copy of it does not run its own modules" in note for note in depth.notes), depth.notes
+    assert [m.role for m in grafted(model)] == ["mask", "branch"]
