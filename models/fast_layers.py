@@ -51,7 +51,7 @@ class _InFront(nn.Module):
     """What is in front, a class of this file."""
 
     plain: type[nn.Module]
-    """The class behind it."""
+    """The class behind it, whose code is what a model's skipping was tried with (`stochastic_depth.standing`)."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (self.front, self.plain), self.__dict__

@@ -45,7 +45,7 @@ class Standing:
         self.inside = {name: module for name, module in parts.items() if not isinstance(module, DropPath)}
         self.children = {name: set(module._modules) for name, module in self.inside.items() if _holds(module)}
         self.held = _held(block)
-        self.forward: Any = type(block).forward
+        self.forward: Any = _forward_of(block)
         self.own_forward = block.__dict__.get("forward")  # what somebody has put over it in this block alone
         self.warned = False
 
@@ -78,7 +78,8 @@ class Standing:
 
     def _has_its_code(self) -> bool:
         block = self.block
-        return type(block).forward is self.forward and block.__dict__.get("forward") is self.own_forward
+        is_its = type(block).forward is self.forward or _forward_of(block) is self.forward
+        return is_its and block.__dict__.get("forward") is self.own_forward
 
     def _found(self) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
         """By name what stood in each place inside, and what stands there."""
@@ -109,7 +110,7 @@ class Standing:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.forward = type(self.block).forward
+        self.forward = _forward_of(self.block)
 
 
 _AFTER_PART = "was replaced after set_drop_path: the branch does not skip until set_drop_path is called again"
@@ -117,6 +118,12 @@ _AFTER_DROP_PATH = (
     " was replaced after set_drop_path: what stands there now works as it is, and its branch does not "
     "skip; to have it skip, put nn.Identity() there and call set_drop_path again"
 )
+
+
+def _forward_of(block: nn.Module) -> Any:
+    """The code of a block, past a class in front of its own that computes the same (`models.fast_layers`)."""
+    kind = type(block)
+    return getattr(kind, "plain", kind).forward
 
 
 def _held(block: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Module | None]]]:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +14,7 @@ import torchvision
 from timm.layers import GlobalResponseNormMlp, Mlp
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -182,6 +184,27 @@ def test_with_stochastic_depth(name: str, first: str, mode: Any) -> None:
     assert [m.role for m in grafted(plain)] == [m.role for m in grafted(fast)]
     assert {m.role for m in grafted(fast)} == {"branch" if mode == "skip" else "mask"}
     assert_near(step(fast, images), step(plain, images), 1e-4)
+
+
+@pytest.mark.parametrize("first", ["fast layers", "drop path"])
+def test_a_block_that_is_an_attention_itself_goes_on_skipping(first: str) -> None:
+    model: Any = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, block_fn=ParallelScalingBlock
+    )
+    if first == "fast layers":
+        use_fast_layers(model)
+    set_drop_path(model, 0.5, profile="constant", mode="skip", input_size=(3, 32, 32))
+    use_fast_layers(model)
+    assert isinstance(model.blocks[0], FastAttention)
+    rows: list[int] = []
+    model.blocks[0].mlp_drop.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()(torch.randn(8, 3, 32, 32))
+    assert rows == [4]
+    model.blocks[0].forward = lambda x: x  # another's code is still seen
+    with pytest.warns(UserWarning, match="forward of a ParallelScalingBlock was replaced"):
+        model(torch.randn(8, 3, 32, 32))
 
 
 def test_less_is_kept_for_backward() -> None:
