@@ -10,13 +10,14 @@ from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers import LayerNorm2d as TimmLayerNorm2d
 from timm.layers import LayerNormAct, LayerNormAct2d
 from timm.layers import Mlp as TimmMlp
+from timm.models.convnext import ConvNeXtBlock
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models.convnext import LayerNorm2d
 
 from layers import fast_cpu
-from layers.fast import FastLinear, dtype_of, is_linear, takes
+from layers.fast import FastLinear, are_plain, dtype_of, is_linear, takes
 from layers.fast_attention import attention_of, has_few_tokens, takes_attention, window_attention
 from layers.fast_conv import FastDepthwiseConv2d, is_depthwise
 from layers.fast_norm import layer_norm
@@ -28,9 +29,9 @@ def use_fast_layers(model: nn.Module) -> int:
     """Lets the layers of a model of timm or torchvision take the fast paths in eager code.
 
     Changed in place are torch's linear layers and layer norms, its depthwise convolutions with stride 1 that keep the size,
-    its dense ones with many weights, timm's MLPs and timm's modules of attention, those of Swin included: each becomes of a
-    class derived from its own. Parameters, buffers, state-dict keys, hooks and what is computed stay as they are, but for
-    rounding; copies and pickles keep the class. A second call changes nothing.
+    its dense ones with many weights, timm's MLPs, blocks of ConvNeXt and modules of attention, those of Swin included: each
+    becomes of a class derived from its own. Parameters, buffers, state-dict keys, hooks and what is computed stay as they
+    are, but for rounding; copies and pickles keep the class. A second call changes nothing.
 
     Args:
         model: Any; our own have fast paths without it.
@@ -152,6 +153,22 @@ class FastAttention(_InFront):
             return super().forward(*args, **kwargs)
 
 
+class FastConvNeXtBlock(_InFront):
+    """In front of timm's block of ConvNeXt: its layer scale is put into the weights of the MLP's last layer."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        # the MLP is not called, so it must do no more than its class says
+        if not (takes(x, self.mlp) and self.mlp.is_fast(x) and are_plain(self.gamma)):
+            return super().forward(x)  # type: ignore[misc]
+        y, mlp = self.norm(self.conv_dw(x).permute(0, 2, 3, 1)), self.mlp
+        y = fast_mlp(y, mlp.fc1, _torchs(mlp.act), mlp.fc2, self.gamma).permute(0, 3, 1, 2)
+        shortcut = self.shortcut(x)
+        dtype = torch.promote_types(y.dtype, self.gamma.dtype)
+        if shortcut.dtype != dtype:  # timm's product with the layer scale, and so the sum, is in that
+            y = y.to(dtype)
+        return self.drop_path(y) + shortcut
+
+
 class _Apart(TorchFunctionMode):
     """Inside it torch's scaled dot-product attention goes the fast way where that may be."""
 
@@ -189,6 +206,8 @@ def _fast_class(module: nn.Module) -> type[nn.Module]:
         return FastMlp
     if kind is WindowAttention:
         return FastWindowAttention
+    if kind is ConvNeXtBlock and not module.use_conv_mlp and module.gamma is not None and _is_mlp(module.mlp):
+        return _put_in_front(FastConvNeXtBlock, kind)
     # so timm calls it where a module computes scaled dot products by torch's function
     if getattr(module, "fused_attn", False) is True and not issubclass(kind, FastAttention):
         return _put_in_front(FastAttention, kind)
@@ -206,6 +225,11 @@ def _blank(front: type[nn.Module], plain: type[nn.Module]) -> nn.Module:
     """A module without content, of the class for both."""
     kind = _put_in_front(front, plain)
     return kind.__new__(kind)
+
+
+def _is_mlp(module: Any) -> bool:
+    """Whether a module is or becomes a `FastMlp`."""
+    return type(module) is FastMlp or (type(module) is TimmMlp and _fast_class(module) is FastMlp)
 
 
 def _drops_nothing(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torchvision
 from timm.layers import GlobalResponseNormMlp, Mlp
 from timm.layers.attention import Attention
+from timm.models.convnext import ConvNeXtBlock
 from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from layers.fast_conv import FastDepthwiseConv2d
 from models.factory import create_model
 from models.fast_layers import (
     FastAttention,
+    FastConvNeXtBlock,
     FastLayerNorm,
     FastLayerNorm2d,
     FastMlp,
@@ -60,7 +62,7 @@ MODELS: dict[str, tuple[Any, set[type]]] = {
     ),
     "timm/convnext of linear layers": (
         lambda: timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5),
-        {FastLinear, FastDepthwiseConv2d, FastMlp, FastLayerNorm, FastLayerNorm2d},
+        {FastLinear, FastDepthwiseConv2d, FastMlp, FastLayerNorm, FastLayerNorm2d, FastConvNeXtBlock},
     ),
     "timm/swin": (
         lambda: timm.create_model(
@@ -106,7 +108,7 @@ def step(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 def kinds(model: nn.Module) -> set[type]:
     norms = (FastLayerNorm, FastLayerNorm2d)
-    of = (FastLinear, FastDepthwiseConv2d, FastMlp, FastAttention, FastWindowAttention, *norms)
+    of = (FastLinear, FastDepthwiseConv2d, FastMlp, FastAttention, FastWindowAttention, FastConvNeXtBlock, *norms)
     return {kind for kind in of for module in model.modules() if isinstance(module, kind)}
 
 
@@ -307,6 +309,44 @@ def attend(tokens: int = 17, **arguments: Any) -> tuple[str, Tensor, Tensor]:
     torch.manual_seed(1)
     with plain_paths():
         return names, found, module(x, **given)
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
+def test_a_block_of_convnext_puts_its_layer_scale_into_weights(precision: str) -> None:
+    plain: Any = ConvNeXtBlock(16, ls_init_value=0.5).train()
+    fast, images = copy.deepcopy(plain), torch.randn(4, 16, 9, 9).contiguous(memory_format=torch.channels_last)
+    use_fast_layers(fast)
+    assert type(fast).__name__ == "ConvNeXtBlock" and isinstance(pickle.loads(pickle.dumps(fast)), FastConvNeXtBlock)
+
+    def results(block: Any, x: Tensor) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            y = block(x.requires_grad_())
+        return [y, *torch.autograd.grad(y.float().square().sum(), [x, *block.parameters()])]
+
+    for x in (images, images.bfloat16()) if precision == "bfloat16" else (images,):
+        found, expected = results(fast, x), results(plain, x)
+        assert [(each.dtype, each.shape) for each in found] == [(each.dtype, each.shape) for each in expected]
+        assert_near(found, expected, 1e-5 if precision == "float32" else 0.02)
+    kept: list[str] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(str(tuple(x.shape))), lambda _: torch.empty(0)):
+        fast(images)
+        wide = kept.count("(4, 9, 9, 64)")
+        plain(images)
+    assert wide == 1 and kept.count("(4, 16, 9, 9)") > 0
+    called: list[int] = []
+    fast.mlp.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(fast(images), plain(images), rtol=1e-4, atol=1e-5)
+    assert called == [1], "a hook on the MLP is called"
+
+
+def test_blocks_of_convnext_that_stay_timms() -> None:
+    for block in (
+        ConvNeXtBlock(16, ls_init_value=None),
+        ConvNeXtBlock(16, conv_mlp=True),
+        ConvNeXtBlock(16, use_grn=True),
+    ):
+        use_fast_layers(block)
+        assert type(block) is ConvNeXtBlock
 
 
 def test_attention() -> None:
