@@ -9,27 +9,37 @@
 #define ALIGNED __attribute__((aligned(64)))
 
 #define FILL_LINE(T)                                                                                                   \
-    INLINE void fill_line_##T(float *line, const T *x, int64_t w, int64_t d) {                                         \
-        for (int64_t at = 0; at < w; at++) store_float(line + at * LANES, load_##T(x + at * d));                       \
+    /* star: scale and shift of a StarReLU that is taken of x, or 0 */                                                 \
+    INLINE void fill_line_##T(float *line, const T *x, int64_t w, int64_t d, const float *star) {                      \
+        for (int64_t at = 0; at < w; at++) {                                                                           \
+            vec v = load_##T(x + at * d), unused;                                                                      \
+            if (star) {                                                                                                \
+                squared_relu(v, &v, &unused);                                                                          \
+                v = v * star[0] + star[1];                                                                             \
+            }                                                                                                          \
+            store_float(line + at * LANES, v);                                                                         \
+        }                                                                                                              \
     }                                                                                                                  \
     /* the first lines of an image in their places */                                                                  \
-    INLINE void begin_lines_##T(int K, float *lines, const T *x, int64_t h, int64_t w, int64_t d) {                    \
+    INLINE void begin_lines_##T(int K, float *lines, const T *x, int64_t h, int64_t w, int64_t d,                      \
+                                 const float *star) {                                                                  \
         for (int64_t row = 0; row < K / 2 && row < h; row++)                                                           \
-            fill_line_##T(lines + row * WIDE(K, w) + K / 2 * LANES, x + row * w * d, w, d);                            \
+            fill_line_##T(lines + row * WIDE(K, w) + K / 2 * LANES, x + row * w * d, w, d, star);                      \
     }                                                                                                                  \
     /* the last line that a line of the result meets, in the place of one that none meets any more */                  \
-    INLINE void next_line_##T(int K, float *lines, const T *x, int64_t at, int64_t h, int64_t w, int64_t d) {          \
+    INLINE void next_line_##T(int K, float *lines, const T *x, int64_t at, int64_t h, int64_t w, int64_t d,            \
+                               const float *star) {                                                                    \
         int64_t row = at + K / 2;                                                                                      \
-        if (row < h) fill_line_##T(lines + row % K * WIDE(K, w) + K / 2 * LANES, x + row * w * d, w, d);               \
+        if (row < h) fill_line_##T(lines + row % K * WIDE(K, w) + K / 2 * LANES, x + row * w * d, w, d, star);         \
     }
 FILL_LINE(float)
 FILL_LINE(bfloat16)
 
 #define DEPTHWISE(K, T)                                                                                                \
-    /* x, weight (K * K, d) and bias (d) in float, or no bias, y, h, w, d; unit: GROUP channels of an image */         \
+    /* x, weight (K * K, d) and bias (d) in float, or no bias, y, h, w, d, star; unit: GROUP channels of an image */   \
     void depthwise_##K##_##T(const arg *a, int64_t first, int64_t end) {                                               \
         const int64_t h = a[4].i, w = a[5].i, d = a[6].i, per = d / LANES, wide = WIDE(K, w), reach = K / 2;           \
-        const float *weights = a[1].p, *bias = a[2].p;                                                                 \
+        const float *weights = a[1].p, *bias = a[2].p, *star = a[7].p;                                                 \
         float lines[K * wide] ALIGNED, weight[K * K * LANES] ALIGNED;                                                  \
         memset(lines, 0, sizeof lines);                                                                                \
         for (int64_t part = first * (GROUP / LANES); part < end * (GROUP / LANES); part++) {                           \
@@ -38,10 +48,10 @@ FILL_LINE(bfloat16)
             T *y = (T *)a[3].p + from;                                                                                 \
             const vec start = bias ? load_float(bias + c) : all(0);                                                    \
             for (int k = 0; k < K * K; k++) store_float(weight + k * LANES, load_float(weights + k * d + c));          \
-            begin_lines_##T(K, lines, x, h, w, d);                                                                     \
+            begin_lines_##T(K, lines, x, h, w, d, star);                                                               \
             for (int64_t at = 0; at < h; at++) {                                                                       \
                 const int64_t top = at < reach ? reach - at : 0, under = at + reach < h ? K : h - at + reach;          \
-                next_line_##T(K, lines, x, at, h, w, d);                                                               \
+                next_line_##T(K, lines, x, at, h, w, d, star);                                                         \
                 for (int64_t p = 0; p < w; p += PIECE) {                                                               \
                     vec sum[PIECE];                                                                                    \
                     EACH(i, PIECE) sum[i] = start;                                                                     \
@@ -59,9 +69,10 @@ FILL_LINE(bfloat16)
     }
 
 #define DEPTHWISE_WEIGHT(K, T)                                                                                         \
-    /* x, grad, sums (b, K * K + 1, d), h, w, d: gradients of the weights and of the bias; unit: GROUP channels of an image */\
+    /* x, grad, sums (b, K * K + 1, d), h, w, d, star: gradients of weights and bias; unit: GROUP channels of an image */\
     void depthwise_weight_##K##_##T(const arg *a, int64_t first, int64_t end) {                                        \
         const int64_t h = a[3].i, w = a[4].i, d = a[5].i, per = d / LANES, wide = WIDE(K, w), reach = K / 2;           \
+        const float *star = a[6].p;                                                                                    \
         float lines[K * wide] ALIGNED, grads[w * LANES] ALIGNED, sums[K * K * LANES] ALIGNED;                          \
         memset(lines, 0, sizeof lines);                                                                                \
         for (int64_t part = first * (GROUP / LANES); part < end * (GROUP / LANES); part++) {                           \
@@ -70,11 +81,11 @@ FILL_LINE(bfloat16)
             float *into = (float *)a[2].p + part / per * (K * K + 1) * d + c;                                          \
             vec total = all(0);                                                                                        \
             memset(sums, 0, sizeof sums);                                                                              \
-            begin_lines_##T(K, lines, x, h, w, d);                                                                     \
+            begin_lines_##T(K, lines, x, h, w, d, star);                                                               \
             for (int64_t at = 0; at < h; at++) {                                                                       \
                 const int64_t top = at < reach ? reach - at : 0, under = at + reach < h ? K : h - at + reach;          \
-                next_line_##T(K, lines, x, at, h, w, d);                                                               \
-                fill_line_##T(grads, grad + at * w * d, w, d);                                                         \
+                next_line_##T(K, lines, x, at, h, w, d, star);                                                         \
+                fill_line_##T(grads, grad + at * w * d, w, d, 0);                                                      \
                 for (int64_t p = 0; p < w; p++) total += load_float(grads + p * LANES);                                \
                 for (int64_t k = top; k < under; k++) {                                                                \
                     const float *line = lines + (at + k - reach) % K * wide;                                           \

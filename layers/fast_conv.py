@@ -184,6 +184,8 @@ class _StarReluConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, scale, shift, weight)
+        if has_fast_forward(x.permute(0, 3, 1, 2), weight.shape[2:]):
+            return fast_cpu.depthwise(x, weight.to(x.dtype), None, _star(scale, shift))
         return no_view(_depthwise(_star_relu(x, scale, shift), weight))
 
     @staticmethod
@@ -192,9 +194,14 @@ class _StarReluConv(torch.autograd.Function):
         x, scale, shift, weight = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
             return plain_gradients(_plain_star_relu_conv, ctx, (x, scale, shift, weight), grads[0])
-        image = _star_relu(x, scale, shift)
-        grad, grad_weight, _ = _depthwise_gradients(grads[0], image, weight, ctx.needs_input_grad[3])
-        del image
+        if ctx.needs_input_grad[3] and fast_cpu.has_depthwise_weight(x, weight.shape[2:], x.dtype):
+            grad, side = grads[0].contiguous(), weight.shape[2]
+            found = fast_cpu.depthwise_weight_gradient(grad, x, side, _star(scale, shift))
+            grad, grad_weight = _depthwise(grad, weight.flip(2, 3)), found[0].to(weight.dtype)
+        else:
+            image = _star_relu(x, scale, shift)
+            grad, grad_weight, _ = _depthwise_gradients(grads[0], image, weight, ctx.needs_input_grad[3])
+            del image
         grad = grad.contiguous()
         if fast_cpu.has_kernels(x, grad):
             sums = fast_cpu.star_relu_backward_(x, grad, scale.item())
@@ -212,6 +219,11 @@ def _star_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return fast_cpu.star_relu(x, scale.item(), shift.item())
     relu = F.relu(x)
     return torch.addcmul(shift, relu, relu, value=scale.item(), out=relu)
+
+
+def _star(scale: Tensor, shift: Tensor) -> Tensor:
+    """StarReLU's two numbers as `fast_cpu` takes them."""
+    return torch.cat((scale, shift)).float()
 
 
 def _depthwise(x: Tensor, weight: Tensor) -> Tensor:

@@ -408,33 +408,35 @@ def _takes_depthwise(name: str, x: Tensor, kernel: Sequence[int], dtype: torch.d
     )
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, star: Tensor | None = None) -> Tensor:
     """A depthwise convolution with stride 1 that keeps the size, (B, H, W, C) to the same, with `has_depthwise`.
 
     Args:
         x: Images.
         weight: (C, 1, K, K).
         bias: (C,) or `None`.
+        star: Scale and shift, (2,) in float32, of a StarReLU of the images that is convolved instead of them.
     """
     y, side = torch.empty_like(x), weight.shape[2]
     by_place = weight.float().flatten(1).t().contiguous()  # (K * K, C)
     bias = None if bias is None else bias.float().contiguous()
     units = len(x) * x.shape[-1] // MULTIPLE
-    _start(f"depthwise_{side}_{TYPES[x.dtype]}", units, x, by_place, bias, y, *x.shape[1:])
+    _start(f"depthwise_{side}_{TYPES[x.dtype]}", units, x, by_place, bias, y, *x.shape[1:], star)
     return y
 
 
-def depthwise_weight_gradient(grad: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+def depthwise_weight_gradient(grad: Tensor, x: Tensor, side: int, star: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Gradients of a depthwise convolution's weight, (C, 1, K, K), and of its bias, (C,), in float32.
 
     Args:
         grad: Gradient of the result, (B, H, W, C), without gaps.
         x: Images, (B, H, W, C), with `has_depthwise_weight`.
         side: K.
+        star: As of `depthwise`.
     """
     sums = x.new_empty(len(x), side * side + 1, x.shape[-1], dtype=torch.float32)
     units = len(x) * x.shape[-1] // MULTIPLE
-    _start(f"depthwise_weight_{side}_{TYPES[x.dtype]}", units, x, grad, sums, *x.shape[1:])
+    _start(f"depthwise_weight_{side}_{TYPES[x.dtype]}", units, x, grad, sums, *x.shape[1:], star)
     *of_weight, of_bias = sums.sum(0).split((side * side, 1))
     return of_weight[0].t().reshape(-1, 1, side, side), of_bias[0]
 

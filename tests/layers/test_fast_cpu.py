@@ -386,6 +386,10 @@ def test_depthwise(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
             )  # fmt: skip
             found = fast_cpu.depthwise(x, weight, added)
             assert found.dtype == x.dtype and error(found, exact.permute(0, 2, 3, 1)) < EXACT[torch.bfloat16]
+        star = 0.8 * F.relu(x.double()).square() - 0.4
+        exact = F.conv2d(star.permute(0, 3, 1, 2), weight.double(), padding=side // 2, groups=48).permute(0, 2, 3, 1)
+        found = fast_cpu.depthwise(x, weight, None, torch.tensor([0.8, -0.4]))
+        assert error(found, exact) < EXACT[torch.bfloat16]
     x = torch.zeros(1, 12, 12, 16).bfloat16()
     x[0, 2, 11, 5] = torch.nan
     reached = fast_cpu.depthwise(x, weight[:16], None).isnan().nonzero()[:, 1:]
@@ -409,13 +413,15 @@ def test_gradients_of_a_depthwise_weight(side: int, dtype: torch.dtype, monkeypa
             torch.zeros(48, 1, side, side).double().requires_grad_(),
             torch.zeros(48).double().requires_grad_(),
         )
-        image = x.double().permute(0, 3, 1, 2)
-        y = F.conv2d(image, weight, bias, padding=side // 2, groups=48)
-        exact = torch.autograd.grad(y, [weight, bias], grad.double().permute(0, 3, 1, 2))
-        found = fast_cpu.depthwise_weight_gradient(grad, x, side)
-        for a, b in zip(found, exact, strict=True):
-            assert a.shape == b.shape and a.dtype == torch.float32
-            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
+        image = x.double()
+        for star in (None, torch.tensor([0.8, -0.4])):
+            taken = image if star is None else 0.8 * F.relu(image).square() - 0.4
+            y = F.conv2d(taken.permute(0, 3, 1, 2), weight, bias, padding=side // 2, groups=48)
+            exact = torch.autograd.grad(y, [weight, bias], grad.double().permute(0, 3, 1, 2))
+            found = fast_cpu.depthwise_weight_gradient(grad, x, side, star)
+            for a, b in zip(found, exact, strict=True):
+                assert a.shape == b.shape and a.dtype == torch.float32
+                torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
 
 
 def test_which_images_a_depthwise_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
