@@ -175,7 +175,9 @@ class _DepthwiseConv(torch.autograd.Function):
             return plain_gradients(_plain_conv, ctx, stand_ins((x, weight, None), ctx.shapes, grads[0]), grads[0])
         grad, image = (each.permute(0, 2, 3, 1) for each in (grads[0], x))
         of_x, of_weight, of_bias = _depthwise_gradients(grad, image, weight, ctx.needs_input_grad[1])
-        if ctx.needs_input_grad[2]:
+        if not ctx.needs_input_grad[2]:
+            of_bias = None
+        else:
             of_bias = grads[0].sum((0, 2, 3)) if of_bias is None else of_bias.to(grad.dtype)
         return of_x.permute(0, 3, 1, 2), of_weight, of_bias
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from layers import fast_conv
+from layers import fast_conv, fast_cpu
 from layers.fast import plain_paths, takes
 from layers.fast_conv import (
     FastDepthwiseConv2d,
@@ -29,14 +29,17 @@ PRECISIONS = ["float32", *(pytest.param(name, marks=needs_bfloat16) for name in 
 pytestmark = pytest.mark.skipif(not takes(torch.empty(1)), reason="torch without oneDNN has no fast paths")
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fast way for small images too."""
+@pytest.fixture(autouse=True, params=["kernels", "torch's forms"])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast way for small images too, with and without the kernels for this processor."""
     torch.manual_seed(0)
     monkeypatch.setattr(fast_conv, "LARGE_IMAGES", 1)
+    monkeypatch.setattr(fast_cpu, "FEWEST", 4)
+    if request.param != "kernels":
+        monkeypatch.setattr(fast_cpu, "library", lambda: None)
 
 
-def conv(side: int = 7, *, channels: int = 6, bias: bool = True) -> FastDepthwiseConv2d:
+def conv(side: int = 7, *, channels: int = 16, bias: bool = True) -> FastDepthwiseConv2d:
     return FastDepthwiseConv2d(channels, channels, side, padding=side // 2, groups=channels, bias=bias)
 
 
@@ -54,15 +57,15 @@ def is_fast(y: Tensor) -> bool:
 @pytest.mark.parametrize("shape", [(1, 1, 1), (9, 1, 5), (4, 16, 3), (0, 5, 5)])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 7), (7, 7)])
 def test_the_gradient_of_a_depthwise_kernel(kernel: tuple[int, int], shape: tuple[int, ...]) -> None:
-    x, grad, weight = torch.randn(*shape, 6), torch.randn(*shape, 6), torch.randn(6, 1, *kernel, requires_grad=True)
+    x, grad, weight = torch.randn(*shape, 16), torch.randn(*shape, 16), torch.randn(16, 1, *kernel, requires_grad=True)
     padding = (kernel[0] // 2, kernel[1] // 2)
-    out = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=6)
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=16)
     (expected,) = torch.autograd.grad(out, weight, grad.permute(0, 3, 1, 2))
     torch.testing.assert_close(depthwise_weight_gradient(grad, x, weight), expected)
 
 
 def test_no_images() -> None:
-    module, x = conv(), torch.randn(0, 6, 8, 8, requires_grad=True)
+    module, x = conv(), torch.randn(0, 16, 8, 8, requires_grad=True)
     grads = torch.autograd.grad(module(x).sum(), [x, *module.parameters()])
     assert [g.shape for g in grads] == [x.shape, *(p.shape for p in module.parameters())]
     assert not any(g.any() for g in grads)
@@ -73,7 +76,7 @@ def test_no_images() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_values_and_gradients(precision: str, layout: str, bias: bool, side: int, batch: int) -> None:
-    module, x = conv(side, bias=bias), torch.randn(batch, 6, 11, 13).contiguous(memory_format=LAYOUTS[layout])
+    module, x = conv(side, bias=bias), torch.randn(batch, 16, 11, 13).contiguous(memory_format=LAYOUTS[layout])
     upstream = torch.randn(x.shape).contiguous(memory_format=LAYOUTS[layout])
     exact = results(copy.deepcopy(module).double(), x.double(), upstream)
     if precision == "bfloat16":
@@ -105,7 +108,7 @@ def test_second_derivatives() -> None:
 
 
 def test_activations_computed_again_give_equal_gradients() -> None:
-    module, x = conv(), torch.randn(2, 6, 8, 8, requires_grad=True)
+    module, x = conv(), torch.randn(2, 16, 8, 8, requires_grad=True)
     wanted = [x, *module.parameters()]
     once = torch.autograd.grad(module(x).square().sum(), wanted)
     y: Any = checkpoint(module, x, use_reentrant=False)
@@ -119,13 +122,13 @@ PLAIN: dict[str, dict[str, Any]] = {
     "no padding": {"padding": 0},
     "reflected": {"padding_mode": "reflect"},
     "even": {"kernel_size": 6},
-    "grouped": {"groups": 3},
-    "wider": {"out_channels": 12},
+    "grouped": {"groups": 4},
+    "wider": {"out_channels": 32},
 }
 
 
 def test_which_convolutions_are_meant() -> None:
-    same: dict[str, Any] = {"in_channels": 6, "out_channels": 6, "kernel_size": 7, "padding": 3, "groups": 6}
+    same: dict[str, Any] = {"in_channels": 16, "out_channels": 16, "kernel_size": 7, "padding": 3, "groups": 16}
     assert (
         is_depthwise(nn.Conv2d(**same))
         and is_depthwise(nn.Conv2d(**{**same, "padding": "same"}))
@@ -133,18 +136,18 @@ def test_which_convolutions_are_meant() -> None:
     )
     for name, other in PLAIN.items():
         assert not is_depthwise(nn.Conv2d(**{**same, **other})), name
-    assert not is_depthwise(nn.Linear(6, 6)) and not is_depthwise(nn.Conv1d(6, 6, 7, padding=3, groups=6))
+    assert not is_depthwise(nn.Linear(6, 6)) and not is_depthwise(nn.Conv1d(16, 16, 7, padding=3, groups=16))
 
 
 def test_only_large_kernels_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(2, 6, 16, 16)
+    x = torch.randn(2, 16, 16, 16)
     assert has_fast_gradient(x, (7, 5)) and not has_fast_gradient(x, (3, 7)) and not has_fast_gradient(x, (9, 9))
     monkeypatch.setattr(fast_conv, "LARGE_IMAGES", x.numel() + 1)
     assert not has_fast_gradient(x, (7, 7)) and not is_fast(conv()(x))
 
 
 def test_what_gains_nothing_or_is_more_than_numbers_gets_the_plain_form() -> None:
-    x, module = torch.randn(2, 6, 16, 16), conv()
+    x, module = torch.randn(2, 16, 16, 16), conv()
     assert is_fast(module(x)) and is_fast(copy.deepcopy(module)(x))
     assert not is_fast(module.double()(x.double()))
     module.float()
@@ -169,7 +172,7 @@ def test_what_gains_nothing_or_is_more_than_numbers_gets_the_plain_form() -> Non
 
 @pytest.mark.parametrize("given, kept", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_images_of_another_dtype_are_refused_as_torch_does(given: torch.dtype, kept: torch.dtype) -> None:
-    x, module = torch.randn(2, 6, 16, 16, dtype=given), conv().to(kept)
+    x, module = torch.randn(2, 16, 16, 16, dtype=given), conv().to(kept)
     told = []
     for form in (nn.Conv2d.forward, FastDepthwiseConv2d.forward):
         with pytest.raises(RuntimeError) as caught:
@@ -179,12 +182,12 @@ def test_images_of_another_dtype_are_refused_as_torch_does(given: torch.dtype, k
 
 
 def test_scripted() -> None:
-    module, x = conv(), torch.randn(2, 6, 8, 8)
+    module, x = conv(), torch.randn(2, 16, 8, 8)
     torch.testing.assert_close(torch.jit.script(module)(x), module(x))
 
 
 def test_backward_under_autocast_stays_in_float32() -> None:
-    x, upstream = torch.randn(4, 6, 9, 9), torch.randn(4, 6, 9, 9)
+    x, upstream = torch.randn(4, 16, 9, 9), torch.randn(4, 16, 9, 9)
     module = conv()
     expected = results(copy.deepcopy(module).double(), x.double(), upstream.double())
     y = module(x.requires_grad_())
@@ -195,7 +198,7 @@ def test_backward_under_autocast_stays_in_float32() -> None:
 
 
 def test_a_bias_may_be_changed_in_place_as_of_torch() -> None:
-    module, x = conv(), torch.randn(2, 6, 9, 9, requires_grad=True)
+    module, x = conv(), torch.randn(2, 16, 9, 9, requires_grad=True)
     y = module(x)
     assert is_fast(y) and module.bias is not None
     with torch.no_grad():
@@ -210,15 +213,15 @@ def test_a_bias_may_be_changed_in_place_as_of_torch() -> None:
 
 @pytest.mark.usefixtures("cpu_kernels")
 def test_star_relu_of_images_that_lie_in_any_order() -> None:
-    x, weight = torch.randn(2, 6, 9, 9).permute(0, 2, 3, 1), torch.randn(6, 1, 7, 7)
+    x, weight = torch.randn(2, 16, 9, 9).permute(0, 2, 3, 1), torch.randn(16, 1, 7, 7)
     assert not x.is_contiguous()
-    for images in (x, x.contiguous()[:, ::2], x[:, :1].expand(2, 9, 9, 6)):
+    for images in (x, x.contiguous()[:, ::2], x[:, :1].expand(2, 9, 9, 16)):
         numbers = (images, torch.tensor([1.5]), torch.tensor([-0.5]), weight)
         given = [each.detach().requires_grad_() for each in numbers]
         plain = [each.detach().double().requires_grad_() for each in given]
         y = star_relu_conv(*given)
         stars = plain[1] * F.relu(plain[0]).square() + plain[2]
-        exact = F.conv2d(stars.permute(0, 3, 1, 2), plain[3], padding=3, groups=6).permute(0, 2, 3, 1)
+        exact = F.conv2d(stars.permute(0, 3, 1, 2), plain[3], padding=3, groups=16).permute(0, 2, 3, 1)
         upstream = torch.randn(y.shape)
         expected = torch.autograd.grad(exact, plain, upstream.double())
         for found, reference in zip(torch.autograd.grad(y, given, upstream), expected, strict=True):
@@ -228,8 +231,8 @@ def test_star_relu_of_images_that_lie_in_any_order() -> None:
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("precision", ["float32", pytest.param("autocast", marks=needs_bfloat16)])
 def test_star_relus_numbers_may_be_changed_in_place_or_come_of_inference_mode(precision: str) -> None:
-    values, weight = (torch.tensor([1.5]), torch.tensor([-0.5])), torch.randn(6, 1, 7, 7)
-    x = torch.randn(2, 9, 9, 6, requires_grad=True)
+    values, weight = (torch.tensor([1.5]), torch.tensor([-0.5])), torch.randn(16, 1, 7, 7)
+    x = torch.randn(2, 9, 9, 16, requires_grad=True)
     with torch.inference_mode():
         inferred = [value.clone() for value in values]
     trained = [value.clone().requires_grad_() for value in values]
@@ -253,7 +256,7 @@ def test_star_relus_numbers_may_be_changed_in_place_or_come_of_inference_mode(pr
 
 
 def test_torch_fx_sees_a_convolution() -> None:
-    module, x = conv(), torch.randn(2, 6, 9, 9)
+    module, x = conv(), torch.randn(2, 16, 9, 9)
     traced = torch.fx.symbolic_trace(module)
     assert any(node.target is F.conv2d or "conv2d" in str(node.target) for node in traced.graph.nodes)
     torch.testing.assert_close(traced(x), module(x))
