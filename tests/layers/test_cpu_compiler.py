@@ -105,9 +105,9 @@ def test_a_compiler_with_arguments_compiles() -> None:
 
 def test_a_compilers_arguments_change_neither_results_nor_the_process() -> None:
     smallest = "print('smallest', (torch.tensor([1e-40]) * 1).item() > 0)"
-    for argument in ("-ffast-math", "-Ofast", "-fsanitize=address,undefined", "-fvisibility=hidden"):
-        said = in_a_new_process(f"{STEP}\n{smallest}", CC=f"{shutil.which('cc')} {argument}")
-        assert "sum 128.0 True" in said and "smallest True" in said, argument
+    for arguments in ("-ffast-math -fvisibility=hidden", "-Ofast -fsanitize=address,undefined"):
+        said = in_a_new_process(f"{STEP}\n{smallest}", CC=f"{shutil.which('cc')} {arguments}")
+        assert "sum 128.0 True" in said and "smallest True" in said, arguments
 
 
 def test_a_compiler_that_leaves_the_kernels_out(tmp_path: Path) -> None:
