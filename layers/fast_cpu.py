@@ -438,7 +438,7 @@ def depthwise_weight_gradient(grad: Tensor, x: Tensor, side: int, star: Tensor |
     units = len(x) * x.shape[-1] // MULTIPLE
     _start(f"depthwise_weight_{side}_{TYPES[x.dtype]}", units, x, grad, sums, *x.shape[1:], star)
     *of_weight, of_bias = sums.sum(0).split((side * side, 1))
-    return of_weight[0].t().reshape(-1, 1, side, side), of_bias[0]
+    return of_weight[0].t().contiguous().view(-1, 1, side, side), of_bias[0]
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

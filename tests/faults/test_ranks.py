@@ -37,8 +37,8 @@ loop.train_step = stop
 """
 
 
-def at_step(act: str, *, rank: int = 1) -> str:
-    return AT_STEP.replace("FAULTY", str(rank)).replace("ACT", act)
+def at_step(act: str, *, rank: int = 1, step: int = 3) -> str:
+    return AT_STEP.replace("FAULTY", str(rank)).replace("ACT", act).replace("step == 3", f"step == {step}")
 
 
 def test_a_rank_that_raises(zygote: Zygote, tmp_path: Path) -> None:
@@ -68,11 +68,14 @@ def test_a_rank_that_hangs(rank: int, zygote: Zygote, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed(rank: int, zygote: Zygote, tmp_path: Path) -> None:
-    hook = at_step("os.kill(os.getpid(), 9)", rank=rank)
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_rank_that_is_killed(step: int, rank: int, zygote: Zygote, tmp_path: Path) -> None:
+    """Before anything is saved, and when the first save is over, which the second has waited for."""
+    hook = at_step("os.kill(os.getpid(), 9)", rank=rank, step=step)
     runs = [run.wait() for run in zygote.ranks(*TWO, "--output", tmp_path / "run", cwd=tmp_path, hook=hook)]
     assert runs[rank].code == -signal.SIGKILL
-    runs[1 - rank].failed(1, f"rank {rank} does not answer: hanging, or killed", "--resume")
+    left = runs[1 - rank].failed(1, f"rank {rank} does not answer: hanging, or killed")
+    assert ("--resume" in left.err) == (step == 5)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(zygote: Zygote, tmp_path: Path) -> None:
