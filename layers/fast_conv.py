@@ -196,14 +196,7 @@ class _StarReluConv(torch.autograd.Function):
         x, scale, shift, weight = ctx.saved_tensors
         if wants_plain_gradients(grads[0]):
             return plain_gradients(_plain_star_relu_conv, ctx, (x, scale, shift, weight), grads[0])
-        if ctx.needs_input_grad[3] and fast_cpu.has_depthwise_weight(x, weight.shape[2:], x.dtype):
-            grad, side = grads[0].contiguous(), weight.shape[2]
-            found = fast_cpu.depthwise_weight_gradient(grad, x, side, _star(scale, shift))
-            grad, grad_weight = _depthwise(grad, weight.flip(2, 3)), found[0].to(weight.dtype)
-        else:
-            image = _star_relu(x, scale, shift)
-            grad, grad_weight, _ = _depthwise_gradients(grads[0], image, weight, ctx.needs_input_grad[3])
-            del image
+        grad, grad_weight, _ = _depthwise_gradients(grads[0], x, weight, ctx.needs_input_grad[3], (scale, shift))
         grad = grad.contiguous()
         if fast_cpu.has_kernels(x, grad):
             sums = fast_cpu.star_relu_backward_(x, grad, scale.item())
@@ -253,7 +246,7 @@ def _plain_star_relu_conv(x: Tensor, scale: Tensor, shift: Tensor, weight: Tenso
 
 
 def _depthwise_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool
+    grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool, star: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of a depthwise convolution.
 
@@ -262,15 +255,19 @@ def _depthwise_gradients(
         x: Its input, (B, H, W, C).
         weight: (C, 1, K, K).
         of_weight: Whether the weight's gradient is wanted.
+        star: Scale and shift of a StarReLU of x, which is its input then.
 
     Returns:
-        Those of x and, if wanted, of the weight, each in its dtype, and of the bias in float32, where it comes at no cost.
+        Those of the input and, if wanted, of the weight, each in its dtype, and of the bias in float32, where that comes at
+        no cost.
     """
-    kernel, turned = weight.to(x.dtype), weight.flip(2, 3)
+    turned = weight.flip(2, 3)
     if of_weight and fast_cpu.has_depthwise_weight(x, weight.shape[2:], x.dtype):
         grad = grad.contiguous()
-        found, of_bias = fast_cpu.depthwise_weight_gradient(grad, x, weight.shape[2])
+        found, of_bias = fast_cpu.depthwise_weight_gradient(grad, x, weight.shape[2], star and _star(*star))
         return _depthwise(grad, turned), found.to(weight.dtype), of_bias
+    if star is not None:
+        x = _star_relu(x, *star)
     image = x.permute(0, 3, 1, 2)
     if of_weight and has_fast_gradient(image, weight.shape[2:]):
         return _depthwise(grad, turned), depthwise_weight_gradient(grad, x, weight), None
@@ -278,6 +275,7 @@ def _depthwise_gradients(
     if by_turning and not of_weight:
         return _depthwise(grad, turned), None, None
     padding, wanted = [weight.shape[2] // 2, weight.shape[3] // 2], [not by_turning, of_weight, False]
+    kernel = weight.to(x.dtype)
     of_x, of_kernel, _ = torch.ops.aten.convolution_backward(
         grad.permute(0, 3, 1, 2), image, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], weight.shape[0], wanted
     )
